@@ -1,0 +1,1 @@
+"""Align Llama-class language models to human preferences with DPO over LoRA adapters."""
