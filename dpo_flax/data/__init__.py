@@ -1,0 +1,1 @@
+"""From preference records to packed batches, with NumPy and Grain alone."""

@@ -1,0 +1,281 @@
+"""The pipeline over the plan: prepare once, then batch s is a pure function of s.
+
+The rows of a run are the epochs' plans one after the other, each with an order and a packing of its
+own, from the seed and its number. Step s takes rows [s * B, (s + 1) * B), whatever the number of
+hosts and workers: the loader's whole state is the step, and the last incomplete batch of an epoch
+is completed from the next one.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from typing import Any
+
+import grain
+import numpy as np
+from ml_collections import ConfigDict
+
+from dpo_flax.data import pack, split
+from dpo_flax.data.source import RecordSource
+from dpo_flax.data.token_cache import TokenCache, open_or_build
+from dpo_flax.data.tokenizer import Tokenizer, load_tokenizer
+
+_WINDOW = 1 << 16  # pairs packed together
+_AHEAD = 4  # batches prepared before they are asked for
+_ENDLESS = 1 << 40  # steps: more than any run takes
+_SHOWN = 5  # places named in the report
+
+
+class Epochs:
+  """The endless sequence of rows: every epoch's plan, one after the other."""
+
+  def __init__(self, pairs: split.Split, config: ConfigDict, *, shuffle: bool, pairs_per_row: int):
+    self._pairs = pairs
+    self._tokens, self._layout = config.batch.tokens, config.data.layout
+    self._window = _WINDOW if config.data.pack else 0
+    self._seed, self._shuffle = config.seed, shuffle
+    self._plans: dict[int, pack.RowPlan] = {}
+    self._starts = {0: 0}
+    self.pairs_per_row = pairs_per_row  # 0: as many as the first epoch needs, from then on
+    self.pairs_per_row = pairs_per_row or self.plan(0).pairs_per_row
+
+  def plan(self, epoch: int) -> pack.RowPlan:
+    """Returns the rows of one epoch."""
+    if epoch not in self._plans:
+      plan = self._make_plan(epoch)
+      for old in [e for e in self._plans if e < epoch - 1]:
+        self._plans.pop(old, None)
+      self._plans[epoch] = plan
+    return self._plans[epoch]
+
+  def start(self, epoch: int) -> int:
+    """Returns the number of rows before an epoch."""
+    if epoch not in self._starts:
+      self._starts[epoch] = self.start(epoch - 1) + len(self.plan(epoch - 1))
+    return self._starts[epoch]
+
+  def row(self, i: int) -> np.ndarray:
+    """Returns the pairs of row i, as places in the split."""
+    epoch = max(e for e, start in list(self._starts.items()) if start <= i)
+    while self.start(epoch + 1) <= i:
+      epoch += 1
+    return self.plan(epoch)[i - self.start(epoch)]
+
+  def _make_plan(self, epoch: int) -> pack.RowPlan:
+    lengths = pack.row_lengths(self._pairs.lengths, self._layout)
+    salt = self._seed, epoch
+    order = split.permutation(len(lengths), 'pairs', *salt) if self._shuffle else None
+    plan = pack.plan_rows(
+      lengths,
+      tokens=self._tokens,
+      pairs_per_row=self.pairs_per_row,
+      order=order,
+      window=self._window,
+    )
+    if self._shuffle:
+      return pack.reorder(plan, split.permutation(len(plan), 'rows', *salt))
+    first = np.minimum.reduceat(plan.pairs, plan.starts[:-1])
+    return pack.reorder(plan, np.argsort(first, kind='stable'))
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedData:
+  """All that a run needs of its data."""
+
+  tokenizer: Tokenizer
+  train: split.Split
+  validation: split.Split | None
+  train_rows: Epochs
+  validation_rows: Epochs | None  # one epoch of it is an evaluation
+  pairs_per_row: int  # slots of every batch, train and validation
+  fingerprint: str  # SHA-256 of data, tokenizer, template and all settings that decide the order
+  report: dict[str, dict[str, Any]]  # for 'train' and 'validation': counts, places, padding
+
+  def where(self, side: str, pair_index: int) -> str:
+    """Returns 'file:line' of a record of side 'train' or 'validation', by its pair_index."""
+    cache = getattr(self, side).cache
+    pair = int(np.searchsorted(cache.records, pair_index))
+    if pair == len(cache) or cache.records[pair] != pair_index:
+      raise ValueError(f'no {side} pair has pair_index {pair_index}.')
+    return cache.where(pair)
+
+
+def prepare(config: ConfigDict, *, vocab_size: int) -> PreparedData:
+  """Tokenizes the data or opens its cache, holds out the validation pairs and plans the rows.
+
+  Args:
+    config: the whole schema, validated.
+    vocab_size: rows of the model's embedding.
+
+  Raises:
+    ValueError: for all that is wrong with the data, naming file and line.
+  """
+  path = config.data.tokenizer or config.initialize_from_hf
+  if not path:
+    raise ValueError('no tokenizer given: set data.tokenizer, or initialize_from_hf to have one.')
+  tokenizer = load_tokenizer(path, config.data.chat_template)
+  cache = _open(config.data.train, tokenizer, config, vocab_size)
+  held_out = cache
+  pairs = np.arange(len(cache), dtype=np.int32)
+  held = np.zeros(len(cache), bool)
+  if config.data.validation:
+    held_out = _open(config.data.validation, tokenizer, config, vocab_size)
+    chosen = np.arange(len(held_out), dtype=np.int32)
+  elif config.data.validation_split_fraction:
+    held = split.hold_out(cache.prompts, config.data.validation_split_fraction, config.seed)
+    chosen = pairs[held]
+  else:
+    chosen = None
+  train = _fit(cache, pairs[~held], tokenizer, config)
+  validation = None if chosen is None else _fit(held_out, chosen, tokenizer, config)
+  slots = config.batch.pairs_per_row if config.data.pack else 1
+  train_rows = Epochs(train, config, shuffle=config.data.shuffle, pairs_per_row=slots)
+  slots = train_rows.pairs_per_row
+  validation_rows = validation and Epochs(validation, config, shuffle=False, pairs_per_row=slots)
+  report = {'train': _report(train, train_rows.plan(0), config)}
+  if validation:
+    report['validation'] = _report(validation, validation_rows.plan(0), config)
+  return PreparedData(
+    tokenizer,
+    train,
+    validation,
+    train_rows,
+    validation_rows,
+    pairs_per_row=slots,
+    fingerprint=_fingerprint(cache, validation and held_out, config),
+    report=report,
+  )
+
+
+def train_batches(
+  prepared: PreparedData, config: ConfigDict, *, start_step: int, shard_index: int, shard_count: int
+) -> grain.DatasetIterator:
+  """Returns an endless iterator over this shard's part of batch start_step, start_step + 1, ...
+
+  Each batch is pack.fill_batch's dict of [batch.rows / shard_count, ...] arrays: the rows of the
+  global batch in order, shard after shard. Close the iterator when done.
+  """
+  rows = _shard(config, shard_index, shard_count)
+  batches = _Batches(prepared.train, prepared.train_rows, config, rows, start_step, _ENDLESS)
+  return _iterate(batches, config.data.workers)
+
+
+def validation_batches(
+  prepared: PreparedData, config: ConfigDict, *, shard_index: int, shard_count: int
+) -> grain.DatasetIterator:
+  """Returns an iterator over every validation pair once; the last batch ends in empty rows."""
+  rows = _shard(config, shard_index, shard_count)
+  steps = math.ceil(len(prepared.validation_rows.plan(0)) / config.batch.rows)
+  batches = _Batches(prepared.validation, prepared.validation_rows, config, rows, 0, steps)
+  return _iterate(batches, workers=0)
+
+
+def steps_for_epochs(prepared: PreparedData, config: ConfigDict) -> int:
+  """Returns the steps in which config.train.num_epochs are seen, the last batch being full."""
+  fraction, whole = math.modf(config.train.num_epochs)
+  rows = prepared.train_rows.start(int(whole))
+  if fraction:
+    rows += fraction * len(prepared.train_rows.plan(int(whole)))
+  return math.ceil(rows / config.batch.rows)
+
+
+@dataclasses.dataclass
+class _Batches:
+  """Batch after batch, by number: the source of the Grain pipeline."""
+
+  pairs: split.Split
+  epochs: Epochs
+  config: ConfigDict
+  rows: range  # of the global batch: this shard's
+  start: int  # step of batch 0
+  steps: int  # _ENDLESS, or as many as one epoch fills
+
+  def __len__(self) -> int:
+    return self.steps
+
+  def __getitem__(self, i: int) -> pack.Batch:
+    first = (self.start + i) * self.config.batch.rows
+    numbers = [first + row for row in self.rows]
+    end = math.inf if self.steps == _ENDLESS else len(self.epochs.plan(0))
+    return pack.fill_batch(
+      [[self.pairs.packed_pair(p) for p in self.epochs.row(n)] if n < end else [] for n in numbers],
+      tokens=self.config.batch.tokens,
+      pairs_per_row=self.epochs.pairs_per_row,
+      layout=self.config.data.layout,
+      columns=self.pairs.columns,
+    )
+
+
+def _iterate(batches: _Batches, workers: int) -> grain.DatasetIterator:
+  dataset = grain.MapDataset.source(batches).to_iter_dataset(
+    grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD)
+  )
+  if workers:
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
+    dataset = dataset.mp_prefetch(options)
+  return iter(dataset)
+
+
+def _shard(config: ConfigDict, index: int, count: int) -> range:
+  size, rest = divmod(config.batch.rows, count)
+  if rest:
+    raise ValueError(
+      f'batch.rows={config.batch.rows} cannot be divided among {count} hosts: make it a multiple.'
+    )
+  return range(index * size, (index + 1) * size)
+
+
+def _open(paths: Any, tokenizer: Tokenizer, config: ConfigDict, vocab_size: int) -> TokenCache:
+  directory = config.data.cache_dir or (config.workdir and f'{config.workdir}/token_cache')
+  if not directory:
+    raise ValueError('no place for the token cache: set workdir or data.cache_dir.')
+  cache = open_or_build(
+    RecordSource(paths),
+    tokenizer,
+    directory=directory,
+    format=config.data.format,
+    bad_record=config.data.bad_record,
+  )
+  cache.check_ids(vocab_size)
+  return cache
+
+
+def _fit(
+  cache: TokenCache, pairs: np.ndarray, tokenizer: Tokenizer, config: ConfigDict
+) -> split.Split:
+  return split.fit(
+    cache,
+    pairs,
+    tokens=config.batch.tokens,
+    layout=config.data.layout,
+    too_long=config.data.too_long,
+    bos_id=tokenizer.bos_id,
+  )
+
+
+def _report(pairs: split.Split, plan: pack.RowPlan, config: ConfigDict) -> dict[str, Any]:
+  tokens = int(pack.row_lengths(pairs.lengths, config.data.layout).sum())
+  return {
+    **dataclasses.asdict(pairs.cache.report),  # of the files, before they are divided
+    'pairs': len(pairs),
+    'too_long': len(pairs.dropped),
+    'too_long_examples': list(pairs.dropped[:_SHOWN]),
+    'truncated': len(pairs.truncated),
+    'truncated_examples': list(pairs.truncated[:_SHOWN]),
+    'rows': len(plan),
+    'tokens': tokens,
+    'padding_fraction': 1 - tokens / (len(plan) * config.batch.tokens),
+    'pairs_per_row': plan.pairs_per_row,
+  }
+
+
+def _fingerprint(train: TokenCache, validation: TokenCache | None, config: ConfigDict) -> str:
+  data = config.data
+  parts = [
+    train.fingerprint,
+    validation and validation.fingerprint,
+    [config.seed, data.validation_split_fraction, data.shuffle, data.layout, data.pack],
+    [data.too_long, config.batch.rows, config.batch.tokens, config.batch.pairs_per_row],
+  ]
+  return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
