@@ -1,0 +1,78 @@
+"""How every command starts and fails: its flags, its config, one paragraph for a mistake.
+
+A mistake of the user's (a ValueError, a missing file, a flag that does not exist) ends with exit
+code 2 and one message; --verbose shows the traceback.
+"""
+
+import difflib
+import re
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from dpo_flax import config as config_lib
+
+_CONFIG = config_flags.DEFINE_config_file('config', help_string='A file of configs/.')
+_VERBOSE = flags.DEFINE_bool(
+  'verbose', False, "Show libraries' messages, and the traceback of an error."
+)
+
+_MISTAKES = (ValueError, FloatingPointError, OSError)
+
+
+def run(command: Callable[[ConfigDict], object]):
+  """Parses the command line and calls `command` with its config."""
+  flags.mark_flag_as_required('config')
+
+  def main(argv: list[str]):
+    if len(argv) > 1:
+      _fail(f'unexpected arguments: {" ".join(argv[1:])}')
+    if not _VERBOSE.value:
+      logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
+    try:
+      command(_CONFIG.value)
+    except _MISTAKES as error:
+      if _VERBOSE.value:
+        raise
+      _fail(f'{type(error).__name__}: {error}')
+
+  app.run(main, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    _fail(str(error))
+  except (AttributeError, KeyError, TypeError) as error:  # ml_collections: no such field
+    _fail(_unknown_field(argv) or f'{type(error).__name__}: {error}')
+  except FileNotFoundError as error:
+    _fail(f'--config: {error}')
+
+
+def _unknown_field(argv: list[str]) -> str | None:
+  """Finds the override of a field that the config does not have."""
+  known = _fields(config_lib.default())
+  for argument in argv:
+    match = re.match(r'--(?:no)?config\.([\w.]+)', argument)
+    if match and match.group(1) not in known:
+      close = difflib.get_close_matches(match.group(1), known, n=3)
+      section = match.group(1).rpartition('.')[0]
+      beside = close or [field for field in known if field.rpartition('.')[0] == section]
+      return f'the config has no field {match.group(1)}. Did you mean {", ".join(beside)}?'
+  return None
+
+
+def _fields(config: ConfigDict, prefix: str = '') -> list[str]:
+  names = []
+  for name, value in config.items():
+    nested = isinstance(value, ConfigDict)
+    names += _fields(value, f'{prefix}{name}.') if nested else [prefix + name]
+  return names
+
+
+def _fail(message: str):
+  print(message, file=sys.stderr)
+  sys.exit(2)

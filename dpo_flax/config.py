@@ -1,0 +1,321 @@
+"""The schema of a run: every field, its default, unit and meaning; and what is wrong with a config.
+
+Files in configs/ start from `default()` and change what they need; the command line changes single
+fields (`--config.lora.r=128`). A field set to None is unset; its type is given by the placeholder.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from absl import logging
+from ml_collections import ConfigDict, config_dict
+
+_CHOICES = {
+  'model.dtype': ('bfloat16', 'float32'),
+  'model.weight_dtype': ('bfloat16', 'float32'),
+  'model.remat': ('full', 'dots', 'none'),
+  'model.attention': ('auto', 'xla'),
+  'data.format': ('auto', 'explicit', 'implicit', 'messages', 'hh'),
+  'data.layout': ('shared', 'separate'),
+  'data.too_long': ('raise', 'drop', 'truncate_prompt'),
+  'data.bad_record': ('raise', 'skip'),
+  'optimizer.name': ('adamw',),
+  'optimizer.lr_schedule': ('cosine', 'linear', 'constant'),
+}
+
+# field -> (smallest, largest) value; None: no bound.
+_RANGES = {
+  'model.logits_chunk': (1, None),
+  'lora.r': (1, None),
+  'lora.dropout': (0, 0.999),
+  'data.validation_split_fraction': (0, 0.9),
+  'data.workers': (0, None),
+  'batch.rows': (1, None),
+  'batch.tokens': (4, None),
+  'batch.pairs_per_row': (0, None),
+  'batch.microbatches': (1, None),
+  'train.num_train_steps': (0, None),
+  'train.num_epochs': (0, None),
+  'train.log_every': (1, None),
+  'train.eval_every': (0, None),
+  'train.save_every': (0, None),
+  'train.keep': (1, None),
+  'optimizer.warmup': (0, 1),
+  'optimizer.max_grad_norm': (0, None),
+  'optimizer.b1': (0, 0.9999999),
+  'optimizer.b2': (0, 0.9999999),
+  'optimizer.weight_decay': (0, None),
+  'hf_save_steps': (0, None),
+}
+
+_POSITIVE = (
+  'lora.alpha',
+  'optimizer.learning_rate',
+  'optimizer.eps',
+)
+
+# What a run may change when it goes on: where things are kept (their contents are fingerprinted),
+# how often it reports, and how the same numbers are spread over devices. Every other field is part
+# of the run's identity.
+_FREE_ON_RESUME = (
+  'workdir',
+  'initialize_from_hf',
+  'reference_model_path',
+  'data.train',
+  'data.validation',
+  'data.tokenizer',
+  'data.chat_template',
+  'peft_save_path',
+  'merged_hf_save_path',
+  'hf_save_steps',
+  'data.cache_dir',
+  'data.workers',
+  'train.log_every',
+  'train.eval_every',
+  'train.save_every',
+  'train.keep',
+  'mesh.data',
+  'mesh.fsdp',
+  'mesh.tensor',
+)
+
+# Above this, LoRA under DPO tends to leave the reference faster than the loss can tell.
+_LORA_LEARNING_RATE = 5e-5
+
+
+def default() -> ConfigDict:
+  """Returns the whole schema with its default values, locked against unknown fields."""
+  config = ConfigDict()
+  config.workdir = config_dict.placeholder(str)  # where checkpoints, metrics and exports go
+  config.seed = 0  # adapters' initial values, data order, dropout
+  # Directory (local or gs://) in Hugging Face layout, or a hub id (needs the `hub` extra).
+  config.initialize_from_hf = config_dict.placeholder(str)
+  # Base weights of the reference, where they differ from the policy's.
+  config.reference_model_path = config_dict.placeholder(str)
+  config.peft_save_path = config_dict.placeholder(str)  # default: workdir/peft
+  config.merged_hf_save_path = config_dict.placeholder(str)  # unset: no merged export
+  config.hf_save_steps = 0  # steps between exports; 0: at the end only
+
+  config.model = _model()
+  config.lora = _lora()
+  config.objective = _objective()
+  config.data = _data()
+  config.batch = _batch()
+  config.train = _train()
+  config.optimizer = _optimizer()
+  config.mesh = _mesh()
+  return config.lock()
+
+
+def _model() -> ConfigDict:
+  model = ConfigDict()
+  model.preset = config_dict.placeholder(str)  # a name in model/config.py, for random weights
+  model.dtype = 'bfloat16'  # of activations and matrix products: bfloat16 | float32
+  model.weight_dtype = 'bfloat16'  # of the frozen base weights in memory: bfloat16 | float32
+  model.remat = 'full'  # what backward recomputes: full | dots | none
+  model.attention = 'auto'  # auto | xla | splash (TPU)
+  model.logits_chunk = 512  # response tokens per row that meet the vocabulary at once
+  return model
+
+
+def _lora() -> ConfigDict:
+  lora = ConfigDict()
+  lora.r = 64  # rank (Hu et al. 2021, arXiv:2106.09685)
+  lora.alpha = 64.0  # the adapter's output is scaled by alpha / r
+  lora.dropout = 0.0  # on the adapter's input, policy stream only
+  lora.zero_init_b = True  # kept True: otherwise policy and reference differ at step 0
+  lora.rslora = False  # scale by alpha / sqrt(r) instead (arXiv:2312.03732)
+  # None: every linear layer of the blocks. A list of names, or a regex over module names.
+  lora.target_modules = config_dict.placeholder(object)
+  lora.exclude_modules = ()  # names taken out of the above
+  return lora
+
+
+def _objective() -> ConfigDict:
+  objective = ConfigDict()
+  # A loss of objective/losses.py, or a tuple of them with one of loss_weights each.
+  objective.loss = config_dict.FieldReference('sigmoid', field_type=object)
+  objective.loss_weights = config_dict.placeholder(tuple)
+  objective.beta = 0.1  # strength of the pull to the reference (arXiv:2305.18290, eq. 7)
+  # What follows belongs to some losses; set beside another, it is refused.
+  objective.label_smoothing = config_dict.placeholder(float)  # share of flipped labels, [0, 0.5)
+  objective.gamma = config_dict.placeholder(float)  # simpo: margin per token; unset: 0.5
+  objective.cpo_alpha = config_dict.placeholder(float)  # cpo: weight of chosen's NLL; unset: 1.0
+  objective.orpo_lambda = config_dict.placeholder(float)  # orpo: of the odds ratio; unset: 0.1
+  objective.dpop_lambda = config_dict.placeholder(float)  # dpop: of a falling chosen; unset: 50
+  objective.discopop_temperature = config_dict.placeholder(float)  # in (0, 1]; unset: 0.05
+  # reverse_kl | forward_kl | js | alpha (arXiv:2309.16240)
+  objective.divergence = 'reverse_kl'
+  objective.alpha_divergence = config_dict.placeholder(float)  # the paper's alpha, in (0, 1)
+  objective.sft_weight = config_dict.placeholder(float)  # RPO: adds this times chosen's mean NLL
+  objective.ld_alpha = config_dict.placeholder(float)  # LD-DPO: weight of tokens past the shorter
+  objective.wpo = False  # weigh pairs by how on-policy they are (arXiv:2406.11827)
+  objective.reference_free = False  # the reference's log-ratio counts as 0
+  objective.kl_penalty_weight = config_dict.placeholder(float)  # of the exact KL to the reference
+  objective.token_statistics = False  # report entropy and KL
+  return objective
+
+
+def _data() -> ConfigDict:
+  data = ConfigDict()
+  # A path, a glob or a list of them (local or gs://): .jsonl, .jsonl.gz.
+  data.train = config_dict.placeholder(object)
+  data.validation = config_dict.placeholder(object)  # unset: split off from train
+  data.validation_split_fraction = 0.1  # of the pairs, when data.validation is unset; 0: none
+  # auto | explicit | implicit | messages | hh: see data/formats.py.
+  data.format = 'auto'
+  data.tokenizer = config_dict.placeholder(str)  # default: beside the weights
+  data.chat_template = config_dict.placeholder(str)  # a file or the template itself
+  data.shuffle = True
+  data.layout = 'shared'  # shared (one prompt for both branches) | separate
+  data.pack = True  # False: exactly one pair per row
+  data.too_long = 'raise'  # a pair longer than a row: raise | drop | truncate_prompt
+  data.bad_record = 'raise'  # a record that cannot be read: raise | skip (counted)
+  data.cache_dir = config_dict.placeholder(str)  # default: workdir/token_cache
+  data.workers = 0  # processes that fill rows; 0: in the main process
+  return data
+
+
+def _batch() -> ConfigDict:
+  batch = ConfigDict()
+  batch.rows = 32  # rows per optimizer step, over all devices
+  batch.tokens = 4096  # tokens per row
+  batch.pairs_per_row = 0  # pair slots per row; 0: the largest number the plan needs
+  batch.microbatches = 1  # parts of a step run one after the other; divides rows
+  return batch
+
+
+def _train() -> ConfigDict:
+  train = ConfigDict()
+  train.num_train_steps = 0  # optimizer steps; 0: as many as num_epochs takes
+  train.num_epochs = 0.0  # passes over the training pairs; 0: num_train_steps says how long
+  train.log_every = 10  # steps
+  train.eval_every = 200  # steps; 0: only before the first and after the last
+  train.save_every = 200  # steps; 0: only at the end
+  train.keep = 2  # newest checkpoints kept
+  return train
+
+
+def _optimizer() -> ConfigDict:
+  optimizer = ConfigDict()
+  optimizer.name = 'adamw'
+  optimizer.learning_rate = 5e-6  # the peak
+  optimizer.warmup = 0.1  # fraction of the steps over which the rate rises from 0
+  optimizer.lr_schedule = 'cosine'  # after the warm-up: cosine (to 0) | linear (to 0) | constant
+  optimizer.max_grad_norm = 1.0  # global norm above which gradients are scaled down; 0: never
+  optimizer.b1 = 0.9
+  optimizer.b2 = 0.999
+  optimizer.eps = 1e-8
+  optimizer.weight_decay = 0.0
+  return optimizer
+
+
+def _mesh() -> ConfigDict:
+  mesh = ConfigDict()  # devices along each axis; one of them may be -1: the rest
+  mesh.data = 1  # copies of the weights
+  mesh.fsdp = -1  # shards of weights and rows
+  mesh.tensor = 1  # shards of heads, mlp and vocabulary
+  return mesh
+
+
+def validate(config: ConfigDict) -> ConfigDict:
+  """Returns a checked copy of `config`, with what has only one right value put right (and said).
+
+  Raises:
+    ValueError: a field has no legal value, or two fields contradict each other.
+  """
+  config = config.copy_and_resolve_references()
+  for field, choices in _CHOICES.items():
+    if get(config, field) not in choices:
+      raise ValueError(f'{field}={get(config, field)!r}: expected one of {", ".join(choices)}')
+  for field, (low, high) in _RANGES.items():
+    _check_range(field, get(config, field), low, high)
+  for field in _POSITIVE:
+    if get(config, field) is not None and not get(config, field) > 0:
+      raise ValueError(f'{field}={get(config, field)}: must be greater than 0')
+  _check_required(config)
+  if config.batch.rows % config.batch.microbatches:
+    raise ValueError(
+      f'batch.rows={config.batch.rows} is not a multiple of '
+      f'batch.microbatches={config.batch.microbatches}'
+    )
+  if not config.lora.zero_init_b:
+    logging.warning(
+      'lora.zero_init_b=False is overridden to True: otherwise the policy differs from the '
+      'reference before the first step'
+    )
+    config.lora.zero_init_b = True
+  if config.optimizer.learning_rate > _LORA_LEARNING_RATE:
+    logging.warning(
+      'optimizer.learning_rate=%g is high for DPO with LoRA; runs above %g often degrade',
+      config.optimizer.learning_rate,
+      _LORA_LEARNING_RATE,
+    )
+  return config
+
+
+def validate_rows(config: ConfigDict, shards: int):
+  """Checks that the rows of every microbatch divide evenly among the mesh's `shards` of rows.
+
+  Raises:
+    ValueError: they do not.
+  """
+  rows, parts = config.batch.rows, config.batch.microbatches
+  if rows % (parts * shards):
+    raise ValueError(
+      f'batch.rows={rows} does not divide among mesh.data x mesh.fsdp = {shards} shards'
+      + (f' in each of batch.microbatches={parts}' if parts > 1 else '')
+      + f': make it a multiple of {parts * shards}, or change the mesh'
+    )
+
+
+def get(config: ConfigDict, field: str) -> Any:
+  """Returns the value of a dotted field: `get(config, 'lora.r')`."""
+  for name in field.split('.'):
+    config = config[name]
+  return config
+
+
+def identity(config: ConfigDict) -> dict[str, Any]:
+  """Returns dotted field -> value of all that decides a run's numbers, as plain JSON values."""
+  fields = _flatten(json.loads(config.to_json_best_effort()))
+  return {field: value for field, value in fields.items() if field not in _FREE_ON_RESUME}
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  flat = {}
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      flat |= _flatten(value, f'{prefix}{name}.')
+    else:
+      flat[prefix + name] = value
+  return flat
+
+
+def _check_range(field: str, value: float, low: float | None, high: float | None):
+  if (low is not None and value < low) or (high is not None and value > high):
+    bounds = f'at least {low}' if high is None else f'between {low} and {high}'
+    raise ValueError(f'{field}={value}: must be {bounds}')
+
+
+def _check_required(config: ConfigDict):
+  for field in ('workdir', 'data.train'):
+    if not get(config, field):
+      raise ValueError(f'{field} is not set: give --config.{field}=...')
+  if bool(config.initialize_from_hf) == bool(config.model.preset):
+    raise ValueError(
+      'give the weights exactly one source: initialize_from_hf (a checkpoint; now '
+      f'{config.initialize_from_hf!r}) or model.preset (random weights; now '
+      f'{config.model.preset!r})'
+    )
+  if not config.initialize_from_hf and not config.data.tokenizer:
+    raise ValueError(
+      'data.tokenizer is not set, and there is no initialize_from_hf to take it from'
+    )
+  if bool(config.train.num_train_steps) == bool(config.train.num_epochs):
+    raise ValueError(
+      'give the length of the run exactly once: train.num_train_steps (now '
+      f'{config.train.num_train_steps}) or train.num_epochs (now {config.train.num_epochs}); 0 '
+      'unsets one'
+    )
