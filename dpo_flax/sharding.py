@@ -1,0 +1,133 @@
+"""The device mesh and where every array lives on it.
+
+Modules name the logical axes of their weights and activations; `RULES` alone says which mesh axis
+each is split over. Rows of a batch are split over `data` and `fsdp` together, weights over `fsdp`
+and `tensor`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.core.spmd
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ('data', 'fsdp', 'tensor')
+
+RULES = (
+  ('rows', ('data', 'fsdp')),
+  ('tokens', None),
+  ('embed', 'fsdp'),
+  ('activation', None),  # the embed axis of activations: `fsdp` already splits their rows
+  ('heads', 'tensor'),
+  ('kv_heads', 'tensor'),
+  ('mlp', 'tensor'),
+  ('vocab', 'tensor'),
+  ('rank', None),
+  ('norm', None),
+  ('layers', None),
+)
+
+
+def make_mesh(
+  sizes: Mapping[str, int],  # devices along each of AXES; one may be -1: the rest
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+  """Returns a mesh over `devices` (default: all of them).
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  shape = [sizes[axis] for axis in AXES]
+  asked = ' x '.join(f'mesh.{axis}={size}' for axis, size in zip(AXES, shape, strict=True))
+  known = int(np.prod([size for size in shape if size != -1]))
+  if shape.count(-1) > 1 or known < 1 or min(shape) < -1:
+    raise ValueError(f'{asked}: sizes are positive, and one of them may be -1 (the rest)')
+  shape = [len(devices) // known if size == -1 else size for size in shape]
+  if int(np.prod(shape)) != len(devices):
+    raise ValueError(
+      f'{asked} does not fit {len(devices)} devices: the sizes must multiply to {len(devices)}'
+    )
+  # jax.make_mesh would declare Explicit axes; the compiler places our activations (Auto).
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def named_shardings(tree: Any, mesh: Mesh) -> Any:
+  """Returns a sharding for every array of `tree`, from the logical axes its variables declare.
+
+  Arrays that are no nnx Variables, or declare no axes, are replicated.
+
+  Raises:
+    ValueError: the mesh does not divide an array's axis.
+  """
+  with flax.core.spmd.logical_axis_rules(RULES):
+    shardings = nnx.get_named_sharding(tree, mesh)
+  jax.tree.map_with_path(_check_divides, shardings, tree)
+  return shardings
+
+
+def _check_divides(path: tuple, sharding: NamedSharding, array: jax.Array):
+  for size, axes in zip(array.shape, sharding.spec, strict=False):
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    parts = math.prod(sharding.mesh.shape[axis] for axis in axes)
+    if size % parts:
+      name = jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value')
+      asked = ' x '.join(f'mesh.{axis}={sharding.mesh.shape[axis]}' for axis in axes)
+      raise ValueError(f'{asked} does not divide an axis of {size} in {name} {list(array.shape)}')
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of a batch field: [B, ...] split over its rows."""
+  return NamedSharding(mesh, _spec(('rows',)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of a value that every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(array: jax.Array, *axes: str) -> jax.Array:
+  """Places an activation by its logical axes on the mesh of `jax.set_mesh`, if there is one."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return array
+  return jax.lax.with_sharding_constraint(array, _spec(axes))
+
+
+def row_parts(mesh: Mesh) -> int:
+  """Returns into how many parts the mesh splits the rows of a batch."""
+  return math.prod(mesh.shape[axis] for axis in dict(RULES)['rows'])
+
+
+def row_shard(mesh: Mesh) -> tuple[int, int]:
+  """Returns (index, count): which of `count` equal blocks of a batch's rows this process feeds.
+
+  Processes that differ only along `tensor` hold the same rows and get the same index.
+
+  Raises:
+    ValueError: this process's devices do not hold one contiguous block of rows.
+  """
+  blocks = np.moveaxis(mesh.devices, AXES.index('tensor'), -1).reshape(-1, mesh.shape['tensor'])
+  process = jax.process_index()
+  mine = [i for i, block in enumerate(blocks) if any(d.process_index == process for d in block)]
+  if mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
+    raise ValueError(
+      f'process {process} holds row blocks {mine}, which are not one contiguous part'
+    )
+  return mine[0] // len(mine), len(blocks) // len(mine)
+
+
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """Puts this process's rows of a batch on its devices; together they are the global [B, ...]."""
+  sharding = row_sharding(mesh)
+  return {
+    name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()
+  }
+
+
+def _spec(axes: Sequence[str]) -> PartitionSpec:
+  rules = dict(RULES)
+  return PartitionSpec(*(rules[axis] for axis in axes))
