@@ -1,0 +1,1 @@
+"""The network: a Llama-class transformer with adapters. Knows nothing of preferences."""

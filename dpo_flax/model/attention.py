@@ -1,0 +1,88 @@
+"""Attention under the one mask rule: queries q see key t where t <= q < visible_until[t]."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dpo_flax.model.config import ModelConfig
+from dpo_flax.model.layers import apply_rope
+from dpo_flax.model.lora import LoraConfig, Projection
+
+# Queries per block: each block only meets the keys up to its own end, so half of all scores are
+# never computed, and no [H, T, T] array exists.
+QUERY_BLOCK = 256
+
+
+class Attention(nnx.Module):
+  """Grouped-query attention with rotary positions."""
+
+  def __init__(self, config: ModelConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+    def projection(name, features, axes):
+      return Projection(name, features, axes, config=config, lora=lora, rngs=rngs)
+
+    self.head_dim = config.head_dim
+    heads, kv_heads = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
+    embed = config.embed_dim
+    self.q_proj = projection('q_proj', (embed, heads), ('embed', 'heads'))
+    self.k_proj = projection('k_proj', (embed, kv_heads), ('embed', 'kv_heads'))
+    self.v_proj = projection('v_proj', (embed, kv_heads), ('embed', 'kv_heads'))
+    self.o_proj = projection('o_proj', (heads, embed), ('heads', 'embed'))
+
+  def __call__(
+    self,
+    hidden: jax.Array,  # [B, T, D]
+    angles: jax.Array,  # [B, T, head_dim / 2]
+    visible_until: jax.Array,  # [B, T]
+    dropout_key: jax.Array | None = None,
+  ) -> jax.Array:  # [B, T, D]
+    rows, tokens, _ = hidden.shape
+
+    def heads(projection):
+      return projection(hidden, dropout_key).reshape(rows, tokens, -1, self.head_dim)
+
+    queries = apply_rope(heads(self.q_proj), angles)
+    keys = apply_rope(heads(self.k_proj), angles)
+    mixed = xla_attention(queries, keys, heads(self.v_proj), visible_until)
+    return self.o_proj(mixed.reshape(rows, tokens, -1), dropout_key)
+
+
+def xla_attention(
+  queries: jax.Array,  # [B, T, H, head_dim]
+  keys: jax.Array,  # [B, T, K, head_dim]
+  values: jax.Array,  # [B, T, K, head_dim]
+  visible_until: jax.Array,  # [B, T] int32
+) -> jax.Array:  # [B, T, H, head_dim]
+  """Softmax attention in plain XLA, one block of queries after the other, scores in float32."""
+  tokens = queries.shape[1]
+  blocks = []
+  for start in range(0, tokens, QUERY_BLOCK):
+    end = min(start + QUERY_BLOCK, tokens)
+    block = functools.partial(_attend, start=start)
+    # Recomputing the scores in backward is what keeps only one block of them alive.
+    blocks.append(
+      jax.checkpoint(block)(
+        queries[:, start:end], keys[:, :end], values[:, :end], visible_until[:, :end]
+      )
+    )
+  return jnp.concatenate(blocks, axis=1)
+
+
+def _attend(
+  queries: jax.Array,  # [B, Q, H, head_dim], those at start ... start + Q
+  keys: jax.Array,  # [B, S, K, head_dim]
+  values: jax.Array,  # [B, S, K, head_dim]
+  visible_until: jax.Array,  # [B, S]
+  *,
+  start: int,
+) -> jax.Array:  # [B, Q, H, head_dim]
+  rows, length, heads, head_dim = queries.shape
+  span, kv_heads = keys.shape[1:3]
+  grouped = queries.reshape(rows, length, kv_heads, heads // kv_heads, head_dim)
+  scores = jnp.einsum('bqkgd,bskd->bkgqs', grouped, keys, preferred_element_type=jnp.float32)
+  query = (start + jnp.arange(length))[None, :, None]
+  visible = (jnp.arange(span)[None, None] <= query) & (query < visible_until[:, None])
+  scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, -jnp.inf)
+  weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+  return jnp.einsum('bkgqs,bskd->bqkgd', weights, values).reshape(queries.shape)

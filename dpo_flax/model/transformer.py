@@ -1,0 +1,145 @@
+"""The network: embed -> scan over stacked, rematerialised blocks -> final hidden states.
+
+`run_streams` carries the policy's and the reference's hidden states through one scan, so that each
+layer's weights are gathered once for both.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dpo_flax.model.attention import Attention
+from dpo_flax.model.config import ModelConfig
+from dpo_flax.model.layers import MLP, RMSNorm, rope_angles
+from dpo_flax.model.lora import LoraConfig, Projection
+from dpo_flax.sharding import constrain
+
+
+class Block(nnx.Module):
+  """One pre-norm layer: attention, then the MLP, each added to the stream."""
+
+  def __init__(self, config: ModelConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+    self.input_norm = RMSNorm(config)
+    self.attention = Attention(config, lora, rngs)
+    self.post_attention_norm = RMSNorm(config)
+    self.mlp = MLP(config, lora, rngs)
+
+  def __call__(
+    self,
+    hidden: jax.Array,  # [B, T, D]
+    angles: jax.Array,  # [B, T, head_dim / 2]
+    visible_until: jax.Array,  # [B, T]
+    dropout_key: jax.Array | None = None,
+  ) -> jax.Array:  # [B, T, D]
+    normed = self.input_norm(hidden)
+    hidden = hidden + self.attention(normed, angles, visible_until, dropout_key)
+    hidden = hidden + self.mlp(self.post_attention_norm(hidden), dropout_key)
+    return constrain(hidden, 'rows', 'tokens', 'activation')
+
+
+class Embedding(nnx.Module):
+  """The token table, which a tied model also uses as its head."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    self.dtype = config.dtype
+    init = jax.nn.initializers.normal(config.initializer_range)
+    shape = (config.vocab_size, config.embed_dim)
+    self.embedding = nnx.Param(
+      init(rngs.params(), shape, config.weight_dtype),
+      out_sharding=('vocab', 'embed'),
+      eager_sharding=False,
+    )
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
+    return self.embedding[...].astype(self.dtype)[tokens]
+
+  def attend(self, hidden: jax.Array) -> jax.Array:  # [..., D] -> [..., V], float32
+    """Scores `hidden` against every token's embedding."""
+    table = self.embedding[...].astype(self.dtype)
+    return jnp.matmul(hidden, table.T, preferred_element_type=jnp.float32)
+
+
+class Transformer(nnx.Module):
+  """A Llama-class decoder; its blocks are stacked along a leading `layers` axis."""
+
+  def __init__(self, config: ModelConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+    self.config = config
+    self.embed_tokens = Embedding(config, rngs)
+    stack = nnx.transform_metadata(
+      lambda layer_rngs: Block(config, lora, layer_rngs), in_axes=0, out_axes=0, partition='layers'
+    )
+    self.blocks = jax.vmap(stack)(rngs.split(config.num_layers))
+    self.final_norm = RMSNorm(config)
+    if not config.tie_word_embeddings:
+      # Logits leave the matrix unit in float32: bfloat16 would cost log-probs two digits.
+      self.lm_head = Projection(
+        'lm_head',
+        (config.embed_dim, config.vocab_size),
+        ('embed', 'vocab'),
+        config=config,
+        lora=lora,
+        rngs=rngs,
+        output_dtype=jnp.float32,
+      )
+
+  def logits(self, hidden: jax.Array) -> jax.Array:  # [..., D] -> [..., V], float32
+    """Applies the head to final hidden states."""
+    if self.config.tie_word_embeddings:
+      return self.embed_tokens.attend(hidden)
+    return self.lm_head(hidden)
+
+
+def run_streams(
+  policy: Transformer,
+  reference: Transformer | None,
+  batch: Mapping[str, jax.Array],  # tokens, positions, visible_until [B, T]
+  *,
+  dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None]:  # final hidden states [B, T, D] of each
+  """Runs both models over a batch in one scan over their layers.
+
+  The reference may share any of the policy's variables (`nnx.view(policy, adapted=False)`), and is
+  never differentiated: its stream stays outside the rematerialised function.
+  """
+  config = policy.config
+  angles = rope_angles(batch['positions'], config)
+  models = (policy,) if reference is None else (policy, reference)
+  # Splitting both at once keeps one copy of a variable that both hold.
+  graphdef, layers = nnx.split(tuple(model.blocks for model in models))
+  keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
+
+  def policy_layer(block, hidden, key):
+    return block(hidden, angles, batch['visible_until'], key)
+
+  def layer(streams, inputs):
+    layer_state, key = inputs
+    blocks = nnx.merge(graphdef, layer_state)
+    hidden = _rematerialised(policy_layer, config.remat)(blocks[0], streams[0], key)
+    others = [
+      jax.lax.stop_gradient(block(stream, angles, batch['visible_until']))
+      for block, stream in zip(blocks[1:], streams[1:], strict=True)
+    ]
+    return (hidden, *others), None
+
+  streams = tuple(_embed(model, batch['tokens']) for model in models)
+  streams, _ = jax.lax.scan(layer, streams, (layers, keys))
+  normed = [model.final_norm(stream) for model, stream in zip(models, streams, strict=True)]
+  return normed[0], None if reference is None else jax.lax.stop_gradient(normed[1])
+
+
+def _embed(model: Transformer, tokens: jax.Array) -> jax.Array:
+  return constrain(model.embed_tokens(tokens), 'rows', 'tokens', 'activation')
+
+
+def _rematerialised(function, remat: str):
+  if remat == 'none':
+    return function
+  policies = {
+    'full': jax.checkpoint_policies.nothing_saveable,
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  }
+  # Inside a scan XLA cannot merge the recomputation with the forward pass: no barrier is needed.
+  return partial(jax.checkpoint, policy=policies[remat], prevent_cse=False)(function)
