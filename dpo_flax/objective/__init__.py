@@ -1,0 +1,1 @@
+"""Preference objectives as pure functions of log-probs; they know no model."""

@@ -1,0 +1,56 @@
+"""The whole loss of a run: its losses, weighted, with the modifiers around them."""
+
+import jax
+import jax.numpy as jnp
+
+from dpo_flax.objective.losses import LOSSES, sft_loss
+from dpo_flax.objective.pairs import PairLogps
+from dpo_flax.objective.settings import READS, SORTED, Objective
+
+
+def total_loss(logps: PairLogps, objective: Objective) -> jax.Array:
+  """Returns what the run minimises, for each pair slot, [B, P] float32.
+
+  The step minimises sum(total_loss * logps.weights) / sum(logps.weights), both sums over the whole
+  batch. Beside the weighted losses: WPO's weights on them, `sft_weight` times the likelihood of
+  chosen (RPO: Pang et al. 2024, arXiv:2404.19733, eq. 1), and `kl_penalty_weight` times the exact
+  KL(policy || reference), a mean over tokens, then over the pair's two responses.
+  """
+  _refuse_unused(logps, objective)
+  total = jnp.zeros_like(logps.policy_chosen)
+  for name, weight in zip(objective.loss, objective.loss_weights, strict=True):
+    loss = LOSSES[name](logps, objective)
+    if objective.wpo and 'wpo' in READS[name]:
+      loss = wpo_weights(logps) * loss
+    total += weight * loss
+  if objective.sft_weight is not None:
+    total += objective.sft_weight * sft_loss(logps, objective)
+  if objective.kl_penalty_weight is not None:
+    total += objective.kl_penalty_weight * (logps.kl.chosen + logps.kl.rejected) / 2
+  return total
+
+
+def wpo_weights(logps: PairLogps) -> jax.Array:
+  """WPO's weight of each pair, [B, P]: how near to on-policy it is, without gradient.
+
+  The product over both responses of exp(mean over tokens of log(pi(y_t) / sum_v pi(v)^2)), the
+  "sampled alignment" of Zhou et al. 2024 (arXiv:2406.11827, eq. 2). The ratio is 1 in expectation
+  where y_t is the policy's own sample.
+  """
+  return jax.lax.stop_gradient(jnp.exp(logps.alignments.chosen + logps.alignments.rejected))
+
+
+def _refuse_unused(logps: PairLogps, objective: Objective) -> None:
+  for field in ('chosen_probability', 'margin'):
+    if getattr(logps, field) is not None and not objective.reads(field):
+      users = ', '.join(name for name in READS if field in READS[name])
+      raise ValueError(
+        f'The records give {field}, which objective.loss={objective.loss} does not use: remove it '
+        f'from the records, or use it with {users}.'
+      )
+  unweighted = SORTED.intersection(objective.loss)
+  if logps.pair_weight is not None and unweighted:
+    raise ValueError(
+      f'The records give pair_weight, which {", ".join(sorted(unweighted))} cannot use: it sorts '
+      'the batch, in which a pair has no loss of its own. Remove the weights or change the loss.'
+    )
