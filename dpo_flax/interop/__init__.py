@@ -1,0 +1,1 @@
+"""The outside world's weight formats: Hugging Face checkpoints and PEFT adapters."""

@@ -1,0 +1,279 @@
+"""Hugging Face checkpoints <-> our parameters, by one name table."""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from dpo_flax.interop.named_arrays import Slot, gather, gather_slot, load_arrays, make_slots, match
+from dpo_flax.interop.tensor_files import (
+  DTYPES,
+  TensorFile,
+  new_directory,
+  parse_json,
+  read_header,
+  write_tensors,
+)
+from dpo_flax.model.config import to_hf_config
+from dpo_flax.model.transformer import Transformer
+
+# Ours -> (theirs, transposed): torch's linear layers store [out, in], our kernels are [in, out].
+NAMES = {
+  'embed_tokens.embedding': ('model.embed_tokens.weight', False),
+  'blocks.input_norm.scale': ('model.layers.{}.input_layernorm.weight', False),
+  'blocks.attention.q_proj.kernel': ('model.layers.{}.self_attn.q_proj.weight', True),
+  'blocks.attention.k_proj.kernel': ('model.layers.{}.self_attn.k_proj.weight', True),
+  'blocks.attention.v_proj.kernel': ('model.layers.{}.self_attn.v_proj.weight', True),
+  'blocks.attention.o_proj.kernel': ('model.layers.{}.self_attn.o_proj.weight', True),
+  'blocks.post_attention_norm.scale': ('model.layers.{}.post_attention_layernorm.weight', False),
+  'blocks.mlp.gate_proj.kernel': ('model.layers.{}.mlp.gate_proj.weight', True),
+  'blocks.mlp.up_proj.kernel': ('model.layers.{}.mlp.up_proj.weight', True),
+  'blocks.mlp.down_proj.kernel': ('model.layers.{}.mlp.down_proj.weight', True),
+  'final_norm.scale': ('model.norm.weight', False),
+  'lm_head.kernel': ('lm_head.weight', True),
+}
+
+# Old writers stored the rotary frequencies, which follow from config.json.
+HARMLESS = re.compile(r'model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq')
+
+COPIED_FILES = (
+  'config.json',
+  'generation_config.json',
+  'tokenizer.json',
+  'tokenizer.model',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'chat_template.jinja',
+  'chat_template.json',
+)
+
+FILE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+SAMPLED_BYTES = 4096  # of a tensor, in a fingerprint
+SHARD_BYTES = 5 * 10**9  # of a written file; a larger tensor gets a file of its own
+
+Specs = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # name -> (dtype, shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """A directory in Hugging Face layout; its tensors are still on disk."""
+
+  directory: epath.Path
+  config: Mapping[str, Any]  # of config.json
+  tensors: Mapping[str, TensorFile]
+
+
+def open_checkpoint(path: str) -> Checkpoint:
+  """Opens a directory, local or gs://, or downloads a hub id (needs the `hub` extra).
+
+  Raises:
+    ValueError: there is no such checkpoint, or its files contradict each other.
+  """
+  directory = epath.Path(path).expanduser()
+  if not directory.is_dir():
+    directory = _download(path)
+  config = directory / 'config.json'
+  if not config.exists():
+    raise ValueError(f'{directory} has no config.json: no checkpoint in Hugging Face layout')
+  return Checkpoint(directory, parse_json(config.read_bytes(), config), _open_tensors(directory))
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+  """Returns a SHA-256 of config.json and of every tensor's name, type, shape and first bytes.
+
+  It tells models apart without reading them whole.
+  """
+  digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
+  for name, tensor in sorted(checkpoint.tensors.items()):
+    digest.update(f'{name} {tensor.dtype} {tensor.shape}'.encode())
+    with tensor.path.open('rb') as file:
+      file.seek(tensor.offset)
+      digest.update(file.read(SAMPLED_BYTES))
+  return digest.hexdigest()
+
+
+def load_base(
+  checkpoint: Checkpoint,
+  abstract: nnx.State,  # the base's Params as ShapeDtypeStructs, with their logical axes
+  mesh: Mesh,
+) -> nnx.State:
+  """Reads the base weights straight into arrays sharded over `mesh`, cast to `abstract`'s dtypes.
+
+  Raises:
+    ValueError: names every tensor that is missing, unexpected, misshapen or of a foreign dtype.
+  """
+  tensors, slots = _matched(checkpoint, abstract)
+  return load_arrays(tensors, slots, abstract, mesh)
+
+
+def save_merged(
+  model: Transformer,
+  checkpoint: Checkpoint | None,  # None: random weights, which no checkpoint holds
+  output: epath.PathLike,
+  *,
+  shard_bytes: int = SHARD_BYTES,
+) -> None:
+  """Writes base + adapters as a Hugging Face directory from process 0, one tensor at a time.
+
+  An adapted kernel is W + scale * A B, computed in float32 and rounded to the checkpoint's dtype.
+  All other tensors and files are the checkpoint's own; without one they are the model's.
+
+  Raises:
+    ValueError: `checkpoint` is not this model's, or `output` holds something else.
+  """
+  base = nnx.state(model, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
+  if checkpoint is None:
+    tensors, slots = None, make_slots(base, NAMES)
+    dtypes = dict.fromkeys(slots, np.dtype(model.config.weight_dtype))
+  else:
+    tensors, slots = _matched(checkpoint, base)
+    dtypes = {name: DTYPES[tensors[name].dtype] for name in slots}
+  # Wide dtypes first: no tensor is then misaligned in its file.
+  order = sorted(slots, key=lambda name: -dtypes[name].itemsize)
+  specs = {name: (dtypes[name], slots[name].shape) for name in order}
+  arrays = (_merged(model, base, slots[name], tensors and tensors[name]) for name in order)
+  if jax.process_index() == 0:
+    with new_directory(output) as directory:
+      _write_shards(directory, specs, arrays, shard_bytes)
+      _write_sidecars(directory, model, checkpoint)
+  else:
+    collections.deque(arrays, maxlen=0)  # takes part in gathering
+  multihost_utils.sync_global_devices(f'wrote {output}')
+
+
+def _download(path: str) -> epath.Path:
+  """Fetches a hub id into huggingface_hub's cache."""
+  if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', path):
+    raise ValueError(f'{path}: no such directory (and no hub id, which reads owner/name)')
+  try:
+    import huggingface_hub
+  except ImportError as error:
+    raise ValueError(
+      f"{path}: no such directory; to get it from the hub, run pip install 'dpo_flax[hub]'"
+    ) from error
+  patterns = [*COPIED_FILES, '*.safetensors', INDEX]
+  try:
+    found = huggingface_hub.snapshot_download(path, allow_patterns=patterns, ignore_patterns='*/*')
+  except (OSError, ValueError) as error:
+    raise ValueError(f'{path}: no such directory, and the hub did not give it: {error}') from error
+  return epath.Path(found)
+
+
+def _open_tensors(directory: epath.Path) -> dict[str, TensorFile]:
+  """Reads the headers of the one file, or of all that the index lists."""
+  if (directory / FILE).exists():
+    return read_header(directory / FILE)[1]
+  index = directory / INDEX
+  if not index.exists():
+    raise ValueError(f'{directory} has no {FILE} and no {INDEX}; .bin and .pt files are not read')
+  listed = parse_json(index.read_bytes(), index).get('weight_map')
+  if not isinstance(listed, dict):
+    raise ValueError(f'{index}: no weight_map')
+  tensors, faults = {}, []
+  for file in sorted(set(map(str, listed.values()))):
+    # The index may come from anyone: only plain names, so that nothing outside is opened.
+    if not re.fullmatch(r'\w[\w.-]*\.safetensors', file):
+      raise ValueError(f'{index}: {file!r} is no plain name of a .safetensors file beside it')
+    if not (directory / file).exists():
+      raise ValueError(f'{index}: {directory / file} does not exist: an incomplete download?')
+    for name, tensor in read_header(directory / file)[1].items():
+      if listed.get(name) != file:
+        faults.append(f'{name}: in {file}, but the index says {listed.get(name, "nothing of it")}')
+      tensors[name] = tensor
+  faults += [f'{name}: not in {file}' for name, file in listed.items() if name not in tensors]
+  if faults:
+    raise ValueError(f'{index} contradicts the files:\n  ' + '\n  '.join(faults))
+  return tensors
+
+
+def _matched(
+  checkpoint: Checkpoint, base: nnx.State
+) -> tuple[dict[str, TensorFile], dict[str, Slot]]:
+  """Returns the checkpoint's tensors and their places, which fit one another."""
+  slots, tensors = make_slots(base, NAMES), dict(checkpoint.tensors)
+  head, embedding = 'lm_head.weight', 'model.embed_tokens.weight'
+  if head not in slots and head in tensors and embedding in tensors:
+    # Some writers store a tied head again. An equal copy is harmless, another one is no tied head.
+    copy = tensors.pop(head)
+    if not _equal(copy, tensors[embedding]):
+      raise ValueError(
+        f'{checkpoint.directory}: tie_word_embeddings, but {head} differs from {embedding}'
+      )
+  match(tensors, slots, harmless=HARMLESS, where=str(checkpoint.directory))
+  return tensors, slots
+
+
+def _equal(left: TensorFile, right: TensorFile) -> bool:
+  rows = left.shape[0]
+  return (left.dtype, left.shape) == (right.dtype, right.shape) and all(
+    np.array_equal(left.read(start, stop), right.read(start, stop))
+    for start, stop in ((start, min(start + 4096, rows)) for start in range(0, rows, 4096))
+  )
+
+
+def _merged(
+  model: Transformer, base: nnx.State, slot: Slot, source: TensorFile | None
+) -> np.ndarray | None:
+  """Returns base + adapter of one tensor in its base's dtype; None where nothing is written."""
+  weight = gather_slot(base, slot) if source is None else None
+  adapter = None
+  module = functools.reduce(getattr, slot.path[:-1], model)
+  if slot.path[-1] == 'kernel' and module.adapted:
+    layer = ... if slot.layer is None else slot.layer
+    adapter = [gather(matrix[...][layer]) for matrix in (module.lora_a, module.lora_b)]
+  if jax.process_index():
+    return None
+  weight = source.read(0, source.shape[0]) if weight is None else weight
+  if adapter is None:
+    return weight
+  delta = module.scale * (adapter[0] @ adapter[1])
+  merged = weight.astype(np.float32) + (delta.T if slot.transposed else delta)
+  return merged.astype(weight.dtype)
+
+
+def _write_shards(
+  directory: epath.Path, specs: Specs, arrays: Iterator[np.ndarray], shard_bytes: int
+) -> None:
+  """Writes model.safetensors, or several files and their index."""
+  shards, sizes = [[]], [0]
+  for name, (dtype, shape) in specs.items():
+    size = math.prod(shape) * dtype.itemsize
+    if shards[-1] and sizes[-1] + size > shard_bytes:
+      shards.append([])
+      sizes.append(0)
+    shards[-1].append(name)
+    sizes[-1] += size
+  count = len(shards)
+  files = [f'model-{i:05d}-of-{count:05d}.safetensors' for i in range(1, count + 1)]
+  files = [FILE] if count == 1 else files
+  for file, names in zip(files, shards, strict=True):
+    parts = {name: specs[name] for name in names}
+    write_tensors(directory / file, parts, (next(arrays) for _ in names))
+  if count > 1:
+    listed = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    index = {'metadata': {'total_size': sum(sizes)}, 'weight_map': listed}
+    (directory / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def _write_sidecars(directory: epath.Path, model: Transformer, checkpoint: Checkpoint | None):
+  """Copies everything beside the weights byte for byte, or describes a model that had none."""
+  if checkpoint is None:
+    text = json.dumps(to_hf_config(model.config), indent=2)
+    (directory / 'config.json').write_text(text)
+    return
+  for name in COPIED_FILES:
+    if (checkpoint.directory / name).exists():
+      (directory / name).write_bytes((checkpoint.directory / name).read_bytes())
