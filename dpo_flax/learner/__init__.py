@@ -1,0 +1,1 @@
+"""The learning rule: what is trainable, the optimizer and the jitted step."""

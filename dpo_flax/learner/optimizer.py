@@ -1,0 +1,39 @@
+"""The optimizer: learning-rate schedule, gradient clipping and AdamW."""
+
+import optax
+from ml_collections import ConfigDict
+
+
+def make_schedule(config: ConfigDict, num_train_steps: int) -> optax.Schedule:
+  """Returns step -> learning rate: a linear rise from 0, then `config.lr_schedule` to the end.
+
+  Args:
+    config: the run's `optimizer` section.
+    num_train_steps: optimizer steps of the whole run.
+  """
+  warmup_steps = round(config.warmup * num_train_steps)
+  decay_steps = max(num_train_steps - warmup_steps, 1)
+  peak = config.learning_rate
+  after = {
+    'cosine': optax.cosine_decay_schedule(peak, decay_steps),
+    'linear': optax.linear_schedule(peak, 0.0, decay_steps),
+    'constant': optax.constant_schedule(peak),
+  }[config.lr_schedule]
+  if not warmup_steps:
+    return after
+  rise = optax.linear_schedule(0.0, peak, warmup_steps)
+  return optax.join_schedules([rise, after], [warmup_steps])
+
+
+def make_optimizer(config: ConfigDict, num_train_steps: int) -> optax.GradientTransformation:
+  """Returns AdamW (arXiv:1711.05101) behind a clip of the gradient's global norm."""
+  adamw = optax.adamw(
+    make_schedule(config, num_train_steps),
+    b1=config.b1,
+    b2=config.b2,
+    eps=config.eps,
+    weight_decay=config.weight_decay,
+  )
+  if not config.max_grad_norm:
+    return adamw
+  return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)

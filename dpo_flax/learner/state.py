@@ -1,0 +1,68 @@
+"""What a run learns: the trainable part of a model, the optimizer's state and the step."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from dpo_flax.model.transformer import Transformer
+from dpo_flax.sharding import named_shardings
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RewardMean:
+  """The running mean of the implicit rewards of both responses of every pair, for bco_pair."""
+
+  mean: jax.Array  # [] float32
+  count: jax.Array  # [] float32, responses seen
+
+  def add(self, total: jax.Array, count: jax.Array) -> 'RewardMean':
+    """Returns the mean after `count` more rewards that sum to `total`."""
+    seen = self.count + count
+    return RewardMean(self.mean + (total - count * self.mean) / jnp.maximum(seen, 1), seen)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """Everything that changes from step to step, and all that a checkpoint must hold of it."""
+
+  step: jax.Array  # [] int32, optimizer steps done
+  trainable: nnx.State  # float32
+  opt_state: Any
+  rewards: RewardMean
+
+
+class Models(NamedTuple):
+  """The two models of a run. Under LoRA they are two views of the same variables."""
+
+  policy: Transformer
+  reference: Transformer
+
+
+def split_models(models: Models) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+  """Returns (graphdef, trainable, frozen): the policy's adapters learn, everything else does not.
+
+  Variables that both models hold appear once; `nnx.merge` of the three gives both models back.
+  """
+  # LoRAParam is a Param too, so it must be named first.
+  return nnx.split(models, nnx.LoRAParam, ...)
+
+
+def init_state(
+  trainable: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+  """Returns the state at step 0, the optimizer's moments sharded like their parameters."""
+
+  def init(trainable):
+    rewards = RewardMean(mean=jnp.zeros(()), count=jnp.zeros(()))
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), rewards)
+
+  # Left alone, jit would replicate the moments.
+  shardings = named_shardings(jax.eval_shape(init, trainable), mesh)
+  return jax.jit(init, out_shardings=shardings)(trainable)
