@@ -1,0 +1,165 @@
+"""The command itself: real processes on the example that ships with the package."""
+
+import json
+import math
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS = 6
+
+
+def command(workdir, *overrides, devices=1):
+  """Returns the arguments and environment of a short run of configs/tiny.py."""
+  small = {
+    'workdir': workdir,
+    'train.num_epochs': 0,
+    'train.num_train_steps': STEPS,
+    'train.eval_every': 3,
+    'train.save_every': 2,
+    'train.log_every': 2,
+    'batch.rows': 4,
+    'batch.tokens': 256,
+  }
+  flags = [f'--config.{name}={value}' for name, value in small.items()]
+  arguments = [sys.executable, '-m', 'dpo_flax.train', '--config=configs/tiny.py', *flags]
+  environment = os.environ | {
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.cache' / 'jax'),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
+  }
+  return {'args': [*arguments, *overrides], 'env': environment, 'cwd': ROOT}
+
+
+def run(workdir, *overrides, devices=1):
+  """Runs to the end and returns the finished process."""
+  return subprocess.run(
+    **command(workdir, *overrides, devices=devices), capture_output=True, text=True, check=False
+  )
+
+
+def metrics(workdir, split):
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  return [line for line in map(json.loads, lines) if line['split'] == split and 'dpo_loss' in line]
+
+
+def final_state(workdir):
+  """Path -> array of the last checkpoint, read by Orbax alone."""
+  step = max(int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit())
+  with ocp.StandardCheckpointer() as checkpointer:
+    restored = checkpointer.restore(workdir / 'checkpoints' / str(step) / 'state')
+  return step, {name: np.asarray(value) for name, value in restored.items()}
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('uninterrupted')
+  process = run(workdir)
+  assert process.returncode == 0, process.stderr
+  return workdir, process
+
+
+def test_loss_starts_at_ln_two_and_falls(uninterrupted):
+  workdir, _ = uninterrupted
+  train = metrics(workdir, 'train')
+  assert train[0]['dpo_loss'] == pytest.approx(math.log(2), abs=1e-6)
+  assert train[-1]['dpo_loss'] < train[0]['dpo_loss']
+
+
+def test_validation_is_first_before_any_step_and_last_after_the_final_one(uninterrupted):
+  workdir, _ = uninterrupted
+  validation = metrics(workdir, 'validation')
+  assert [line['step'] for line in validation] == [0, 3, 6]
+  assert len({line['pairs'] for line in validation}) == 1
+  assert validation[0]['dpo_loss'] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_screen_tells_steps_and_where_the_adapter_is(uninterrupted):
+  workdir, process = uninterrupted
+  assert 'step 6/6' in process.stdout
+  assert 'held-out dpo_accuracy' in process.stdout
+  assert f'wrote {workdir}/peft' in process.stdout
+  assert (workdir / 'peft' / 'adapter_model.safetensors').exists()
+
+
+@pytest.mark.parametrize('seed', [0, 1])
+def test_killed_run_goes_on_to_the_same_bits(uninterrupted, tmp_path, seed):
+  """SIGKILL at random moments, until a run reaches the end."""
+  rng = random.Random(seed)
+  for _ in range(3):
+    process = subprocess.Popen(
+      **command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    time.sleep(rng.uniform(2, 12))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+  process = run(tmp_path)
+  assert process.returncode == 0, process.stderr
+  expected, actual = final_state(uninterrupted[0]), final_state(tmp_path)
+  assert actual[0] == expected[0] == STEPS
+  assert actual[1].keys() == expected[1].keys()
+  for name, array in expected[1].items():
+    np.testing.assert_array_equal(actual[1][name], array, err_msg=name)
+  steps = [(line['step'], line['split']) for line in metrics(tmp_path, 'train')]
+  assert len(steps) == len(set(steps))
+
+
+def test_finished_run_is_not_run_again(uninterrupted):
+  workdir, _ = uninterrupted
+  before = (workdir / 'metrics.jsonl').read_text()
+  process = run(workdir)
+  assert process.returncode == 0, process.stderr
+  assert (workdir / 'metrics.jsonl').read_text() == before
+
+
+def test_other_config_on_resume_is_refused_by_name(uninterrupted):
+  process = run(uninterrupted[0], '--config.objective.beta=0.2', '--config.lora.alpha=8')
+  assert process.returncode == 2
+  assert 'objective.beta: saved 0.1, now 0.2' in process.stderr
+  assert 'lora.alpha: saved 16.0, now 8.0' in process.stderr
+
+
+def test_other_data_on_resume_is_refused(uninterrupted, tmp_path):
+  lines = (ROOT / 'dpo_flax/examples/tiny/pairs.jsonl').read_text().splitlines(keepends=True)
+  (tmp_path / 'pairs.jsonl').write_text(''.join(lines[:-1]))
+  process = run(uninterrupted[0], f'--config.data.train={tmp_path}/pairs.jsonl')
+  assert process.returncode == 2
+  assert 'data: saved' in process.stderr
+
+
+def test_sharded_run_equals_the_single_device_run(uninterrupted, tmp_path):
+  process = run(tmp_path, '--config.mesh.fsdp=4', '--config.mesh.tensor=2', devices=8)
+  assert process.returncode == 0, process.stderr
+  pairs = zip(metrics(tmp_path, 'validation'), metrics(uninterrupted[0], 'validation'), strict=True)
+  for sharded, single in pairs:
+    for name in ('dpo_loss', 'dpo_margin_policy', 'dpo_chosen_reward'):
+      assert sharded[name] == pytest.approx(single[name], abs=2e-4), name
+
+
+@pytest.mark.parametrize(
+  ('override', 'message'),
+  [
+    ('--config.lora.rank=8', 'lora.rank'),
+    ('--config.lora.r=many', 'lora.r'),
+    ('--config.lora.r=0', 'lora.r=0: must be at least 1'),
+    ('--config.model.preset=tiney', 'tiny'),
+    ('--config.data.train=nowhere.jsonl', 'nowhere.jsonl'),
+    ('--config.batch.rows=3', 'batch.rows=3'),
+    ('--config.mesh.data=3', 'mesh.data=3'),
+    ('--config.lora.target_modules=["q_prj"]', 'q_prj'),
+  ],
+)
+def test_mistakes_end_in_one_message_without_a_traceback(tmp_path, override, message):
+  process = run(tmp_path, override, devices=2)
+  assert process.returncode != 0
+  assert message in process.stderr + process.stdout
+  assert 'Traceback' not in process.stderr
