@@ -1,0 +1,1 @@
+"""What configs/tiny.py trains on, and how it was made."""
