@@ -1,18 +1,34 @@
 """Attention under the one mask rule: queries q see key t where t <= q < visible_until[t]."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dpo_flax.model import pallas_attention
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.layers import apply_rope
 from dpo_flax.model.lora import LoraConfig, Projection
+from dpo_flax.sharding import partition_spec
 
 # Queries per block: each block only meets the keys up to its own end, so half of all scores are
 # never computed, and no [H, T, T] array exists.
 QUERY_BLOCK = 256
+
+
+class Mask(NamedTuple):
+  """What each query may see, prepared once for all layers."""
+
+  visible_until: jax.Array  # [B, T] int32
+  plan: pallas_attention.BlockPlan | None  # of the Pallas kernel alone
+
+
+def make_mask(visible_until: jax.Array, backend: str) -> Mask:
+  """Returns the mask of a batch for one backend: xla | pallas."""
+  pallas = backend == 'pallas'
+  return Mask(visible_until, pallas_attention.make_block_plan(visible_until) if pallas else None)
 
 
 class Attention(nnx.Module):
@@ -22,7 +38,7 @@ class Attention(nnx.Module):
     def projection(name, features, axes):
       return Projection(name, features, axes, config=config, lora=lora, rngs=rngs)
 
-    self.head_dim = config.head_dim
+    self.head_dim, self.backend = config.head_dim, config.attention
     heads, kv_heads = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
     embed = config.embed_dim
     self.q_proj = projection('q_proj', (embed, heads), ('embed', 'heads'))
@@ -34,7 +50,7 @@ class Attention(nnx.Module):
     self,
     hidden: jax.Array,  # [B, T, D]
     angles: jax.Array,  # [B, T, head_dim / 2]
-    visible_until: jax.Array,  # [B, T]
+    mask: Mask,
     dropout_key: jax.Array | None = None,
   ) -> jax.Array:  # [B, T, D]
     rows, tokens, _ = hidden.shape
@@ -44,8 +60,31 @@ class Attention(nnx.Module):
 
     queries = apply_rope(heads(self.q_proj), angles)
     keys = apply_rope(heads(self.k_proj), angles)
-    mixed = xla_attention(queries, keys, heads(self.v_proj), visible_until)
+    mixed = attend(queries, keys, heads(self.v_proj), mask, self.backend)
     return self.o_proj(mixed.reshape(rows, tokens, -1), dropout_key)
+
+
+def attend(
+  queries: jax.Array,  # [B, T, H, head_dim]
+  keys: jax.Array,  # [B, T, K, head_dim]
+  values: jax.Array,  # [B, T, K, head_dim]
+  mask: Mask,
+  backend: str,  # xla | pallas
+) -> jax.Array:  # [B, T, H, head_dim]
+  """Softmax attention under the mask, by the backend the mask was made for."""
+  if backend == 'xla':
+    return xla_attention(queries, keys, values, mask.visible_until)
+  queries = (queries * queries.shape[-1] ** -0.5).astype(queries.dtype)
+  heads_first = (array.swapaxes(1, 2) for array in (queries, keys, values))
+  # The compiler cannot split a kernel: each device runs it on its own rows and heads.
+  rows, split = partition_spec('rows'), partition_spec('rows', 'heads')
+  kernel = jax.shard_map(
+    pallas_attention.pallas_attention,
+    in_specs=(split, split, split, rows, rows),
+    out_specs=split,
+    check_vma=False,
+  )
+  return kernel(*heads_first, *mask).swapaxes(1, 2)
 
 
 def xla_attention(

@@ -37,7 +37,7 @@ class ModelConfig:
   dtype: Any  # of activations and matrix products
   weight_dtype: Any  # of the base weights in memory
   remat: str  # full | dots | none
-  attention: str  # auto | xla | splash
+  attention: str  # xla | pallas (TPU)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dpo_flax.model.attention import Attention
+from dpo_flax.model.attention import Attention, Mask, make_mask
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.layers import MLP, RMSNorm, rope_angles
 from dpo_flax.model.lora import LoraConfig, Projection
@@ -31,11 +31,11 @@ class Block(nnx.Module):
     self,
     hidden: jax.Array,  # [B, T, D]
     angles: jax.Array,  # [B, T, head_dim / 2]
-    visible_until: jax.Array,  # [B, T]
+    mask: Mask,
     dropout_key: jax.Array | None = None,
   ) -> jax.Array:  # [B, T, D]
     normed = self.input_norm(hidden)
-    hidden = hidden + self.attention(normed, angles, visible_until, dropout_key)
+    hidden = hidden + self.attention(normed, angles, mask, dropout_key)
     hidden = hidden + self.mlp(self.post_attention_norm(hidden), dropout_key)
     return constrain(hidden, 'rows', 'tokens', 'activation')
 
@@ -106,20 +106,21 @@ def run_streams(
   """
   config = policy.config
   angles = rope_angles(batch['positions'], config)
+  mask = make_mask(batch['visible_until'], config.attention)
   models = (policy,) if reference is None else (policy, reference)
   # Splitting both at once keeps one copy of a variable that both hold.
   graphdef, layers = nnx.split(tuple(model.blocks for model in models))
   keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
 
   def policy_layer(block, hidden, key):
-    return block(hidden, angles, batch['visible_until'], key)
+    return block(hidden, angles, mask, key)
 
   def layer(streams, inputs):
     layer_state, key = inputs
     blocks = nnx.merge(graphdef, layer_state)
     hidden = _rematerialised(policy_layer, config.remat)(blocks[0], streams[0], key)
     others = [
-      jax.lax.stop_gradient(block(stream, angles, batch['visible_until']))
+      jax.lax.stop_gradient(block(stream, angles, mask))
       for block, stream in zip(blocks[1:], streams[1:], strict=True)
     ]
     return (hidden, *others), None

@@ -11,7 +11,7 @@ from flax import nnx
 from dpo_flax.model.config import PRESETS, Llama3Scaling, from_hf_config, from_preset, to_hf_config
 from dpo_flax.model.transformer import Transformer
 
-RUN = {'dtype': jnp.float32, 'weight_dtype': jnp.bfloat16, 'remat': 'full', 'attention': 'auto'}
+RUN = {'dtype': jnp.float32, 'weight_dtype': jnp.bfloat16, 'remat': 'full', 'attention': 'xla'}
 LLAMA3 = {
   'rope_type': 'llama3',
   'factor': 32.0,

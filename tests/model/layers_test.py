@@ -1,0 +1,106 @@
+"""The small parts against transformers' and against closed forms."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from transformers.models.llama import modeling_llama
+
+from dpo_flax.model.config import Llama3Scaling
+from dpo_flax.model.layers import MLP, RMSNorm, apply_rope, rope_angles
+
+SCALING = Llama3Scaling(
+  factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)
+
+
+def normal(*shape, seed=0):
+  return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize('epsilon', [1e-6, 0.1])
+def test_rms_norm_equals_transformers(make_model_config, epsilon):
+  hidden, scale = normal(2, 5, 32), normal(32, seed=1)
+  ours = RMSNorm(make_model_config(rms_norm_eps=epsilon))
+  ours.scale[...] = jnp.asarray(scale)
+  theirs = modeling_llama.LlamaRMSNorm(32, eps=epsilon)
+  theirs.weight.data = torch.tensor(scale)
+  expected = theirs(torch.tensor(hidden)).detach().numpy()
+  np.testing.assert_allclose(ours(jnp.asarray(hidden)), expected, atol=1e-6)
+
+
+def test_rms_norm_of_bfloat16_is_taken_in_float32(make_model_config):
+  """Rounded once, at the end: nearly every number is the float32 one's nearest."""
+  config = make_model_config(embed_dim=4096, dtype=jnp.bfloat16, weight_dtype=jnp.bfloat16)
+  hidden = jnp.asarray(normal(1, 1, 4096), jnp.bfloat16)
+  normed = RMSNorm(config)(hidden)
+  wide = np.asarray(hidden, np.float32)
+  expected = jnp.asarray(wide / np.sqrt((wide**2).mean()), jnp.bfloat16)
+  assert normed.dtype == jnp.bfloat16
+  assert np.mean(normed == expected) > 0.99
+
+
+@pytest.mark.parametrize('scaling', [None, SCALING], ids=['plain', 'llama3'])
+def test_rotation_equals_transformers(make_model_config, scaling):
+  config = make_model_config(head_dim=16, rope_theta=500_000.0, rope_scaling=scaling)
+  positions = np.array([[0, 1, 2, 63, 64], [7, 7, 500, 8000, 8001]])
+  heads = normal(2, 5, 3, 16)
+  parameters = {'rope_type': 'default', 'rope_theta': config.rope_theta}
+  if scaling is not None:
+    parameters |= {'rope_type': 'llama3'} | dataclasses.asdict(scaling)
+  theirs = modeling_llama.LlamaRotaryEmbedding(
+    transformers.LlamaConfig(
+      hidden_size=48, num_attention_heads=3, head_dim=16, rope_parameters=parameters
+    )
+  )
+  cos, sin = theirs(torch.tensor(heads), torch.tensor(positions))
+  expected, _ = modeling_llama.apply_rotary_pos_emb(
+    torch.tensor(heads), torch.tensor(heads), cos, sin, unsqueeze_dim=2
+  )
+  ours = apply_rope(jnp.asarray(heads), rope_angles(jnp.asarray(positions), config))
+  # A float32 angle of 8,000 radians is right to 5e-4.
+  np.testing.assert_allclose(ours, expected.numpy(), atol=2e-3)
+  np.testing.assert_allclose(ours[0], expected.numpy()[0], atol=2e-5)
+
+
+def test_rotated_products_depend_on_the_distance_alone(make_model_config):
+  config = make_model_config(head_dim=16)
+  query, key = jnp.asarray(normal(1, 1, 1, 16)), jnp.asarray(normal(1, 1, 1, 16, seed=1))
+
+  def product(query_at, key_at):
+    turned = [
+      apply_rope(heads, rope_angles(jnp.array([[at]]), config))
+      for heads, at in ((query, query_at), (key, key_at))
+    ]
+    return float(jnp.sum(turned[0] * turned[1]))
+
+  assert product(9, 4) == pytest.approx(product(105, 100), abs=1e-4)
+  assert product(9, 4) != pytest.approx(product(9, 5), abs=1e-2)
+
+
+def test_angles_stay_float32_under_bfloat16(make_model_config):
+  """In bfloat16, positions 1000 and 1001 would be the same."""
+  config = make_model_config(dtype=jnp.bfloat16)
+  angles = rope_angles(jnp.array([[1000, 1001]]), config)
+  assert angles.dtype == jnp.float32
+  assert float(angles[0, 1, 0] - angles[0, 0, 0]) == 1.0
+  heads = jnp.ones((1, 2, 1, config.head_dim), jnp.bfloat16)
+  assert apply_rope(heads, angles).dtype == jnp.bfloat16
+
+
+def test_mlp_equals_its_formula(make_model_config):
+  config = make_model_config()
+  mlp = MLP(config, None, nnx.Rngs(0))
+  hidden = normal(2, 3, config.embed_dim)
+  gate, up, down = (
+    np.asarray(projection.kernel[...], np.float64)
+    for projection in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+  )
+  gated = hidden @ gate
+  expected = (gated / (1 + np.exp(-gated)) * (hidden @ up)) @ down
+  np.testing.assert_allclose(jax.jit(mlp)(jnp.asarray(hidden)), expected, atol=1e-5)
