@@ -1,4 +1,4 @@
-"""Settings every test shares: eight virtual CPU devices, strict JAX, a compilation cache."""
+"""Settings, small models and small batches that tests share. Eight virtual CPU devices."""
 
 import os
 import pathlib
@@ -10,8 +10,23 @@ os.environ['XLA_FLAGS'] = (
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 
-import jax  # noqa: E402  (the flags above must be set before the first import)
-from absl import flags  # noqa: E402
+# The flags above must be set before the first import of jax.
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from flax import nnx
+
+from dpo_flax import assemble, config
+from dpo_flax.data import pack
+from dpo_flax.learner.state import Models
+from dpo_flax.learner.step import StepOptions
+from dpo_flax.model.config import ModelConfig
+from dpo_flax.model.lora import BLOCK_PROJECTIONS, LoraConfig
+from dpo_flax.objective.settings import Objective
+from dpo_flax.sharding import AXES, make_mesh
 
 CACHE = pathlib.Path(__file__).parent.parent / '.cache' / 'jax'
 
@@ -21,3 +36,140 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 # Grain's worker processes read absl flags, which pytest never parses.
 flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope='session')
+def make_model_config():
+  """Makes a ModelConfig of two small float32 layers; fields may be given."""
+
+  def make(**changes) -> ModelConfig:
+    values = {
+      'vocab_size': 97,
+      'embed_dim': 32,
+      'mlp_dim': 48,
+      'num_layers': 2,
+      'num_heads': 4,
+      'num_kv_heads': 2,
+      'head_dim': 8,
+      'rms_norm_eps': 1e-5,
+      'rope_theta': 10_000.0,
+      'rope_scaling': None,
+      'tie_word_embeddings': False,
+      'initializer_range': 0.2,
+      'dtype': jnp.dtype('float32'),
+      'weight_dtype': jnp.dtype('float32'),
+      'remat': 'full',
+      'attention': 'xla',
+    }
+    return ModelConfig(**values | changes)
+
+  return make
+
+
+@pytest.fixture(scope='session')
+def make_lora():
+  """Makes a LoraConfig on every linear layer of the blocks, with a scale that is not 1."""
+
+  def make(**changes) -> LoraConfig:
+    values = {'r': 4, 'alpha': 10.0, 'dropout': 0.0, 'rslora': False}
+    return LoraConfig(**values | {'targets': frozenset(BLOCK_PROJECTIONS)} | changes)
+
+  return make
+
+
+@pytest.fixture(scope='session')
+def make_mesh_of():
+  """Makes a mesh of sizes such as `fsdp=4, tensor=2` over the first devices that fill it."""
+
+  def make(**sizes):
+    sizes = {axis: sizes.get(axis, 1) for axis in AXES}
+    return make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+
+  return make
+
+
+@pytest.fixture(scope='session')
+def make_models(make_mesh_of):
+  """Makes policy and reference; unless `zero_b`, trained-looking adapters tell them apart.
+
+  The norms' scales are random too, because ones would hide a forgotten scale.
+  """
+
+  def make(
+    model_config: ModelConfig, lora: LoraConfig | None, *, zero_b=False, mesh=None
+  ) -> Models:
+    mesh = mesh or make_mesh_of()
+    policy = assemble.load_model(model_config, lora, checkpoint=None, mesh=mesh, seed=0)
+    random = np.random.default_rng(0)
+
+    def draw(path, leaf):
+      name = jax.tree_util.keystr(path)
+      if 'norm' not in name and ('lora_b' not in name or zero_b):
+        return leaf
+      value = (1.0 if 'norm' in name else 0.0) + 0.2 * random.standard_normal(leaf.shape)
+      return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
+
+    graphdef, state = nnx.split(policy)
+    policy = nnx.merge(graphdef, jax.tree.map_with_path(draw, state))
+    return Models(policy, nnx.view(policy, adapted=False))
+
+  return make
+
+
+@pytest.fixture(scope='session')
+def draw_pairs():
+  """Draws `count` tokenized pairs from a seed: prompts of 1-8 tokens, responses of 1-10."""
+
+  def draw(count: int, *, seed: int = 0, vocab: int = 97) -> list[pack.PackedPair]:
+    random = np.random.default_rng(seed)
+
+    def ids(longest):
+      return random.integers(1, vocab, random.integers(1, longest + 1), dtype=np.int32)
+
+    return [pack.PackedPair(i, ids(8), ids(10), ids(10)) for i in range(count)]
+
+  return draw
+
+
+@pytest.fixture(scope='session')
+def fill_batch():
+  """Packs rows of pairs into a batch of 96 tokens a row, in jax arrays."""
+
+  def fill(rows, *, layout='shared', tokens=96, pairs_per_row=4, **options):
+    options |= {'layout': layout, 'tokens': tokens, 'pairs_per_row': pairs_per_row}
+    return jax.tree.map(jnp.asarray, pack.fill_batch(rows, **options))
+
+  return fill
+
+
+@pytest.fixture(scope='session')
+def make_options():
+  """Makes StepOptions; arguments that are no field of theirs belong to the objective."""
+
+  def make(
+    *, logits_chunk=16, microbatches=1, head_is_trained=False, dropout_seed=None, **objective
+  ) -> StepOptions:
+    settings = config.default().objective
+    settings.update(objective)
+    return StepOptions(
+      objective=Objective.from_config(settings),
+      logits_chunk=logits_chunk,
+      microbatches=microbatches,
+      head_is_trained=head_is_trained,
+      dropout_seed=dropout_seed,
+    )
+
+  return make
+
+
+@pytest.fixture(scope='session')
+def arrays_in():
+  """Lists every array a function computes, inside its loops and branches too."""
+
+  def walk(jaxpr):
+    for equation in jaxpr.eqns:
+      yield from (variable.aval for variable in equation.outvars)
+      for inner in jax.extend.core.jaxprs_in_params(equation.params):
+        yield from walk(inner)
+
+  return lambda function, *inputs: list(walk(jax.make_jaxpr(function)(*inputs).jaxpr))

@@ -134,7 +134,7 @@ def make_train_step(
       return share, report | {'rewards': _reward_sums(logps, options.objective)}
 
     gradients, sums = _accumulate(loss, state.trainable, batch, options.microbatches)
-    grad_norm = optax.global_norm(gradients)
+    grad_norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums['means']['dpo_loss'][0])
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
     updated = TrainState(
