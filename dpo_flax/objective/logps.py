@@ -109,7 +109,7 @@ def _chunk_statistics(
 
 def _run_recomputing(visit, inputs, loss_mask, chunk) -> TokenStatistics:
   """Under plain autodiff, which forms each chunk's logits again in backward."""
-  return _map_responses(jax.checkpoint(visit), inputs, loss_mask, chunk)
+  return _map_responses(visit, inputs, loss_mask, chunk)
 
 
 def _run_saving_gradients(visit, inputs, loss_mask, chunk, differentiable) -> TokenStatistics:
@@ -169,6 +169,8 @@ def _map_responses(
     return None, jax.lax.cond(number * chunk < fullest, function, lambda _: idle, inputs)
 
   indices = padded.reshape(rows, visits, chunk).swapaxes(0, 1)
+  # Around the condition: inside it, autodiff would keep the head's weights for each visit.
+  visit = jax.checkpoint(visit, prevent_cse=False)
   _, results = jax.lax.scan(visit, None, (jnp.arange(visits), indices))
   place = jnp.argsort(order, axis=1)
 
