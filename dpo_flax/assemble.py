@@ -1,26 +1,99 @@
-"""Config -> the models of a run on its mesh: what every command builds first."""
+"""Config -> all the parts of a run on its mesh: what every command builds first."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dpo_flax.interop.hf_weights import Checkpoint, load_base
-from dpo_flax.learner.state import Models
+from dpo_flax import config as config_lib
+from dpo_flax.checkpoint import RunIdentity
+from dpo_flax.data.loader import PreparedData, prepare, steps_for_epochs
+from dpo_flax.interop.hf_weights import Checkpoint, fingerprint, load_base, open_checkpoint
+from dpo_flax.learner.optimizer import make_optimizer
+from dpo_flax.learner.state import Models, TrainState, init_state, split_models
+from dpo_flax.learner.step import StepOptions
 from dpo_flax.model.config import ModelConfig, from_hf_config, from_preset
 from dpo_flax.model.lora import LoraConfig, resolve_targets
 from dpo_flax.model.transformer import Transformer
-from dpo_flax.sharding import named_shardings
+from dpo_flax.objective.settings import Objective
+from dpo_flax.sharding import named_shardings, row_parts
 
 
-def make_model_config(config: ConfigDict, checkpoint: Checkpoint | None) -> ModelConfig:
-  """Returns the architecture of `checkpoint`, or of `config.model.preset` without one."""
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """Everything that stays the same from the first step to the last."""
+
+  config: ConfigDict
+  mesh: Mesh
+  data: PreparedData
+  num_steps: int
+  lora: LoraConfig
+  base: Checkpoint | None  # None: random weights
+  graphdef: nnx.GraphDef
+  frozen: nnx.State
+  optimizer: optax.GradientTransformation
+  options: StepOptions
+  identity: RunIdentity
+
+
+def build(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
+  """Prepares the data and the models; the state is that of step 0.
+
+  Raises:
+    ValueError: the config, the data or the weights are unfit. Cheap checks come first.
+  """
+  config_lib.validate_rows(config, row_parts(mesh))
+  objective = Objective.from_config(config.objective)
+  base, other = (
+    open_checkpoint(path) if path else None
+    for path in (config.initialize_from_hf, config.reference_model_path)
+  )
+  model_config = make_model_config(config, base, mesh)
+  lora = make_lora_config(config, model_config)
+  if base and not config.data.tokenizer:
+    config.data.tokenizer = str(base.directory)
+  data = prepare(config, vocab_size=model_config.vocab_size)
+  num_steps = config.train.num_train_steps or steps_for_epochs(data, config)
+  models = load_models(config, model_config, lora, base=base, reference=other, mesh=mesh)
+  graphdef, trainable, frozen = split_models(models)
+  optimizer = make_optimizer(config.optimizer, num_steps)
+  run = Run(
+    config=config,
+    mesh=mesh,
+    data=data,
+    num_steps=num_steps,
+    lora=lora,
+    base=base,
+    graphdef=graphdef,
+    frozen=frozen,
+    optimizer=optimizer,
+    options=make_step_options(config, objective, lora),
+    identity=make_identity(config, data, base, other),
+  )
+  return run, init_state(trainable, optimizer, mesh)
+
+
+def make_model_config(config: ConfigDict, checkpoint: Checkpoint | None, mesh: Mesh) -> ModelConfig:
+  """Returns the architecture of `checkpoint`, or of `config.model.preset` without one.
+
+  Raises:
+    ValueError: the architecture is none of ours, or the attention is not for these devices.
+  """
+  platform = mesh.devices.flat[0].platform
+  attention = config.model.attention
+  if attention == 'auto':
+    attention = 'pallas' if platform == 'tpu' else 'xla'
+  if attention == 'pallas' and platform != 'tpu':
+    raise ValueError(f'model.attention=pallas runs on TPU, not on {platform}: leave it at auto')
   run = {
     'dtype': jnp.dtype(config.model.dtype),
     'weight_dtype': jnp.dtype(config.model.weight_dtype),
     'remat': config.model.remat,
-    'attention': config.model.attention,
+    'attention': attention,
   }
   if checkpoint is None:
     return from_preset(config.model.preset, **run)
@@ -34,6 +107,29 @@ def make_lora_config(config: ConfigDict, model_config: ModelConfig) -> LoraConfi
   return LoraConfig(
     r=lora.r, alpha=lora.alpha, dropout=lora.dropout, rslora=lora.rslora, targets=targets
   )
+
+
+def make_step_options(config: ConfigDict, objective: Objective, lora: LoraConfig) -> StepOptions:
+  """Returns what the step needs to know."""
+  return StepOptions(
+    objective=objective,
+    logits_chunk=config.model.logits_chunk,
+    microbatches=config.batch.microbatches,
+    head_is_trained='lm_head' in lora.targets,
+    dropout_seed=config.seed if config.lora.dropout else None,
+  )
+
+
+def make_identity(
+  config: ConfigDict, data: PreparedData, base: Checkpoint | None, reference: Checkpoint | None
+) -> RunIdentity:
+  """Returns what a checkpoint of this run may be continued under."""
+  fingerprints = {
+    'data': data.fingerprint,
+    'initialize_from_hf': base and fingerprint(base),
+    'reference_model_path': reference and fingerprint(reference),
+  }
+  return RunIdentity(config_lib.identity(config), fingerprints)
 
 
 def load_models(
@@ -56,7 +152,7 @@ def load_models(
   policy = load_model(model_config, lora, checkpoint=base, mesh=mesh, seed=config.seed)
   if reference is None:
     return Models(policy, nnx.view(policy, adapted=False))
-  other = make_model_config(config, reference)
+  other = make_model_config(config, reference, mesh)
   if other.vocab_size != model_config.vocab_size:
     raise ValueError(
       f'reference_model_path={config.reference_model_path}: its vocabulary has {other.vocab_size} '

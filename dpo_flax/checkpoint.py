@@ -38,9 +38,10 @@ _TRASH = 'trash'
 
 
 class Checkpoints:
-  """The steps saved in one directory, newest last."""
+  """The steps of one run, saved in one directory."""
 
-  def __init__(self, directory: epath.PathLike, *, keep: int):
+  def __init__(self, directory: epath.PathLike, identity: RunIdentity, *, keep: int):
+    self.identity = identity
     self.directory = epath.Path(directory).resolve()  # Orbax wants an absolute path
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
@@ -56,16 +57,34 @@ class Checkpoints:
     """Returns the newest complete step, None when there is none."""
     return self._manager.latest_step()
 
-  def save(self, state: TrainState, step: int, identity: RunIdentity):
+  def save(self, state: TrainState, step: int):
     """Starts writing `state` as `step`; returns once the arrays are copied off the devices."""
     self._empty_trash()
-    record = {'step': step, **dataclasses.asdict(identity)}
+    record = {'step': step, **dataclasses.asdict(self.identity)}
     self._manager.save(
       step,
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(_named_arrays(state)), run=ocp.args.JsonSave(record)
       ),
     )
+
+  def resume(self, state: TrainState) -> tuple[TrainState, int]:
+    """Returns the newest step's state and number; `state` and 0 where nothing is saved.
+
+    Raises:
+      ValueError: it was saved under another identity; names what differs.
+    """
+    step = self.latest()
+    if step is None:
+      return state, 0
+    differences = self.saved_identity(step).differences(self.identity)
+    if differences:
+      raise ValueError(
+        f'{self.directory} holds step {step} of another run:\n  '
+        + '\n  '.join(differences)
+        + '\nSet these back to go on with it, or choose another workdir.'
+      )
+    return self.restore(state, step), step
 
   def restore(self, state: TrainState, step: int) -> TrainState:
     """Returns the state saved as `step`, on the shardings of `state`.
@@ -88,7 +107,7 @@ class Checkpoints:
     restored = self._manager.restore(step, args=args)['state']
     return jax.tree.unflatten(jax.tree.structure(state), [restored[name] for name in named])
 
-  def identity(self, step: int) -> RunIdentity:
+  def saved_identity(self, step: int) -> RunIdentity:
     """Returns what the run that saved `step` was."""
     args = ocp.args.Composite(run=ocp.args.JsonRestore())
     record = self._manager.restore(step, args=args)['run']

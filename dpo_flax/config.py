@@ -15,8 +15,13 @@ _CHOICES = {
   'model.dtype': ('bfloat16', 'float32'),
   'model.weight_dtype': ('bfloat16', 'float32'),
   'model.remat': ('full', 'dots', 'none'),
-  'model.attention': ('auto', 'xla'),
-  'data.format': ('auto', 'explicit', 'implicit', 'messages', 'hh'),
+  'model.attention': ('auto', 'xla', 'pallas'),
+  'data.format': (
+    *('auto', 'explicit', 'implicit', 'messages', 'hh'),
+    *('shp', 'webgpt', 'binarized', 'ultrafeedback', 'orca'),
+  ),
+  'data.completions': ('best_vs_worst', 'best_vs_random', 'all'),
+  'data.history': ('exact', 'rendered'),
   'data.layout': ('shared', 'separate'),
   'data.too_long': ('raise', 'drop', 'truncate_prompt'),
   'data.bad_record': ('raise', 'skip'),
@@ -30,6 +35,7 @@ _RANGES = {
   'lora.r': (1, None),
   'lora.dropout': (0, 0.999),
   'data.validation_split_fraction': (0, 0.9),
+  'data.cache_workers': (0, None),
   'data.workers': (0, None),
   'batch.rows': (1, None),
   'batch.tokens': (4, None),
@@ -70,6 +76,7 @@ _FREE_ON_RESUME = (
   'merged_hf_save_path',
   'hf_save_steps',
   'data.cache_dir',
+  'data.cache_workers',
   'data.workers',
   'train.log_every',
   'train.eval_every',
@@ -114,7 +121,7 @@ def _model() -> ConfigDict:
   model.dtype = 'bfloat16'  # of activations and matrix products: bfloat16 | float32
   model.weight_dtype = 'bfloat16'  # of the frozen base weights in memory: bfloat16 | float32
   model.remat = 'full'  # what backward recomputes: full | dots | none
-  model.attention = 'auto'  # auto | xla | splash (TPU)
+  model.attention = 'auto'  # auto: pallas on TPU, xla elsewhere
   model.logits_chunk = 512  # response tokens per row that meet the vocabulary at once
   return model
 
@@ -159,20 +166,33 @@ def _objective() -> ConfigDict:
 
 def _data() -> ConfigDict:
   data = ConfigDict()
-  # A path, a glob or a list of them (local or gs://): .jsonl, .jsonl.gz.
+  # A path, a glob or a list of them (local or gs://): .jsonl, .json, .parquet, .array_record, text
+  # also .gz and .zst; or the directory of a saved Hugging Face data set. A mapping is a mixture:
+  # {path: passes over it in an epoch}, such as {'hh.jsonl': 1, 'mine.parquet': 2.5}.
   data.train = config_dict.placeholder(object)
   data.validation = config_dict.placeholder(object)  # unset: split off from train
   data.validation_split_fraction = 0.1  # of the pairs, when data.validation is unset; 0: none
-  # auto | explicit | implicit | messages | hh: see data/formats.py.
+  # auto | explicit | implicit | messages | hh: see data/formats.py. shp | webgpt | binarized |
+  # ultrafeedback | orca: see data/published.py.
   data.format = 'auto'
+  # Keys that have other names in the records, {ours: theirs}: {'chosen': 'good', 'margin': 'gap'}.
+  data.fields = config_dict.placeholder(object)
+  # ultrafeedback, several answers: best_vs_worst | best_vs_random | all (of different scores)
+  data.completions = 'best_vs_random'
   data.tokenizer = config_dict.placeholder(str)  # default: beside the weights
   data.chat_template = config_dict.placeholder(str)  # a file or the template itself
+  # What the template is given besides the messages: {'enable_thinking': False}.
+  data.template_variables = config_dict.placeholder(object)
+  # exact | rendered: whether a template may leave things out of earlier turns, as those of thinking
+  # models do. `exact` refuses it; `rendered` trains on what the model will see.
+  data.history = 'exact'
   data.shuffle = True
   data.layout = 'shared'  # shared (one prompt for both branches) | separate
   data.pack = True  # False: exactly one pair per row
   data.too_long = 'raise'  # a pair longer than a row: raise | drop | truncate_prompt
   data.bad_record = 'raise'  # a record that cannot be read: raise | skip (counted)
   data.cache_dir = config_dict.placeholder(str)  # default: workdir/token_cache
+  data.cache_workers = 0  # processes that tokenize, once; 0: one a core, for much data
   data.workers = 0  # processes that fill rows; 0: in the main process
   return data
 

@@ -38,8 +38,8 @@ class Reporter:
   def __init__(self, workdir: epath.Path, *, start_step: int, num_steps: int, speaks: bool = True):
     self._file = workdir / 'metrics.jsonl'
     self._speaks = speaks
-    self._num_steps = num_steps
-    self._start = (start_step, time.monotonic())
+    self.num_steps = num_steps
+    self._start: tuple[int, float] | None = None  # step and time of the first report
     if not speaks:
       return
     self._lines = _kept_lines(self._file, start_step)
@@ -69,8 +69,8 @@ class Reporter:
       self._bar.update(step - self._bar.n)
       return
     text = '  '.join(f'{label} {value}' for label, value in shown)
-    left = f'  left {self._time_left(step)}' if split == 'train' else ''
-    self.say(f'step {step}/{self._num_steps}  {split:10}  {text}{left}')
+    left = self._time_left(step) if split == 'train' else ''
+    self.say(f'step {step}/{self.num_steps}  {split:10}  {text}{left}')
 
   def say(self, text: str):
     """Prints a line without disturbing the progress bar."""
@@ -98,10 +98,13 @@ class Reporter:
       file.write(line)
 
   def _time_left(self, step: int) -> str:
-    start_step, start_time = self._start
-    done = step - start_step
-    seconds = (time.monotonic() - start_time) / max(done, 1) * (self._num_steps - step)
-    return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
+    """The time to the end at the rate since the first report, which waited for the compiler."""
+    if self._start is None:
+      self._start = step, time.monotonic()
+      return ''
+    first, since = self._start
+    seconds = (time.monotonic() - since) / (step - first) * (self.num_steps - step)
+    return f'  left {int(seconds) // 60}:{int(seconds) % 60:02d}'
 
 
 def _kept_lines(path: epath.Path, start_step: int) -> list[str]:
@@ -115,7 +118,8 @@ def _kept_lines(path: epath.Path, start_step: int) -> list[str]:
 class Monitor:
   """Watches the training steps, one behind the device: checks each, reports every `log_every`.
 
-  The metrics of a step are read after the next one is dispatched, so that the device never waits.
+  The first and the last step are reported too. The metrics of a step are read after the next one is
+  dispatched, so that the device never waits.
   """
 
   def __init__(
@@ -159,7 +163,7 @@ class Monitor:
         f'{self._describe(pair_index)}'
       )
     self._count(metrics['sums'])
-    if step % self._log_every == 0 or step == 1:
+    if step % self._log_every == 0 or step in (1, self._reporter.num_steps):
       self._report(step, float(metrics['grad_norm']))
 
   def pause(self):

@@ -71,8 +71,8 @@ def named_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def _check_divides(path: tuple, sharding: NamedSharding, array: jax.Array):
-  for size, axes in zip(array.shape, sharding.spec, strict=False):
-    axes = (axes,) if isinstance(axes, str) else axes or ()
+  for size, split in zip(array.shape, sharding.spec, strict=False):
+    axes = (split,) if isinstance(split, str) else split or ()
     parts = math.prod(sharding.mesh.shape[axis] for axis in axes)
     if size % parts:
       name = jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value')
@@ -82,7 +82,7 @@ def _check_divides(path: tuple, sharding: NamedSharding, array: jax.Array):
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of a batch field: [B, ...] split over its rows."""
-  return NamedSharding(mesh, _spec(('rows',)))
+  return NamedSharding(mesh, partition_spec('rows'))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -94,7 +94,7 @@ def constrain(array: jax.Array, *axes: str) -> jax.Array:
   """Places an activation by its logical axes on the mesh of `jax.set_mesh`, if there is one."""
   if jax.sharding.get_abstract_mesh().empty:
     return array
-  return jax.lax.with_sharding_constraint(array, _spec(axes))
+  return jax.lax.with_sharding_constraint(array, partition_spec(*axes))
 
 
 def row_parts(mesh: Mesh) -> int:
@@ -128,6 +128,7 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
   }
 
 
-def _spec(axes: Sequence[str]) -> PartitionSpec:
+def partition_spec(*axes: str) -> PartitionSpec:
+  """Returns how the mesh splits an array with these logical axes."""
   rules = dict(RULES)
   return PartitionSpec(*(rules[axis] for axis in axes))

@@ -5,51 +5,28 @@ step after step train, evaluate, save and export.
 """
 
 import contextlib
-import dataclasses
 import math
 
 import grain
 import jax
-import optax
 from etils import epath
 from flax import nnx
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dpo_flax import assemble, command
 from dpo_flax import config as config_lib
-from dpo_flax.checkpoint import Checkpoints, RunIdentity
+from dpo_flax.assemble import Run
+from dpo_flax.checkpoint import Checkpoints
 from dpo_flax.data import loader
 from dpo_flax.export import export
-from dpo_flax.interop.hf_weights import Checkpoint, fingerprint, open_checkpoint
-from dpo_flax.learner.optimizer import make_optimizer, make_schedule
-from dpo_flax.learner.state import TrainState, init_state, split_models
-from dpo_flax.learner.step import StepOptions, make_eval_step, make_train_step
-from dpo_flax.model.lora import LoraConfig
-from dpo_flax.objective.settings import Objective
+from dpo_flax.learner.optimizer import make_schedule
+from dpo_flax.learner.state import TrainState
+from dpo_flax.learner.step import make_eval_step, make_train_step
 from dpo_flax.reporting import Monitor, Reporter, summarize
-from dpo_flax.sharding import make_mesh, row_parts, row_shard, shard_batch
+from dpo_flax.sharding import make_mesh, row_shard, shard_batch
 
 # Mean difference per token, in nats, that rounding alone can make between two equal models.
 _ROUNDING = {'float32': 1e-4, 'bfloat16': 2e-2}
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """Everything that stays the same from the first step to the last."""
-
-  config: ConfigDict
-  mesh: Mesh
-  data: loader.PreparedData
-  num_steps: int
-  lora: LoraConfig
-  base: Checkpoint | None  # None: random weights
-  graphdef: nnx.GraphDef
-  frozen: nnx.State
-  optimizer: optax.GradientTransformation
-  options: StepOptions
-  checkpoints: Checkpoints
-  identity: RunIdentity
 
 
 def train(config: ConfigDict) -> dict[str, float]:
@@ -61,92 +38,33 @@ def train(config: ConfigDict) -> dict[str, float]:
   """
   config = config_lib.validate(config)
   mesh = make_mesh(config.mesh)
-  with jax.set_mesh(mesh):
-    run, state = build(config, mesh)
-    state, start_step = restore(run, state)
+  workdir = epath.Path(config.workdir)
+  with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+    run, state = assemble.build(config, mesh)
+    checkpoints = Checkpoints(workdir / 'checkpoints', run.identity, keep=config.train.keep)
+    stack.enter_context(contextlib.closing(checkpoints))
+    state, start_step = checkpoints.resume(state)
     reporter = Reporter(
-      epath.Path(config.workdir),
+      workdir,
       start_step=start_step,
       num_steps=run.num_steps,
       speaks=jax.process_index() == 0,
     )
-    try:
-      return learn(run, state, start_step, reporter)
-    finally:
-      reporter.close()
+    stack.enter_context(contextlib.closing(reporter))
+    introduce(run, state, start_step, reporter)
+    state, held_out = learn(run, state, start_step, checkpoints, reporter)
+    conclude(run, state, held_out, reporter)
+  return held_out
 
 
-def build(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
-  """Prepares data and models; the state is that of step 0."""
-  config_lib.validate_rows(config, row_parts(mesh))
-  base, other = (
-    open_checkpoint(path) if path else None
-    for path in (config.initialize_from_hf, config.reference_model_path)
-  )
-  model_config = assemble.make_model_config(config, base)
-  lora = assemble.make_lora_config(config, model_config)
-  if base and not config.data.tokenizer:
-    config.data.tokenizer = str(base.directory)
-  data = loader.prepare(config, vocab_size=model_config.vocab_size)
-  num_steps = config.train.num_train_steps or loader.steps_for_epochs(data, config)
-  models = assemble.load_models(config, model_config, lora, base=base, reference=other, mesh=mesh)
-  graphdef, trainable, frozen = split_models(models)
-  optimizer = make_optimizer(config.optimizer, num_steps)
-  options = StepOptions(
-    objective=Objective.from_config(config.objective),
-    logits_chunk=config.model.logits_chunk,
-    microbatches=config.batch.microbatches,
-    head_is_trained='lm_head' in lora.targets,
-    dropout_seed=config.seed if config.lora.dropout else None,
-  )
-  fingerprints = {
-    'data': data.fingerprint,
-    'initialize_from_hf': base and fingerprint(base),
-    'reference_model_path': other and fingerprint(other),
-  }
-  run = Run(
-    config=config,
-    mesh=mesh,
-    data=data,
-    num_steps=num_steps,
-    lora=lora,
-    base=base,
-    graphdef=graphdef,
-    frozen=frozen,
-    optimizer=optimizer,
-    options=options,
-    checkpoints=Checkpoints(epath.Path(config.workdir) / 'checkpoints', keep=config.train.keep),
-    identity=RunIdentity(config_lib.identity(config), fingerprints),
-  )
-  return run, init_state(trainable, optimizer, mesh)
-
-
-def restore(run: Run, state: TrainState) -> tuple[TrainState, int]:
-  """Returns the newest checkpoint's state and step, or `state` and 0 where there is none.
-
-  Raises:
-    ValueError: the checkpoint is of another config or other data; names what differs.
-  """
-  step = run.checkpoints.latest()
-  if step is None:
-    return state, 0
-  differences = run.checkpoints.identity(step).differences(run.identity)
-  if differences:
-    raise ValueError(
-      f'{run.checkpoints.directory} holds step {step} of another run:\n  '
-      + '\n  '.join(differences)
-      + '\nSet these back to go on with it, or choose another workdir.'
-    )
-  return run.checkpoints.restore(state, step), step
-
-
-def learn(run: Run, state: TrainState, start_step: int, reporter: Reporter) -> dict[str, float]:
-  """Trains from `start_step` to the end, evaluating, saving and exporting on the way."""
+def learn(
+  run: Run, state: TrainState, start_step: int, checkpoints: Checkpoints, reporter: Reporter
+) -> tuple[TrainState, dict[str, float]]:
+  """Trains from `start_step` to the end; returns the last state and validation metrics."""
   config, last = run.config, run.num_steps
   train_step = make_train_step(run.graphdef, run.optimizer, run.options)
   eval_step = make_eval_step(run.graphdef, run.options)
   monitor = make_monitor(run, reporter)
-  batches = train_batches(run, start_step)
   held_out = {}
 
   def evaluate(step):
@@ -154,27 +72,24 @@ def learn(run: Run, state: TrainState, start_step: int, reporter: Reporter) -> d
     if held_out:
       reporter.write(step, 'validation', held_out)
 
-  introduce(run, state, start_step, reporter)
   if start_step == 0:
     check_start(run, state, eval_step)
     evaluate(0)
-  for step in range(start_step + 1, last + 1):
-    batch = next(batches)
-    state, metrics = train_step(state, run.frozen, shard_batch(batch, run.mesh))
-    monitor.add(step, metrics, batch['pair_index'])
-    if is_due(step, config.train.eval_every, last):
-      monitor.pause()
-      evaluate(step)
-    if is_due(step, config.train.save_every, last):
-      monitor.pause()
-      run.checkpoints.save(state, step, run.identity)
-    if is_due(step, config.hf_save_steps, last) and step < last:
-      monitor.pause()
-      save_exports(run, state)
-  batches.close()
-  run.checkpoints.close()
-  conclude(run, save_exports(run, state), held_out, reporter)
-  return held_out
+  with contextlib.closing(train_batches(run, start_step)) as batches:
+    for step in range(start_step + 1, last + 1):
+      batch = next(batches)
+      state, metrics = train_step(state, run.frozen, shard_batch(batch, run.mesh))
+      monitor.add(step, metrics, batch['pair_index'])
+      if is_due(step, config.train.eval_every, last):
+        monitor.pause()
+        evaluate(step)
+      if is_due(step, config.train.save_every, last):
+        monitor.pause()
+        checkpoints.save(state, step)
+      if is_due(step, config.hf_save_steps, last) and step < last:
+        monitor.pause()
+        save_exports(run, state)
+  return state, held_out
 
 
 def is_due(step: int, every: int, last: int) -> bool:
@@ -265,6 +180,15 @@ def introduce(run: Run, state: TrainState, start_step: int, reporter: Reporter):
       f'{side}: {report["pairs"]} pairs in {report["rows"]} rows of {run.config.batch.tokens} '
       f'tokens, {report["padding_fraction"]:.2%} padding'
     )
+    left_out = report['dropped'] | {'longer than a row': report['too_long']}
+    for reason, count in left_out.items():
+      if count:
+        examples = report['examples'].get(reason) or report['too_long_examples']
+        reporter.say(f'  {count} left out: {reason}, such as {examples[0]}')
+    if report['truncated']:
+      reporter.say(
+        f'  {report["truncated"]} prompts cut, such as {report["truncated_examples"][0]}'
+      )
   reporter.say(
     f'{total:,} parameters, {trainable:,} trainable ({trainable / total:.2%}); '
     f'mesh {dict(run.mesh.shape)} on {jax.devices()[0].device_kind}'
@@ -273,13 +197,13 @@ def introduce(run: Run, state: TrainState, start_step: int, reporter: Reporter):
     reporter.say(f'resuming after step {start_step} of {run.num_steps}')
 
 
-def conclude(run: Run, exports: list[epath.Path], held_out: dict[str, float], reporter: Reporter):
-  """Says how it went."""
+def conclude(run: Run, state: TrainState, held_out: dict[str, float], reporter: Reporter):
+  """Exports the result, and says how it went."""
   if held_out:
     reporter.say(
       f'held-out dpo_accuracy {held_out["dpo_accuracy"]:.3f} over {held_out["pairs"]} pairs'
     )
-  for path in exports:
+  for path in save_exports(run, state):
     reporter.say(f'wrote {path}')
 
 

@@ -1,0 +1,211 @@
+"""Laws of checkpoints: what was saved comes back bit for bit, or a reason why not."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from dpo_flax.checkpoint import Checkpoints, RunIdentity
+from dpo_flax.learner.state import RewardMean, init_state, split_models
+
+IDENTITY = RunIdentity({'lora.r': 4, 'batch.rows': 8}, {'data.train': 'ab12'})
+OPTIMIZER = optax.adamw(1e-3)
+
+
+@pytest.fixture(scope='module')
+def make_state(make_models, make_model_config, make_lora, make_mesh_of):
+  """Makes a TrainState on a mesh; its every array is random, from a seed."""
+
+  def make(seed, *, fsdp=4, tensor=2, **lora):
+    mesh = make_mesh_of(fsdp=fsdp, tensor=tensor)
+    config = make_model_config(vocab_size=96)
+    models = make_models(config, make_lora(targets=frozenset(['q_proj']), **lora), mesh=mesh)
+    state = init_state(split_models(models)[1], OPTIMIZER, mesh)
+    random = np.random.default_rng(seed)
+
+    def draw(leaf):
+      if leaf.dtype == jnp.int32:
+        return jax.device_put(np.int32(random.integers(100)), leaf.sharding)
+      value = random.standard_normal(leaf.shape).astype(np.float32)
+      return jax.device_put(value, leaf.sharding)
+
+    return jax.tree.map(draw, state)
+
+  return make
+
+
+@pytest.fixture
+def open_checkpoints(tmp_path):
+  """Opens the checkpoints of one directory, and closes what is left open."""
+  opened = []
+
+  def open_them(keep=2, identity=IDENTITY):
+    opened.append(Checkpoints(tmp_path / 'checkpoints', identity, keep=keep))
+    return opened[-1]
+
+  yield open_them
+  for checkpoints in opened:
+    checkpoints.close()
+
+
+def assert_same_bits(ours, expected):
+  assert jax.tree.structure(ours) == jax.tree.structure(expected)
+  for our, their in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+    assert our.dtype == their.dtype
+    np.testing.assert_array_equal(
+      np.asarray(our).view(np.uint32), np.asarray(their).view(np.uint32)
+    )
+
+
+@pytest.mark.parametrize('shape', [(4, 2), (2, 4), (1, 1)], ids=str)
+def test_restored_state_has_the_saved_bits_on_the_new_mesh(make_state, open_checkpoints, shape):
+  saved = make_state(0)
+  # Numbers that arithmetic would tidy up: minus zero, the smallest, not a number.
+  odd = jnp.array([-0.0, 1e-45, jnp.nan])
+  saved = dataclasses.replace(saved, rewards=RewardMean(odd[0], odd[1]))
+  checkpoints = open_checkpoints()
+  checkpoints.save(saved, 7)
+  checkpoints.close()
+  target = make_state(1, fsdp=shape[0], tensor=shape[1])
+  again = open_checkpoints()
+  assert again.latest() == 7
+  restored = again.restore(target, 7)
+  assert_same_bits(restored, saved)
+  for leaf, place in zip(
+    jax.tree.leaves(restored.trainable), jax.tree.leaves(target.trainable), strict=True
+  ):
+    assert leaf.sharding == place.sharding
+
+
+def test_a_state_that_is_trained_on_while_it_is_written_is_saved_as_it_was(
+  make_state, open_checkpoints
+):
+  """The step after a save consumes the very buffers that were handed over."""
+  state = make_state(0)
+  before = jax.tree.map(np.array, state)
+  checkpoints = open_checkpoints()
+  checkpoints.save(state, 1)
+  consume = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0 + 1, state), donate_argnums=0)
+  consume(state)
+  checkpoints.close()
+  assert_same_bits(open_checkpoints().restore(make_state(1), 1), before)
+
+
+def test_a_fresh_directory_has_no_step(open_checkpoints):
+  assert open_checkpoints().latest() is None
+
+
+@pytest.mark.parametrize('keep', [1, 2])
+def test_the_newest_are_kept_and_the_trash_is_emptied(make_state, open_checkpoints, tmp_path, keep):
+  checkpoints = open_checkpoints(keep)
+  for step in (1, 5, 20, 100):
+    checkpoints.save(make_state(step), step)
+  checkpoints.close()
+  directory = tmp_path / 'checkpoints'
+  kept = ['1', '5', '20', '100'][-keep:]
+  assert sorted(path.name for path in directory.iterdir()) == sorted(kept)
+  again = open_checkpoints(keep)
+  assert again.latest() == 100
+  for step in map(int, kept):
+    assert_same_bits(again.restore(make_state(0), step), make_state(step))
+
+
+def test_a_step_that_was_not_finished_is_not_seen(make_state, open_checkpoints, tmp_path):
+  """A kill while writing leaves a directory under Orbax's temporary name."""
+  checkpoints = open_checkpoints()
+  checkpoints.save(make_state(0), 3)
+  checkpoints.close()
+  half = tmp_path / 'checkpoints' / '4.orbax-checkpoint-tmp'
+  (half / 'state').mkdir(parents=True)
+  assert open_checkpoints().latest() == 3
+
+
+def test_the_base_is_not_saved(make_state, open_checkpoints, tmp_path):
+  checkpoints = open_checkpoints()
+  state = make_state(0)
+  checkpoints.save(state, 1)
+  checkpoints.close()
+  metadata = json.loads((tmp_path / 'checkpoints' / '1' / 'state' / '_METADATA').read_text())
+  names = [
+    '.'.join(key['key'] for key in entry['key_metadata'])
+    for entry in metadata['tree_metadata'].values()
+  ]
+  assert len(names) == len(jax.tree.leaves(state))
+  assert not any('kernel' in name or 'embedding' in name for name in names)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ('shape', r'lora_a\S* is float32\[2, 32, 4\], this run needs float32\[2, 32, 8\]'),
+    ('dtype', r'lora_a\S* is float32\[2, 32, 4\], this run needs bfloat16\[2, 32, 4\]'),
+    ('missing', r'extra\S* is nothing, this run needs float32\[3\]'),
+  ],
+)
+def test_arrays_of_another_shape_or_dtype_are_refused(
+  make_state, open_checkpoints, change, message
+):
+  checkpoints = open_checkpoints()
+  checkpoints.save(make_state(0), 1)
+  checkpoints.close()
+  target = make_state(0, r=8 if change == 'shape' else 4)
+  if change == 'dtype':
+    trainable = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), target.trainable)
+    target = dataclasses.replace(target, trainable=trainable)
+  if change == 'missing':
+    extra = nnx.State({'extra': nnx.LoRAParam(jnp.zeros(3))})
+    target = dataclasses.replace(target, trainable=nnx.merge_state(target.trainable, extra))
+  with pytest.raises(ValueError, match=message):
+    open_checkpoints().restore(target, 1)
+
+
+def test_a_run_resumes_after_its_newest_step(make_state, open_checkpoints):
+  """Its identity comes back as it was saved: lists, None and numbers are not differences."""
+  config = {'lora.alpha': 0.1, 'lora.target_modules': ['q', 'k'], 'objective.gamma': None}
+  identity = RunIdentity(config, {'data.train': 'ab12', 'base': 'cd'})
+  checkpoints = open_checkpoints(identity=identity)
+  start = make_state(0)
+  state, step = checkpoints.resume(start)
+  assert state is start and step == 0
+  for step in (1, 2):
+    checkpoints.save(make_state(step), step)
+  checkpoints.close()
+  again = open_checkpoints(identity=identity)
+  assert again.saved_identity(2) == identity
+  state, step = again.resume(start)
+  assert step == 2
+  assert_same_bits(state, make_state(2))
+
+
+def test_a_run_of_another_config_or_data_does_not_resume(make_state, open_checkpoints, tmp_path):
+  checkpoints = open_checkpoints()
+  checkpoints.save(make_state(0), 3)
+  checkpoints.close()
+  other = RunIdentity(IDENTITY.config | {'lora.r': 8}, {'data.train': 'cd34'})
+  with pytest.raises(ValueError) as error:
+    open_checkpoints(identity=other).resume(make_state(1))
+  for part in (
+    f'{tmp_path}/checkpoints holds step 3',
+    'lora.r: saved 4, now 8',
+    "data.train: saved 'ab12', now 'cd34'",
+    'another workdir',
+  ):
+    assert part in str(error.value)
+  assert 'batch.rows' not in str(error.value)
+
+
+def test_every_difference_is_named_with_both_values():
+  saved = RunIdentity({'lora.r': 4, 'seed': 0, 'old': 1}, {'data.train': 'ab', 'base': 'x'})
+  now = RunIdentity({'lora.r': 8, 'seed': 0, 'new': 2}, {'data.train': 'cd', 'base': 'x'})
+  assert saved.differences(now) == [
+    'lora.r: saved 4, now 8',
+    'new: saved None, now 2',
+    'old: saved 1, now None',
+    "data.train: saved 'ab', now 'cd'",
+  ]
+  assert saved.differences(saved) == []

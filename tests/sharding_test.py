@@ -1,0 +1,253 @@
+"""Meshes and placements; a run on eight devices is the run on one."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from dpo_flax import sharding
+from dpo_flax.learner.state import init_state, split_models
+from dpo_flax.learner.step import make_train_step
+from dpo_flax.model.transformer import Transformer
+from dpo_flax.sharding import AXES, make_mesh, named_shardings, row_parts, row_shard, shard_batch
+
+
+def sizes(data, fsdp, tensor):
+  return {'data': data, 'fsdp': fsdp, 'tensor': tensor}
+
+
+@pytest.mark.parametrize(
+  ('asked', 'shape'),
+  [
+    (sizes(1, -1, 1), (1, 8, 1)),
+    (sizes(2, -1, 2), (2, 2, 2)),
+    (sizes(-1, 2, 1), (4, 2, 1)),
+    (sizes(1, 4, 2), (1, 4, 2)),
+  ],
+)
+def test_one_size_may_be_the_rest(asked, shape):
+  mesh = make_mesh(asked)
+  assert mesh.devices.shape == shape and mesh.axis_names == AXES
+  assert set(mesh.devices.flat) == set(jax.devices())
+
+
+def test_the_devices_given_are_the_devices_used():
+  devices = [jax.devices()[i] for i in (5, 2, 7, 0)]
+  mesh = make_mesh(sizes(1, 2, -1), devices)
+  assert list(mesh.devices.flat) == devices
+
+
+@pytest.mark.parametrize(
+  ('asked', 'message'),
+  [
+    (sizes(1, 3, 1), 'fsdp=3 .* does not fit 8 devices'),
+    (sizes(1, -1, 3), 'does not fit 8 devices'),
+    (sizes(2, 8, 1), 'does not fit 8 devices'),
+    (sizes(-1, -1, 1), 'one of them may be -1'),
+    (sizes(1, 0, -1), 'sizes are positive'),
+    (sizes(-2, 8, 1), 'sizes are positive'),
+  ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(asked, message):
+  with pytest.raises(ValueError, match=message):
+    make_mesh(asked)
+
+
+@pytest.fixture(scope='module')
+def abstract(make_model_config, make_lora):
+  """A model without arrays whose axes eight devices divide."""
+  config = make_model_config(vocab_size=96)
+  lora = make_lora(targets=frozenset(['q_proj', 'v_proj', 'down_proj', 'lm_head']))
+  return nnx.eval_shape(lambda: Transformer(config, lora, nnx.Rngs(0, lora=1)))
+
+
+def test_weights_lie_as_their_axes_say(abstract, make_mesh_of):
+  placed = named_shardings(nnx.state(abstract), make_mesh_of(fsdp=4, tensor=2))
+  specs = {
+    jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value'): tuple(leaf.spec)
+    for path, leaf in jax.tree.leaves_with_path(placed)
+  }
+  expected = {
+    'embed_tokens.embedding': ('tensor', 'fsdp'),
+    'blocks.input_norm.scale': (None, None),
+    'blocks.attention.q_proj.kernel': (None, 'fsdp', 'tensor'),
+    'blocks.attention.q_proj.lora_a': (None, 'fsdp', None),
+    'blocks.attention.q_proj.lora_b': (None, None, 'tensor'),
+    'blocks.attention.v_proj.kernel': (None, 'fsdp', 'tensor'),
+    'blocks.attention.o_proj.kernel': (None, 'tensor', 'fsdp'),
+    'blocks.mlp.gate_proj.kernel': (None, 'fsdp', 'tensor'),
+    'blocks.mlp.down_proj.kernel': (None, 'tensor', 'fsdp'),
+    'blocks.mlp.down_proj.lora_a': (None, 'tensor', None),
+    'blocks.mlp.down_proj.lora_b': (None, None, 'fsdp'),
+    'final_norm.scale': (None,),
+    'lm_head.kernel': ('fsdp', 'tensor'),
+    'lm_head.lora_a': ('fsdp', None),
+  }
+  assert {name: specs[name] for name in expected} == expected
+
+
+def test_an_axis_that_the_mesh_does_not_divide_is_refused(make_model_config, make_mesh_of):
+  """97 tokens on two devices: named before the compiler would say it."""
+  model = nnx.eval_shape(lambda: Transformer(make_model_config(), None, nnx.Rngs(0)))
+  with pytest.raises(
+    ValueError, match=r'mesh.tensor=2 does not divide an axis of 97 in .*embedding'
+  ):
+    named_shardings(nnx.state(model), make_mesh_of(fsdp=4, tensor=2))
+
+
+def test_arrays_without_axes_are_replicated(make_mesh_of):
+  mesh = make_mesh_of(fsdp=8)
+  placed = named_shardings({'count': jax.ShapeDtypeStruct((3,), jnp.float32)}, mesh)
+  assert placed['count'].is_fully_replicated and placed['count'].mesh == mesh
+
+
+def test_rows_of_a_batch_are_split_over_data_and_fsdp(make_mesh_of):
+  mesh = make_mesh_of(data=2, fsdp=2, tensor=2)
+  batch = {'tokens': np.arange(24).reshape(8, 3), 'pair_mask': np.ones((8, 1), np.float32)}
+  sharded = shard_batch(batch, mesh)
+  assert row_parts(mesh) == 4
+  for name, array in sharded.items():
+    np.testing.assert_array_equal(array, batch[name])
+    assert {shard.data.shape[0] for shard in array.addressable_shards} == {2}
+  # Devices that differ along `tensor` alone hold the same rows.
+  held = {shard.device: shard.index[0] for shard in sharded['tokens'].addressable_shards}
+  for first, second in mesh.devices.reshape(-1, 2):
+    assert held[first] == held[second]
+
+
+@pytest.mark.parametrize(
+  ('shape', 'owners', 'expected'),
+  [
+    # Two processes of four devices: each its half of the rows.
+    ((1, 8, 1), [0, 0, 0, 0, 1, 1, 1, 1], [(0, 2), (1, 2)]),
+    ((2, 2, 2), [0, 0, 0, 0, 1, 1, 1, 1], [(0, 2), (1, 2)]),
+    # All of a row's shards span both processes: both feed the same rows.
+    ((1, 4, 2), [0, 1, 0, 1, 0, 1, 0, 1], [(0, 1), (0, 1)]),
+    # Four processes, pairs of which share rows.
+    ((1, 2, 4), [0, 0, 1, 1, 2, 2, 3, 3], [(0, 2), (0, 2), (1, 2), (1, 2)]),
+  ],
+)
+def test_each_process_feeds_the_rows_its_devices_hold(monkeypatch, shape, owners, expected):
+  found = []
+  for process in range(len(expected)):
+    monkeypatch.setattr(jax, 'process_index', lambda process=process: process)
+    found.append(row_shard(fake_mesh(shape, owners)))
+  assert found == expected
+
+
+@pytest.mark.parametrize(
+  ('shape', 'owners', 'rows'),
+  [
+    ((1, 8, 1), [0, 1] * 4, r'\[0, 2, 4, 6\]'),
+    # In one piece, but no half of the four.
+    ((1, 4, 2), [1, 1, 0, 0, 0, 0, 1, 1], r'\[1, 2\]'),
+  ],
+)
+def test_a_process_whose_rows_are_no_equal_part_is_refused(monkeypatch, shape, owners, rows):
+  monkeypatch.setattr(jax, 'process_index', lambda: 0)
+  with pytest.raises(ValueError, match=f'process 0 holds row blocks {rows}'):
+    row_shard(fake_mesh(shape, owners))
+
+
+def fake_mesh(shape, owners):
+  """A mesh of devices that say which process they belong to, and are nothing else."""
+  devices = np.empty(len(owners), object)
+  devices[:] = [types.SimpleNamespace(process_index=owner) for owner in owners]
+  return types.SimpleNamespace(
+    devices=devices.reshape(shape), shape=dict(zip(AXES, shape, strict=True))
+  )
+
+
+def test_activations_are_constrained_on_a_mesh_and_left_alone_without(make_mesh_of):
+  array = jnp.zeros((8, 4, 32))
+
+  @jax.jit
+  def place(array):
+    return sharding.constrain(array, 'rows', 'tokens', 'activation')
+
+  assert place(array).sharding.is_fully_replicated
+  with jax.set_mesh(make_mesh_of(data=2, fsdp=4)):
+    placed = place(array)
+  assert placed.sharding.spec == PartitionSpec(('data', 'fsdp'))
+
+
+@pytest.fixture(scope='module')
+def train(make_models, make_model_config, make_lora, make_options, draw_pairs, fill_batch):
+  """Returns what trains three steps on a mesh: losses, adapters, whether they stayed in place."""
+  pairs = draw_pairs(18, vocab=96)
+  batches = [
+    [pairs[i : i + 2], pairs[i + 2 : i + 3], [], pairs[i + 3 : i + 6]] * 2 for i in (0, 6, 12)
+  ]
+
+  def run(mesh, *, microbatches=1, dropout=None):
+    config = make_model_config(vocab_size=96)
+    lora = make_lora(
+      targets=frozenset(['q_proj', 'o_proj', 'down_proj', 'lm_head']), dropout=dropout or 0.0
+    )
+    options = make_options(
+      head_is_trained=True, microbatches=microbatches, dropout_seed=dropout and 0
+    )
+    with jax.set_mesh(mesh):
+      graphdef, trainable, frozen = split_models(make_models(config, lora, mesh=mesh))
+      # Adam's first steps would blow rounding up to the size of the learning rate.
+      optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))
+      state = init_state(trainable, optimizer, mesh)
+      placements = jax.tree.map(lambda leaf: leaf.sharding, state)
+      step = make_train_step(graphdef, optimizer, options)
+      losses = []
+      for rows in batches:
+        batch = shard_batch(jax.tree.map(np.asarray, fill_batch(rows)), mesh)
+        state, metrics = step(state, frozen, batch)
+        total, count = metrics['sums']['means']['dpo_loss']
+        losses.append(float(total / count))
+    stays = jax.tree.map(
+      lambda leaf, place: leaf.sharding.is_equivalent_to(place, leaf.ndim), state, placements
+    )
+    return losses, jax.device_get(state.trainable), all(jax.tree.leaves(stays))
+
+  return run
+
+
+@pytest.fixture(scope='module')
+def on_one_device(train, make_mesh_of):
+  return train(make_mesh_of())
+
+
+def assert_same_run(ours, expected):
+  np.testing.assert_allclose(ours[0], expected[0], rtol=1e-5)
+  for our, their in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(expected[1]), strict=True):
+    np.testing.assert_allclose(our, their, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'shape',
+  [sizes(1, 4, 2), sizes(2, 2, 2), sizes(8, 1, 1)],
+  ids=lambda s: 'x'.join(map(str, s.values())),
+)
+def test_a_run_on_eight_devices_equals_the_run_on_one(train, on_one_device, shape):
+  losses = on_one_device[0]
+  assert losses[0] != pytest.approx(losses[-1], rel=1e-3)
+  run = train(make_mesh(shape))
+  assert_same_run(run, on_one_device)
+  assert run[2], 'a step must leave the state where it was'
+
+
+def test_microbatches_on_a_mesh_equal_the_batch_on_one_device(train, on_one_device):
+  assert_same_run(train(make_mesh(sizes(1, 4, 2)), microbatches=2), on_one_device)
+
+
+def test_the_order_of_devices_does_not_matter(train, on_one_device):
+  order = np.random.default_rng(0).permutation(8)
+  devices = [jax.devices()[i] for i in order]
+  assert_same_run(train(make_mesh(sizes(1, 4, 2), devices)), on_one_device)
+
+
+def test_dropout_is_the_same_on_any_mesh(train, make_mesh_of, on_one_device):
+  alone = train(make_mesh_of(), dropout=0.3)
+  assert alone[0][0] != pytest.approx(on_one_device[0][0], rel=1e-4)
+  assert_same_run(train(make_mesh(sizes(1, 4, 2)), dropout=0.3), alone)
