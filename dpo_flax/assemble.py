@@ -19,7 +19,7 @@ from dpo_flax.learner.step import StepOptions
 from dpo_flax.model.config import ModelConfig, from_hf_config, from_preset
 from dpo_flax.model.lora import LoraConfig, resolve_targets
 from dpo_flax.model.transformer import Transformer
-from dpo_flax.objective.settings import Objective
+from dpo_flax.objective.settings import SORTED, Objective
 from dpo_flax.sharding import named_shardings, row_parts
 
 
@@ -56,6 +56,7 @@ def build(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
   lora = make_lora_config(config, model_config)
   if base and not config.data.tokenizer:
     config.data.tokenizer = str(base.directory)
+  options = make_step_options(config, objective, lora)
   data = prepare(config, vocab_size=model_config.vocab_size)
   num_steps = config.train.num_train_steps or steps_for_epochs(data, config)
   models = load_models(config, model_config, lora, base=base, reference=other, mesh=mesh)
@@ -71,7 +72,7 @@ def build(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     graphdef=graphdef,
     frozen=frozen,
     optimizer=optimizer,
-    options=make_step_options(config, objective, lora),
+    options=options,
     identity=make_identity(config, data, base, other),
   )
   return run, init_state(trainable, optimizer, mesh)
@@ -104,13 +105,27 @@ def make_lora_config(config: ConfigDict, model_config: ModelConfig) -> LoraConfi
   """Returns the adapters that `config.lora` asks of this model."""
   lora = config.lora
   targets = resolve_targets(lora.target_modules, lora.exclude_modules, config=model_config)
+  if lora.dropout and 'lm_head' in targets:
+    raise ValueError(
+      f'lora.dropout={lora.dropout} would not reach the adapter of lm_head: set it to 0, or take '
+      'lm_head out of lora.target_modules'
+    )
   return LoraConfig(
     r=lora.r, alpha=lora.alpha, dropout=lora.dropout, rslora=lora.rslora, targets=targets
   )
 
 
 def make_step_options(config: ConfigDict, objective: Objective, lora: LoraConfig) -> StepOptions:
-  """Returns what the step needs to know."""
+  """Returns what the step needs to know.
+
+  Raises:
+    ValueError: the loss compares the pairs of a whole batch, which is split into microbatches.
+  """
+  if SORTED.intersection(objective.loss) and config.batch.microbatches > 1:
+    raise ValueError(
+      f'objective.loss={objective.loss} sorts the pairs of the whole batch, so '
+      f'batch.microbatches={config.batch.microbatches} would change it: set it to 1'
+    )
   return StepOptions(
     objective=objective,
     logits_chunk=config.model.logits_chunk,
@@ -147,18 +162,24 @@ def load_models(
   `reference` is loaded beside it.
 
   Raises:
-    ValueError: the two models do not share a vocabulary.
+    ValueError: the two models differ in vocabulary or depth; nothing is loaded then.
   """
-  policy = load_model(model_config, lora, checkpoint=base, mesh=mesh, seed=config.seed)
+
+  def load_policy():
+    return load_model(model_config, lora, checkpoint=base, mesh=mesh, seed=config.seed)
+
   if reference is None:
+    policy = load_policy()
     return Models(policy, nnx.view(policy, adapted=False))
   other = make_model_config(config, reference, mesh)
-  if other.vocab_size != model_config.vocab_size:
-    raise ValueError(
-      f'reference_model_path={config.reference_model_path}: its vocabulary has {other.vocab_size} '
-      f'tokens, the policy has {model_config.vocab_size}'
-    )
-  return Models(policy, load_model(other, None, checkpoint=reference, mesh=mesh, seed=0))
+  for field in ('vocab_size', 'num_layers'):
+    theirs, ours = getattr(other, field), getattr(model_config, field)
+    if theirs != ours:
+      raise ValueError(
+        f'reference_model_path={config.reference_model_path}: its {field} is {theirs}, the '
+        f"policy's is {ours}"
+      )
+  return Models(load_policy(), load_model(other, None, checkpoint=reference, mesh=mesh, seed=0))
 
 
 def load_model(

@@ -314,7 +314,8 @@ def _flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def _check_range(field: str, value: float, low: float | None, high: float | None):
-  if (low is not None and value < low) or (high is not None and value > high):
+  # Written so that NaN, which no comparison holds for, fails.
+  if not ((low is None or value >= low) and (high is None or value <= high)):
     bounds = f'at least {low}' if high is None else f'between {low} and {high}'
     raise ValueError(f'{field}={value}: must be {bounds}')
 

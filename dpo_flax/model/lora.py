@@ -161,6 +161,10 @@ def _matching(
 ) -> frozenset[str]:
   """The projections that a pattern names; every entry of a list must name at least one."""
   if isinstance(pattern, str):
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise ValueError(f'{field}={pattern!r} is not a regular expression: {error}') from None
     entries = [(pattern, lambda module: re.fullmatch(pattern, module) is not None)]
   else:
     entries = [

@@ -101,27 +101,28 @@ def run_streams(
 ) -> tuple[jax.Array, jax.Array | None]:  # final hidden states [B, T, D] of each
   """Runs both models over a batch in one scan over their layers.
 
-  The reference may share any of the policy's variables (`nnx.view(policy, adapted=False)`), and is
-  never differentiated: its stream stays outside the rematerialised function.
+  The reference has as many layers as the policy and may share any of its variables
+  (`nnx.view(policy, adapted=False)`). It is never differentiated: its stream stays outside the
+  rematerialised function.
   """
   config = policy.config
-  angles = rope_angles(batch['positions'], config)
   mask = make_mask(batch['visible_until'], config.attention)
   models = (policy,) if reference is None else (policy, reference)
+  angles = [rope_angles(batch['positions'], model.config) for model in models]
   # Splitting both at once keeps one copy of a variable that both hold.
   graphdef, layers = nnx.split(tuple(model.blocks for model in models))
   keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
 
   def policy_layer(block, hidden, key):
-    return block(hidden, angles, mask, key)
+    return block(hidden, angles[0], mask, key)
 
   def layer(streams, inputs):
     layer_state, key = inputs
     blocks = nnx.merge(graphdef, layer_state)
     hidden = _rematerialised(policy_layer, config.remat)(blocks[0], streams[0], key)
     others = [
-      jax.lax.stop_gradient(block(stream, angles, mask))
-      for block, stream in zip(blocks[1:], streams[1:], strict=True)
+      jax.lax.stop_gradient(block(stream, its_angles, mask))
+      for block, stream, its_angles in zip(blocks[1:], streams[1:], angles[1:], strict=True)
     ]
     return (hidden, *others), None
 
