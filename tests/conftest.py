@@ -11,6 +11,7 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 
 # The flags above must be set before the first import of jax.
+import hypothesis
 import jax
 import jax.extend.core
 import jax.numpy as jnp
@@ -33,6 +34,10 @@ CACHE = pathlib.Path(__file__).parent.parent / '.cache' / 'jax'
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_compilation_cache_dir', str(CACHE))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+# How long an example takes says more of the machine than of the code.
+hypothesis.settings.register_profile('untimed', deadline=None)
+hypothesis.settings.load_profile('untimed')
 
 # Grain's worker processes read absl flags, which pytest never parses.
 flags.FLAGS.mark_as_parsed()

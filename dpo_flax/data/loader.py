@@ -8,8 +8,10 @@ is completed from the next one.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import grain
@@ -17,66 +19,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_flax.data import pack, split
+from dpo_flax.data.caching.build_cache import open_or_build
+from dpo_flax.data.epochs import Epochs
+from dpo_flax.data.formats import FormatOptions
 from dpo_flax.data.source import RecordSource
-from dpo_flax.data.token_cache import TokenCache, open_or_build
+from dpo_flax.data.token_cache import TokenCache
 from dpo_flax.data.tokenizer import Tokenizer, load_tokenizer
 
-_WINDOW = 1 << 16  # pairs packed together
 _AHEAD = 4  # batches prepared before they are asked for
 _ENDLESS = 1 << 40  # steps: more than any run takes
 _SHOWN = 5  # places named in the report
-
-
-class Epochs:
-  """The endless sequence of rows: every epoch's plan, one after the other."""
-
-  def __init__(self, pairs: split.Split, config: ConfigDict, *, shuffle: bool, pairs_per_row: int):
-    self._pairs = pairs
-    self._tokens, self._layout = config.batch.tokens, config.data.layout
-    self._window = _WINDOW if config.data.pack else 0
-    self._seed, self._shuffle = config.seed, shuffle
-    self._plans: dict[int, pack.RowPlan] = {}
-    self._starts = {0: 0}
-    self.pairs_per_row = pairs_per_row  # 0: as many as the first epoch needs, from then on
-    self.pairs_per_row = pairs_per_row or self.plan(0).pairs_per_row
-
-  def plan(self, epoch: int) -> pack.RowPlan:
-    """Returns the rows of one epoch."""
-    if epoch not in self._plans:
-      plan = self._make_plan(epoch)
-      for old in [e for e in self._plans if e < epoch - 1]:
-        self._plans.pop(old, None)
-      self._plans[epoch] = plan
-    return self._plans[epoch]
-
-  def start(self, epoch: int) -> int:
-    """Returns the number of rows before an epoch."""
-    if epoch not in self._starts:
-      self._starts[epoch] = self.start(epoch - 1) + len(self.plan(epoch - 1))
-    return self._starts[epoch]
-
-  def row(self, i: int) -> np.ndarray:
-    """Returns the pairs of row i, as places in the split."""
-    epoch = max(e for e, start in list(self._starts.items()) if start <= i)
-    while self.start(epoch + 1) <= i:
-      epoch += 1
-    return self.plan(epoch)[i - self.start(epoch)]
-
-  def _make_plan(self, epoch: int) -> pack.RowPlan:
-    lengths = pack.row_lengths(self._pairs.lengths, self._layout)
-    salt = self._seed, epoch
-    order = split.permutation(len(lengths), 'pairs', *salt) if self._shuffle else None
-    plan = pack.plan_rows(
-      lengths,
-      tokens=self._tokens,
-      pairs_per_row=self.pairs_per_row,
-      order=order,
-      window=self._window,
-    )
-    if self._shuffle:
-      return pack.reorder(plan, split.permutation(len(plan), 'rows', *salt))
-    first = np.minimum.reduceat(plan.pairs, plan.starts[:-1])
-    return pack.reorder(plan, np.argsort(first, kind='stable'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,30 +63,33 @@ def prepare(config: ConfigDict, *, vocab_size: int) -> PreparedData:
   Raises:
     ValueError: for all that is wrong with the data, naming file and line.
   """
-  path = config.data.tokenizer or config.initialize_from_hf
-  if not path:
-    raise ValueError('no tokenizer given: set data.tokenizer, or initialize_from_hf to have one.')
-  tokenizer = load_tokenizer(path, config.data.chat_template)
-  cache = _open(config.data.train, tokenizer, config, vocab_size)
-  held_out = cache
+  tokenizer = _load_tokenizer(config)
+  source = RecordSource(config.data.train)
+  cache = _open(source, tokenizer, config, vocab_size)
+  held_out, chosen = cache, None
   pairs = np.arange(len(cache), dtype=np.int32)
   held = np.zeros(len(cache), bool)
   if config.data.validation:
-    held_out = _open(config.data.validation, tokenizer, config, vocab_size)
+    held_out = _open(_validation_source(config), tokenizer, config, vocab_size)
     chosen = np.arange(len(held_out), dtype=np.int32)
   elif config.data.validation_split_fraction:
     held = split.hold_out(cache.prompts, config.data.validation_split_fraction, config.seed)
     chosen = pairs[held]
-  else:
-    chosen = None
   train = _fit(cache, pairs[~held], tokenizer, config)
   validation = None if chosen is None else _fit(held_out, chosen, tokenizer, config)
-  slots = config.batch.pairs_per_row if config.data.pack else 1
-  train_rows = Epochs(train, config, shuffle=config.data.shuffle, pairs_per_row=slots)
+  train_rows = Epochs(
+    train.lengths,
+    train.mixture(source.weights, source.parts),
+    config,
+    shuffle=config.data.shuffle,
+    pairs_per_row=config.batch.pairs_per_row if config.data.pack else 1,
+  )
   slots = train_rows.pairs_per_row
-  validation_rows = validation and Epochs(validation, config, shuffle=False, pairs_per_row=slots)
   report = {'train': _report(train, train_rows.plan(0), config)}
+  validation_rows = None
   if validation:
+    once = validation.mixture((1.0,), [0] * len(held_out.files))
+    validation_rows = Epochs(validation.lengths, once, config, shuffle=False, pairs_per_row=slots)
     report['validation'] = _report(validation, validation_rows.plan(0), config)
   return PreparedData(
     tokenizer,
@@ -143,7 +98,7 @@ def prepare(config: ConfigDict, *, vocab_size: int) -> PreparedData:
     train_rows,
     validation_rows,
     pairs_per_row=slots,
-    fingerprint=_fingerprint(cache, validation and held_out, config),
+    fingerprint=_fingerprint(source, cache, validation and held_out, config),
     report=report,
   )
 
@@ -198,8 +153,10 @@ class _Batches:
     first = (self.start + i) * self.config.batch.rows
     numbers = [first + row for row in self.rows]
     end = math.inf if self.steps == _ENDLESS else len(self.epochs.plan(0))
+    places = [self.epochs.row(n) if n < end else np.zeros(0, np.int32) for n in numbers]
+    pairs = iter(self.pairs.packed_pairs(np.concatenate(places)))
     return pack.fill_batch(
-      [[self.pairs.packed_pair(p) for p in self.epochs.row(n)] if n < end else [] for n in numbers],
+      [list(itertools.islice(pairs, len(row))) for row in places],
       tokens=self.config.batch.tokens,
       pairs_per_row=self.epochs.pairs_per_row,
       layout=self.config.data.layout,
@@ -226,19 +183,50 @@ def _shard(config: ConfigDict, index: int, count: int) -> range:
   return range(index * size, (index + 1) * size)
 
 
-def _open(paths: Any, tokenizer: Tokenizer, config: ConfigDict, vocab_size: int) -> TokenCache:
+def _load_tokenizer(config: ConfigDict) -> Tokenizer:
+  path = config.data.tokenizer or config.initialize_from_hf
+  if not path:
+    raise ValueError('no tokenizer given: set data.tokenizer, or initialize_from_hf to have one.')
+  return load_tokenizer(
+    path,
+    config.data.chat_template,
+    variables=_mapping(config, 'template_variables'),
+    history=config.data.history,
+  )
+
+
+def _validation_source(config: ConfigDict) -> RecordSource:
+  if isinstance(config.data.validation, Mapping):
+    raise ValueError(
+      'data.validation is a mapping of weights, but every validation pair counts once: give a path '
+      'or a list of them.'
+    )
+  return RecordSource(config.data.validation)
+
+
+def _open(
+  source: RecordSource, tokenizer: Tokenizer, config: ConfigDict, vocab_size: int
+) -> TokenCache:
   directory = config.data.cache_dir or (config.workdir and f'{config.workdir}/token_cache')
   if not directory:
     raise ValueError('no place for the token cache: set workdir or data.cache_dir.')
   cache = open_or_build(
-    RecordSource(paths),
+    source,
     tokenizer,
     directory=directory,
-    format=config.data.format,
+    options=FormatOptions(config.data.format, _mapping(config, 'fields'), config.data.completions),
     bad_record=config.data.bad_record,
+    workers=config.data.cache_workers,
   )
   cache.check_ids(vocab_size)
   return cache
+
+
+def _mapping(config: ConfigDict, field: str) -> dict[str, Any]:
+  value = config.data[field] or {}
+  if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+    raise ValueError(f'data.{field}={value!r}: expected a mapping of names, such as {{"a": "b"}}.')
+  return dict(value)
 
 
 def _fit(
@@ -255,7 +243,7 @@ def _fit(
 
 
 def _report(pairs: split.Split, plan: pack.RowPlan, config: ConfigDict) -> dict[str, Any]:
-  tokens = int(pack.row_lengths(pairs.lengths, config.data.layout).sum())
+  tokens = int(pack.row_lengths(pairs.lengths, config.data.layout)[plan.pairs].sum())
   return {
     **dataclasses.asdict(pairs.cache.report),  # of the files, before they are divided
     'pairs': len(pairs),
@@ -270,10 +258,13 @@ def _report(pairs: split.Split, plan: pack.RowPlan, config: ConfigDict) -> dict[
   }
 
 
-def _fingerprint(train: TokenCache, validation: TokenCache | None, config: ConfigDict) -> str:
+def _fingerprint(
+  source: RecordSource, train: TokenCache, validation: TokenCache | None, config: ConfigDict
+) -> str:
   data = config.data
   parts = [
     train.fingerprint,
+    [source.weights, source.parts],
     validation and validation.fingerprint,
     [config.seed, data.validation_split_fraction, data.shuffle, data.layout, data.pack],
     [data.too_long, config.batch.rows, config.batch.tokens, config.batch.pairs_per_row],

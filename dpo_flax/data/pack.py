@@ -9,6 +9,7 @@ grows with the number of distinct lengths, not of pairs.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ class PackedPair(NamedTuple):
   rejected: np.ndarray  # [R] int32
   pair_weight: float = 1.0
   chosen_probability: float = 1.0
+  margin: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +161,7 @@ def fill_batch(
   tokens: int,
   pairs_per_row: int,
   layout: str,
-  columns: tuple[str, ...] = (),  # of pair_weight, chosen_probability: those the data has
+  columns: tuple[str, ...] = (),  # of pair_weight, chosen_probability, margin: those the data has
 ) -> Batch:
   """Fills B rows of T tokens and P pair slots.
 
@@ -167,29 +169,31 @@ def fill_batch(
     tokens, positions, visible_until, targets, sequence_ids [B, T] int32; loss_mask [B, T] float32;
     pair_mask [B, P] float32; pair_index [B, P] int32; each of `columns` [B, P] float32.
   """
-  batch = _empty_batch(len(rows), tokens, pairs_per_row)
+  rows = [list(row) for row in rows]
+  batch = _empty_batch(len(rows), tokens, pairs_per_row, columns)
+  pairs = [pair for row in rows for pair in row]
+  if not pairs:
+    return batch
+  counts = np.array([len(row) for row in rows])
+  row = np.repeat(np.arange(len(rows)), counts)
+  slot = np.arange(len(pairs)) - np.repeat(counts.cumsum() - counts, counts)
+  batch['pair_mask'][row, slot] = 1.0
+  batch['pair_index'][row, slot] = [pair.index for pair in pairs]
   for name in columns:
-    batch[name] = np.ones((len(rows), pairs_per_row), np.float32)
-  fill = _fill_shared if layout == 'shared' else _fill_separate
-  steps = np.arange(tokens, dtype=np.int32)
-  for r, row in enumerate(rows):
-    views = {name: batch[name][r] for name in _TOKEN_FIELDS}
-    start = 0
-    for slot, pair in enumerate(row):
-      start = fill(views, start, slot, pair, steps)
-      batch['pair_mask'][r, slot] = 1.0
-      batch['pair_index'][r, slot] = pair.index
-      for name in columns:
-        batch[name][r, slot] = getattr(pair, name)
+    batch[name][row, slot] = [getattr(pair, name) for pair in pairs]
+  lengths = np.array([(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs])
+  run = _fill_run(pairs, lengths, row, slot, layout=layout, nothing=2 * pairs_per_row)
+  ends = np.bincount(row, row_lengths(lengths, layout), len(rows)).astype(int).cumsum()
+  for r, (start, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
+    for name, values in run.items():
+      batch[name][r, : end - start] = values[start:end]
   return batch
 
 
-_TOKEN_FIELDS = ('tokens', 'positions', 'visible_until', 'targets', 'loss_mask', 'sequence_ids')
-
-
-def _empty_batch(rows: int, tokens: int, slots: int) -> Batch:
+def _empty_batch(rows: int, tokens: int, slots: int, columns: tuple[str, ...]) -> Batch:
   shape = (rows, tokens)
   visible = np.arange(1, tokens + 1, dtype=np.int32)  # padding sees itself alone
+  empty = PackedPair._field_defaults
   return {
     'tokens': np.zeros(shape, np.int32),
     'positions': np.zeros(shape, np.int32),
@@ -199,49 +203,88 @@ def _empty_batch(rows: int, tokens: int, slots: int) -> Batch:
     'sequence_ids': np.full(shape, 2 * slots, np.int32),
     'pair_mask': np.zeros((rows, slots), np.float32),
     'pair_index': np.full((rows, slots), -1, np.int32),
+    **{name: np.full((rows, slots), empty[name], np.float32) for name in columns},
   }
 
 
-def _fill_shared(row: Batch, start: int, slot: int, pair: PackedPair, steps: np.ndarray) -> int:
-  prefix = len(pair.prompt) - 1
-  chosen = start + prefix  # where p_last stands before chosen
-  rejected = chosen + 1 + len(pair.chosen)  # and where it stands again before rejected
-  end = rejected + 1 + len(pair.rejected)
-  row['tokens'][start : chosen + 1] = pair.prompt
-  row['tokens'][rejected] = pair.prompt[-1]
-  row['positions'][start:rejected] = steps[: rejected - start]
-  row['positions'][rejected:end] = steps[prefix : prefix + end - rejected]
-  row['visible_until'][start:chosen] = end
-  row['visible_until'][chosen:rejected] = rejected
-  row['visible_until'][rejected:end] = end
-  _fill_response(row, chosen + 1, 2 * slot, pair.chosen)
-  _fill_response(row, rejected + 1, 2 * slot + 1, pair.rejected)
-  return end
+def _fill_run(
+  pairs: list[PackedPair],
+  lengths: np.ndarray,  # [n, 3] prompt, chosen, rejected
+  row: np.ndarray,  # [n] each pair's row
+  slot: np.ndarray,  # [n] and its slot there
+  *,
+  layout: str,
+  nothing: int,  # the sequence id of what is no target
+) -> Batch:
+  """Returns the token fields of all pairs one behind the other, without padding."""
+  need = row_lengths(lengths, layout)
+  first = np.searchsorted(row, row)  # the first pair of each pair's row
+  before = need.cumsum() - need
+  fill = _shared_pieces if layout == 'shared' else _separate_pieces
+  pieces = fill(lengths, start=before - before[first], chosen=2 * slot, nothing=nothing)
+  sizes, begins = (pieces.positions[i].ravel() for i in (0, 1))
+  position = np.repeat(begins - (sizes.cumsum() - sizes), sizes) + np.arange(need.sum())
+  sequence_ids = _repeat(*pieces.sequence_ids)
+  if layout == 'shared':
+    parts = [part for p in pairs for part in (p.prompt, p.chosen, p.prompt[-1:], p.rejected)]
+  else:
+    parts = [part for p in pairs for part in (p.prompt, p.chosen, p.prompt, p.rejected)]
+  tokens = np.concatenate(parts)
+  inverted = np.flatnonzero(tokens < 0)  # read, but no targets
+  tokens[inverted] = ~tokens[inverted]
+  sequence_ids[inverted - 1] = nothing
+  is_target = sequence_ids != nothing
+  return {
+    'tokens': tokens,
+    'positions': position,
+    'visible_until': _repeat(*pieces.visible_until),
+    'targets': np.append(tokens[1:], 0) * is_target,  # the token behind, in either layout
+    'loss_mask': is_target,
+    'sequence_ids': sequence_ids,
+  }
 
 
-def _fill_separate(row: Batch, start: int, slot: int, pair: PackedPair, steps: np.ndarray) -> int:
-  for branch, response in enumerate((pair.chosen, pair.rejected)):
-    begin = start + len(pair.prompt)
-    end = begin + len(response)
-    row['tokens'][start:begin] = pair.prompt
-    row['positions'][start:end] = steps[: end - start]
-    row['visible_until'][start:end] = end
-    _fill_response(row, begin, 2 * slot + branch, response)
-    start = end
-  return start
+class _Pieces(NamedTuple):
+  """How the fields of n pairs are made: (sizes, values) of pieces, [n, k] each."""
+
+  positions: tuple[np.ndarray, np.ndarray]  # from the value on, counting up
+  visible_until: tuple[np.ndarray, np.ndarray]
+  sequence_ids: tuple[np.ndarray, np.ndarray]
 
 
-def _fill_response(row: Batch, begin: int, sequence: int, response: np.ndarray) -> None:
-  """Writes the response's tokens from `begin`; each is the target of the position before it."""
-  before = slice(begin - 1, begin - 1 + len(response))
-  if response.min() >= 0:
-    row['tokens'][begin : begin + len(response)] = response
-    row['targets'][before] = response
-    row['loss_mask'][before] = 1.0
-    row['sequence_ids'][before] = sequence
-    return
-  target = response >= 0
-  row['tokens'][begin : begin + len(response)] = np.where(target, response, ~response)
-  row['targets'][before] = np.where(target, response, 0)
-  row['loss_mask'][before] = target
-  row['sequence_ids'][before][target] = sequence
+def _shared_pieces(
+  lengths: np.ndarray, *, start: np.ndarray, chosen: np.ndarray, nothing: int
+) -> _Pieces:
+  prompt, c, r = lengths.T
+  one, none = np.ones_like(prompt), np.full_like(prompt, nothing)
+  middle = start + prompt + c  # where p_last stands again, before rejected
+  end = middle + 1 + r
+  return _Pieces(
+    positions=_table((prompt + c, 0 * one), (1 + r, prompt - 1)),
+    visible_until=_table((prompt - 1, end), (1 + c, middle), (1 + r, end)),
+    sequence_ids=_table((prompt - 1, none), (c, chosen), (one, none), (r, chosen + 1), (one, none)),
+  )
+
+
+def _separate_pieces(
+  lengths: np.ndarray, *, start: np.ndarray, chosen: np.ndarray, nothing: int
+) -> _Pieces:
+  prompt, c, r = lengths.T
+  one, none = np.ones_like(prompt), np.full_like(prompt, nothing)
+  middle = start + prompt + c  # where the second prompt begins
+  return _Pieces(
+    positions=_table((prompt + c, 0 * one), (prompt + r, 0 * one)),
+    visible_until=_table((prompt + c, middle), (prompt + r, middle + prompt + r)),
+    sequence_ids=_table(
+      (prompt - 1, none), (c, chosen), (prompt, none), (r, chosen + 1), (one, none)
+    ),
+  )
+
+
+def _table(*pieces: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+  sizes, values = zip(*pieces, strict=True)
+  return np.stack(sizes, axis=1), np.stack(values, axis=1)
+
+
+def _repeat(sizes: np.ndarray, values: np.ndarray) -> np.ndarray:
+  return np.repeat(values.ravel().astype(np.int32), sizes.ravel())

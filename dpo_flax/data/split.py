@@ -1,14 +1,22 @@
 """Which pairs of a cache are trained on, which are held out, and what becomes of long ones."""
 
 import dataclasses
-import zlib
+import functools
+from collections.abc import Sequence
 
 import numpy as np
 
 from dpo_flax.data import pack
+from dpo_flax.data.mixture import Mixture, hashed
 from dpo_flax.data.token_cache import TokenCache
 
-_SOURCES = {'pair_weight': 'weight', 'chosen_probability': 'chosen_probability'}
+# Batch field -> the record's column, and what a record without it counts as where others have one:
+# as one pair, as certain, as asking for no margin.
+_COLUMNS = {
+  'pair_weight': ('weight', 1.0),
+  'chosen_probability': ('chosen_probability', 1.0),
+  'margin': ('margin', 0.0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,34 +36,44 @@ class Split:
   @property
   def columns(self) -> tuple[str, ...]:
     """The optional batch fields that the data has."""
-    return tuple(name for name, source in _SOURCES.items() if source in self.cache.columns)
+    return tuple(name for name, (key, _) in _COLUMNS.items() if key in self.cache.columns)
+
+  def mixture(self, weights: Sequence[float], parts: Sequence[int]) -> Mixture:
+    """Divides the pairs by their files; `parts` gives the part of the mixture of each file."""
+    part = np.array(parts)[self.cache.file[self.pairs]]
+    return Mixture(tuple(np.flatnonzero(part == i) for i in range(len(weights))), tuple(weights))
 
   def packed_pair(self, i: int) -> pack.PackedPair:
     """Returns the i-th pair of the split, its prompt cut as planned."""
-    pair = self.pairs[i]
-    prompt, chosen, rejected = self.cache[pair]
-    keep = self.lengths[i, 0]
-    if keep < len(prompt):
+    return self.packed_pairs(np.array([i]))[0]
+
+  def packed_pairs(self, places: np.ndarray) -> list[pack.PackedPair]:
+    """Returns pairs of the split, their prompts cut as planned."""
+    pairs, keep = self.pairs[places], self.lengths[places, 0]
+    prompts = self.cache.lengths[pairs, 0]
+    ids = self.cache.many(pairs)
+    for n in np.flatnonzero(keep < prompts):
+      prompt, chosen, rejected = ids[n]
       first = prompt[: int(self.keep_first)]
-      prompt = np.concatenate([first, prompt[len(prompt) - keep + len(first) :]])
-    values = {name: self.cache.columns[_SOURCES[name]][pair] for name in self.columns}
-    # A record without a value, among others that have one, counts as certain and as one pair.
-    values = {name: 1.0 if np.isnan(value) else float(value) for name, value in values.items()}
-    return pack.PackedPair(int(self.cache.records[pair]), prompt, chosen, rejected, **values)
+      end = prompt[len(prompt) - keep[n] + len(first) :]
+      ids[n] = np.concatenate([first, end]), chosen, rejected
+    records = self.cache.records[pairs].tolist()
+    values = [self._values[name][pairs].tolist() for name in self._values]
+    if not values:
+      return [pack.PackedPair(record, *pair) for record, pair in zip(records, ids, strict=True)]
+    return [
+      pack.PackedPair(record, *pair, **dict(zip(self._values, value, strict=True)))
+      for record, pair, *value in zip(records, ids, *values, strict=True)
+    ]
 
-
-def hashed(values: np.ndarray, *salt: int | str) -> np.ndarray:
-  """Returns a hash of every value, uint64: splitmix64, the same on every machine and version."""
-  seed = zlib.crc32(repr(salt).encode()) * 0x9E3779B97F4A7C15 % 2**64
-  x = values.astype(np.uint64) + np.uint64(seed)
-  x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-  x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-  return x ^ (x >> np.uint64(31))
-
-
-def permutation(n: int, *salt: int | str) -> np.ndarray:
-  """Returns a random order of 0 .. n - 1 that depends on the salt alone."""
-  return np.argsort(hashed(np.arange(n), *salt), kind='stable')
+  @functools.cached_property
+  def _values(self) -> dict[str, np.ndarray]:
+    values = {}
+    for name in self.columns:
+      key, missing = _COLUMNS[name]
+      column = self.cache.columns[key]
+      values[name] = np.where(np.isnan(column), missing, column)
+    return values
 
 
 def hold_out(prompts: np.ndarray, fraction: float, seed: int) -> np.ndarray:

@@ -9,15 +9,18 @@ response is predicted by its loss.
 
 import dataclasses
 import hashlib
+import itertools
 import json
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
 
-from dpo_flax.data.backends import Backend, SentencePieceBackend, TokenizersBackend
-from dpo_flax.data.chat_template import ChatTemplate, Rendering
-from dpo_flax.data.formats import Preference
-from dpo_flax.data.source import RecordError
+from dpo_flax.data.encoding.backends import Backend, SentencePieceBackend, TokenizersBackend
+from dpo_flax.data.reading.fields import shared_length
+from dpo_flax.data.reading.preference import Preference, Span
+from dpo_flax.data.reading.records import RecordError
+from dpo_flax.data.templates.chat_template import ChatTemplate, Rendering
 
 _FILES = ('tokenizer.json', 'tokenizer.model')  # in order of preference
 _SETTINGS = ('config.json', 'special_tokens_map.json', 'tokenizer_config.json')  # the last one wins
@@ -41,6 +44,10 @@ class Tokenizer:
   add_bos: bool  # to plain text; a chat template writes its own
   template: ChatTemplate | None
   fingerprint: str  # SHA-256 of the files that decide any id
+  origin: tuple[Any, ...]  # what it was loaded with
+
+  def __reduce__(self) -> tuple[Any, ...]:
+    return _load, self.origin
 
   @property
   def vocab_size(self) -> int:
@@ -55,8 +62,10 @@ class Tokenizer:
     Raises:
       RecordError: chat data with no template, a template that fails, or nothing to predict from.
     """
-    encode = self._encode_text if isinstance(preference.prompt, str) else self._encode_chat
-    pair = encode(preference)
+    if isinstance(preference.prompt, str):
+      pair = self._encode_text(preference)
+    else:
+      pair = self._encode_chat(preference)
     if not pair.prompt:
       raise RecordError(
         'empty prompt', 'it has no token of its own, and the tokenizer adds no BOS to predict from'
@@ -64,14 +73,13 @@ class Tokenizer:
     return pair
 
   def _encode_text(self, preference: Preference) -> EncodedPair:
-    bos = [self.bos_id] if self.add_bos else []
-    prompt = self.backend.encode(preference.prompt)
-    chosen = self.backend.encode(preference.prompt + preference.chosen)
-    rejected = self.backend.encode(preference.prompt + preference.rejected)
-    n = min(_shared(prompt, chosen), _shared(prompt, rejected))
-    if min(len(chosen), len(rejected)) == n:
-      raise RecordError('empty response', 'the tokenizer drops all of its characters')
-    return EncodedPair(bos + chosen[:n], [*chosen[n:], self.eos_id], [*rejected[n:], self.eos_id])
+    texts = (
+      (preference.chosen, preference.chosen_context),
+      (preference.rejected, preference.rejected_context),
+    )
+    renderings = [_join(preference.prompt, text, context) for text, context in texts]
+    pair = self._split(preference.prompt, renderings, self.backend.encode)
+    return pair._replace(prompt=[self.bos_id, *pair.prompt]) if self.add_bos else pair
 
   def _encode_chat(self, preference: Preference) -> EncodedPair:
     if self.template is None:
@@ -79,38 +87,51 @@ class Tokenizer:
         'chat data without a chat template',
         'the tokenizer has none; set data.chat_template to a file or to the template itself',
       )
-    prefix = self.template.render_prompt(preference.prompt)
-    chosen, rejected = (
-      self.template.render(preference.prompt, response, prefix=prefix)
-      for response in (preference.chosen, preference.rejected)
-    )
-    prompt = chosen.text[: chosen.spans[0][0]]
-    if rejected.text[: rejected.spans[0][0]] != prompt:
+    renderings = self.template.render_pair(preference)
+    chosen, rejected = (r.text[: r.spans[0][0]] for r in renderings)
+    if chosen != rejected:
       raise RecordError(
         'chat template rewrites the prompt', 'its text before chosen and before rejected differs'
       )
-    prompt_ids = self._ids(prompt)
-    branches = [self._ids(r.text[: r.spans[-1][1]]) for r in (chosen, rejected)]
-    n = min(_shared(prompt_ids, ids) for ids in branches)
-    return EncodedPair(
-      branches[0][:n],
-      self._targets(chosen, branches[0], n),
-      self._targets(rejected, branches[1], n),
-    )
+    return self._split(chosen, renderings, self._ids)
 
-  def _targets(self, rendering: Rendering, ids: list[int], start: int) -> list[int]:
-    """Returns the response, with ~id for what lies between two of its spans."""
-    response = ids[start:] if rendering.closed else [*ids[start:], self.eos_id]
-    for (_, end), (begin, _) in zip(rendering.spans, rendering.spans[1:], strict=False):
-      first, last = (_shared(self._ids(rendering.text[:at]), ids) - start for at in (end, begin))
-      response[first:last] = [~i for i in response[first:last]]
-    return response
+  def _split(
+    self, prompt: str, renderings: list[Rendering], encode: Callable[[str], list[int]]
+  ) -> EncodedPair:
+    """Encodes the prompt with either response, and parts them."""
+    branches = [encode(rendering.text[: rendering.spans[-1][1]]) for rendering in renderings]
+    prompt_ids = encode(prompt)
+    n = min(shared_length(prompt_ids, ids) for ids in branches)
+    responses = []
+    for rendering, ids in zip(renderings, branches, strict=True):
+      response = ids[n:]
+      if not response:
+        raise RecordError('empty response', 'the tokenizer drops all of its characters')
+      for (_, end), (begin, _) in itertools.pairwise(rendering.spans):
+        first, last = (shared_length(encode(rendering.text[:at]), ids) - n for at in (end, begin))
+        response[first:last] = [~i for i in response[first:last]]
+      responses.append(response if rendering.closed else [*response, self.eos_id])
+    return EncodedPair(branches[0][:n], *responses)
 
   def _ids(self, text: str) -> list[int]:
     return self.backend.encode_chat(text, self.template)
 
 
-def load_tokenizer(path: str, chat_template: str | None = None) -> Tokenizer:
+def _join(prompt: str, response: str, context: tuple[Span, ...]) -> Rendering:
+  """Returns a text response behind its prompt; its spans are what lies between the contexts."""
+  ends = [0, *(end for span in context for end in span), len(response)]
+  at = [len(prompt) + end for end in ends]
+  spans = list(zip(at[::2], at[1::2], strict=True))
+  return Rendering(prompt + response, spans, closed=False)
+
+
+def load_tokenizer(
+  path: str,
+  chat_template: str | None = None,
+  *,
+  variables: Mapping[str, Any] | None = None,
+  history: str = 'exact',
+) -> Tokenizer:
   """Loads a tokenizer from a directory in Hugging Face layout, or from one file.
 
   Args:
@@ -118,6 +139,8 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> Tokenizer:
       them tokenizer_config.json, special_tokens_map.json, config.json and chat_template.jinja are
       read where they exist.
     chat_template: a file, or the template itself; it wins over the tokenizer's own.
+    variables: what the template is given besides, such as {'enable_thinking': False}.
+    history: exact | rendered, as ChatTemplate says.
 
   Raises:
     ValueError: files that are missing or broken, or an EOS that is nowhere defined.
@@ -139,13 +162,25 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> Tokenizer:
     )
   source = _template_source(chat_template, settings, file.parent)
   template = None
+  given = names | dict(variables or {})
   if source is not None:
     template = ChatTemplate(
-      source, controls=list(backend.controls), typed=sorted(backend.special), variables=names
+      source,
+      controls=list(backend.controls),
+      typed=sorted(backend.special),
+      variables=given,
+      history=history,
     )
-  decided = json.dumps([bos_id, eos_id, add_bos, names, source, settings.get('legacy')])
+  decided = json.dumps([bos_id, eos_id, add_bos, given, source, history, settings.get('legacy')])
   fingerprint = hashlib.sha256(hashlib.sha256(content).digest() + decided.encode()).hexdigest()
-  return Tokenizer(backend, bos_id, eos_id, add_bos, template, fingerprint)
+  origin = (path, chat_template, dict(variables or {}), history)
+  return Tokenizer(backend, bos_id, eos_id, add_bos, template, fingerprint, origin)
+
+
+def _load(
+  path: str, chat_template: str | None, variables: dict[str, Any], history: str
+) -> Tokenizer:
+  return load_tokenizer(path, chat_template, variables=variables, history=history)
 
 
 def _find(path: epath.Path) -> epath.Path:
@@ -215,11 +250,3 @@ def _template_source(
   if isinstance(own, list):
     own = {entry['name']: entry['template'] for entry in own}.get('default')
   return own
-
-
-def _shared(a: list[int], b: list[int]) -> int:
-  """Returns the length of the longest common beginning."""
-  n = min(len(a), len(b))
-  if a[:n] == b[:n]:
-    return n
-  return next(i for i in range(n) if a[i] != b[i])

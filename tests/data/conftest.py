@@ -8,7 +8,7 @@ import sentencepiece
 import tokenizers
 
 SPECIAL = ['<s>', '</s>', '<|im_start|>', '<|im_end|>', '<|start_header_id|>', '<|end_header_id|>']
-SPECIAL += ['<|eot_id|>']
+SPECIAL += ['<|eot_id|>', '<start_of_turn>', '<end_of_turn>']
 
 
 def _texts():

@@ -1,9 +1,13 @@
 """Every format gives the same Preference for the same comparison, and refuses what is none."""
 
+import json
+import math
+
 import pytest
 
-from dpo_flax.data.formats import FORMATS, Preference, to_preference
-from dpo_flax.data.source import RecordError
+from dpo_flax.data.formats import FORMATS, FormatOptions, to_preferences
+from dpo_flax.data.reading.preference import Preference
+from dpo_flax.data.reading.records import RecordError
 
 
 def user(text):
@@ -12,6 +16,12 @@ def user(text):
 
 def assistant(text):
   return {'role': 'assistant', 'content': text}
+
+
+def to_preference(record, format='auto', **options):
+  """Returns the one preference of a record, and its format."""
+  (preference,), name = to_preferences(record, FormatOptions(format, **options))
+  return preference, name
 
 
 TURNS = [user('Hi'), assistant('Hello'), user('2 + 2?')]
@@ -48,6 +58,41 @@ def test_chats_that_part_early_have_all_that_follows_as_response():
   assert preference == Preference([user('Hi')], chosen[1:], rejected[1:])
 
 
+def test_transcripts_that_part_early_have_the_later_turns_of_the_human_as_context():
+  late = '\n\nHuman: Sure?\n\nAssistant:'
+  preference, name = to_preference(
+    {'chosen': f'{BEGIN} 4{late} Yes{late} Yes!', 'rejected': f'{BEGIN} 5'}
+  )
+  assert (name, preference.prompt) == ('hh', BEGIN)
+  assert preference.chosen == f' 4{late} Yes{late} Yes!'
+  assert [preference.chosen[a:b] for a, b in preference.chosen_context] == [late, late]
+  assert preference.rejected_context == ()
+
+
+def test_tools_are_a_list_or_its_json():
+  record = {'prompt': TURNS, 'chosen': CHAT.chosen, 'rejected': CHAT.rejected}
+  tools = [{'type': 'function', 'function': {'name': 'add'}}]
+  for given in (tools, json.dumps(tools)):
+    assert to_preference({**record, 'tools': given})[0].tools == tools
+  for nothing in (None, [], ''):
+    assert to_preference({**record, 'tools': nothing})[0] == CHAT
+  assert to_preference({**record, 'tools': tools})[0].prompt_key != CHAT.prompt_key
+
+
+def test_fields_move_a_record_s_keys_to_the_names_the_formats_know():
+  record = {'ask': 'a', 'good': 'b', 'bad': 'c', 'rating': 2, 'prompt': 'other'}
+  fields = {'prompt': 'ask', 'chosen': 'good', 'rejected': 'bad', 'margin': 'rating'}
+  preference, name = to_preference(record, fields=fields)
+  assert (preference, name) == (Preference('a', 'b', 'c', margin=2.0), 'explicit')
+  swapped = to_preference(
+    {'prompt': 'a', 'chosen': 'b', 'rejected': 'c'},
+    fields={'chosen': 'rejected', 'rejected': 'chosen'},
+  )[0]
+  assert (swapped.chosen, swapped.rejected) == ('c', 'b')
+  with pytest.raises(RecordError, match="takes 'margin' from 'score'"):
+    to_preference(record, fields={**fields, 'margin': 'score'})
+
+
 def test_columns_pass_through_and_other_keys_are_ignored():
   record = {'prompt': 'a', 'chosen': 'b', 'rejected': 'c', 'source': 'x'}
   record |= {'chosen_probability': 0.75, 'margin': 2, 'weight': 0.5}
@@ -65,11 +110,11 @@ def test_columns_pass_through_and_other_keys_are_ignored():
     ({'prompt': 'a', 'chosen': 'b', 'rejected': 'c', 'messages': []}, 'ambiguous format'),
     ({'prompt': 'a', 'chosen': ' \n', 'rejected': 'c'}, 'empty response'),
     ({'prompt': 'a', 'chosen': 'b', 'rejected': 'b'}, 'identical responses'),
-    ({'prompt': 'a', 'chosen': 'b', 'rejected': 3}, 'wrong type'),
+    ({'prompt': 'a', 'chosen': 'b', 'rejected': 3}, 'unknown format'),
     ({'prompt': 'a', 'chosen': 'b\ud800', 'rejected': 'c'}, 'lone surrogate'),
     ({'prompt': [user('\udfff')], 'chosen': [assistant('b')], 'rejected': []}, 'lone surrogate'),
-    ({'prompt': 'a', 'chosen': 'b', 'rejected': None}, 'missing key'),
-    ({'prompt': 'a', 'chosen': CHAT.chosen, 'rejected': CHAT.rejected}, 'wrong type'),
+    ({'prompt': 'a', 'chosen': 'b', 'rejected': None}, 'unknown format'),
+    ({'prompt': 'a', 'chosen': CHAT.chosen, 'rejected': CHAT.rejected}, 'no shared prompt'),
     ({'prompt': TURNS, 'chosen': [assistant('')], 'rejected': CHAT.rejected}, 'empty response'),
     ({'prompt': TURNS, 'chosen': [], 'rejected': CHAT.rejected}, 'empty response'),
     ({'prompt': TURNS, 'chosen': [user('4')], 'rejected': CHAT.rejected}, 'wrong role'),
@@ -78,13 +123,25 @@ def test_columns_pass_through_and_other_keys_are_ignored():
     ({'chosen': [*TURNS, assistant('4')], 'rejected': TURNS}, 'empty response'),
     ({'chosen': f'{BEGIN} 4', 'rejected': '\n\nHuman: Ho\n\nAssistant: 5'}, 'no shared prompt'),
     ({'chosen': f'{BEGIN} 4', 'rejected': BEGIN}, 'empty response'),
+    ({'chosen': f'{BEGIN} 4\n\nHuman: No', 'rejected': f'{BEGIN} 5'}, 'wrong role'),
+    ({'chosen': f'{BEGIN} 4\n\nHuman: No\n\nAssistant:', 'rejected': f'{BEGIN} 5'}, 'wrong role'),
     ({'messages': [], 'rejected': 'x'}, 'empty response'),
+    ({'messages': TURNS, 'chosen': TURNS, 'rejected': TURNS}, 'ambiguous format'),
+    ({'prompt': 'a', 'question': 'b', 'chosen': 'c', 'rejected': 'd'}, 'ambiguous format'),
     (
       {'prompt': 'a', 'chosen': 'b', 'rejected': 'c', 'chosen_probability': 1.5},
       'number out of range',
     ),
     ({'prompt': 'a', 'chosen': 'b', 'rejected': 'c', 'margin': 'big'}, 'wrong type'),
     ({'prompt': 'a', 'chosen': 'b', 'rejected': 'c', 'weight': True}, 'wrong type'),
+    (
+      {'prompt': 'a', 'chosen': 'b', 'rejected': 'c', 'weight': math.nan},
+      'number out of range',
+    ),
+    ({'prompt': 'a', 'chosen': 'b', 'rejected': 'c', 'margin': 10**400}, 'number out of range'),
+    ({'prompt': 'a', 'chosen': 'b', 'rejected': 'c', 'tools': [{}]}, 'wrong type'),
+    ({'prompt': TURNS, 'chosen': CHAT.chosen, 'rejected': CHAT.rejected, 'tools': 3}, 'wrong type'),
+    ({'prompt': TURNS, 'chosen': CHAT.chosen, 'rejected': [assistant({1})]}, 'wrong type'),
   ],
 )
 def test_records_that_are_no_comparison_are_refused(record, reason):

@@ -185,6 +185,28 @@ def test_a_validation_file_leaves_train_whole(config, data, tmp_path):
   assert prepared.where('validation', 3) == f'{tmp_path}/validation.jsonl:4'
 
 
+def test_epochs_of_a_mixture_hold_each_file_by_its_weight(config, data, tmp_path):
+  lines = data.read_text().splitlines()
+  (tmp_path / 'a.jsonl').write_text('\n'.join(lines[:60]))
+  (tmp_path / 'b.jsonl').write_text('\n'.join(lines[60:100]))
+  config.data.train = {str(tmp_path / 'a.jsonl'): 0.5, str(tmp_path / 'b.jsonl'): 2.0}
+  config.data.validation = str(data)
+  prepared = _prepare(config)
+  rows = [len(prepared.train_rows.plan(epoch)) for epoch in range(2)]
+  batches = _join([[b] for b in _take(config, prepared, -(-sum(rows) // ROWS))])[0]
+  first, both = (
+    np.bincount(_indices([{name: a[:n] for name, a in batches.items()}]), minlength=100)
+    for n in (rows[0], sum(rows))
+  )
+  assert first[:60].sum() == 30
+  assert list(first[60:]) == [2] * 40
+  assert list(both) == [1] * 60 + [4] * 40
+  fingerprint = prepared.fingerprint
+  config.data.train = {str(tmp_path / 'a.jsonl'): 1.0, str(tmp_path / 'b.jsonl'): 2.0}
+  assert _prepare(config).fingerprint != fingerprint
+  assert prepared.report['train']['padding_fraction'] < 0.2
+
+
 def test_pairs_per_row_caps_every_plan(config):
   chosen = _prepare(config)
   assert chosen.pairs_per_row == chosen.train_rows.plan(0).pairs_per_row > 1
@@ -235,20 +257,18 @@ def test_optional_fields_appear_when_the_data_has_them(config, tmp_path):
   ]
   records[3].pop('weight')
   records[4]['chosen_probability'] = 0.75
+  records[5]['margin'] = 1.5
   (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, records)))
   assert 'pair_weight' not in _take(config, _prepare(config), 1)[0]
   config.data.train = str(tmp_path / 'a.jsonl')
   config.data.validation_split_fraction = 0.0
   batch = _take(config, _prepare(config), 1)[0]
   real = batch['pair_mask'] > 0
-  for i, weight, probability in zip(
-    batch['pair_index'][real],
-    batch['pair_weight'][real],
-    batch['chosen_probability'][real],
-    strict=True,
-  ):
-    assert weight == (1.0 if i == 3 else i)
-    assert probability == (0.75 if i == 4 else 1.0)
+  fields = ('pair_index', 'pair_weight', 'chosen_probability', 'margin')
+  assert all(batch[field].dtype == np.float32 for field in fields[1:])
+  for i, *values in zip(*(batch[field][real] for field in fields), strict=True):
+    assert values == [1.0 if i == 3 else i, 0.75 if i == 4 else 1.0, 1.5 if i == 5 else 0.0]
+  assert not batch['margin'][~real].any()
 
 
 def test_report_accounts_for_every_pair_and_token(config):
@@ -271,6 +291,18 @@ def test_report_accounts_for_every_pair_and_token(config):
 def test_rows_that_hosts_cannot_share_are_refused(config):
   with pytest.raises(ValueError, match=r'batch\.rows=4 cannot be divided among 3'):
     _take(config, _prepare(config), 1, shards=3)
+
+
+def test_settings_that_cannot_be_meant_are_refused(config, data):
+  config.data.validation = {str(data): 2.0}
+  with pytest.raises(ValueError, match='every validation pair counts once'):
+    _prepare(config)
+  config.data.validation = None
+  for field in ('fields', 'template_variables'):
+    config.data[field] = 'chosen'
+    with pytest.raises(ValueError, match=f"data.{field}='chosen': expected a mapping"):
+      _prepare(config)
+    config.data[field] = None
 
 
 def test_missing_settings_are_named(config):

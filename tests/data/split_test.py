@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_flax.data import pack, split
+from dpo_flax.data.caching.build_cache import open_or_build
+from dpo_flax.data.formats import FormatOptions
 from dpo_flax.data.source import RecordSource
-from dpo_flax.data.token_cache import open_or_build
 from dpo_flax.data.tokenizer import load_tokenizer
 
 
@@ -40,12 +41,6 @@ def test_one_prompt_alone_cannot_be_divided():
     split.hold_out(np.zeros(5, np.uint64), 0.1, 0)
 
 
-def test_permutation_is_the_same_on_every_machine():
-  assert sorted(split.permutation(100, 'rows', 0)) == list(range(100))
-  assert list(split.permutation(8, 'rows', 0)) == [1, 7, 0, 3, 6, 2, 5, 4]
-  assert list(split.permutation(8, 'rows', 1)) != list(split.permutation(8, 'rows', 0))
-
-
 @pytest.fixture(scope='module')
 def cache(json_directory, tmp_path_factory):
   """A short pair, one with a long prompt and one with a long response."""
@@ -55,7 +50,8 @@ def cache(json_directory, tmp_path_factory):
   records = [dict(zip(('prompt', 'chosen', 'rejected'), pair, strict=True)) for pair in pairs]
   (directory / 'pairs.jsonl').write_text('\n'.join(map(json.dumps, records)))
   source = RecordSource(str(directory / 'pairs.jsonl'))
-  return open_or_build(source, load_tokenizer(str(json_directory)), directory=str(directory))
+  tokenizer = load_tokenizer(str(json_directory))
+  return open_or_build(source, tokenizer, directory=str(directory), options=FormatOptions())
 
 
 def _fit(cache, too_long, layout='shared', tokens=40):

@@ -8,8 +8,8 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_flax.data.formats import Preference
-from dpo_flax.data.source import RecordError
+from dpo_flax.data.reading.preference import Preference
+from dpo_flax.data.reading.records import RecordError
 from dpo_flax.data.tokenizer import load_tokenizer
 
 CHATML = (

@@ -1,12 +1,20 @@
 """The two kinds of tokenizer files, behind one interface."""
 
 import functools
+import itertools
+import re
 from typing import Any, Protocol
 
 import sentencepiece
 import tokenizers
+from sentencepiece import sentencepiece_model_pb2
 
-from dpo_flax.data.chat_template import ChatTemplate
+from dpo_flax.data.templates.chat_template import ChatTemplate
+
+# SentencePiece writes a space as \u2581.
+_WORD = re.compile('\u2581*[^\u2581]+|\u2581+')
+_ACROSS = re.compile('[^\u2581]\u2581')
+_KNOWN, _SHORT = 1 << 18, 64  # words remembered, and the characters of the longest
 
 
 class Backend(Protocol):
@@ -30,9 +38,10 @@ class SentencePieceBackend:
   """A SentencePiece model. It never makes a control token from text: chats are split at them."""
 
   def __init__(self, model: bytes, settings: dict[str, Any]):
-    self._model = _load_sentencepiece(model)
-    # A second NormalizerSpec is merged into the first: here add_dummy_prefix = false.
-    self._bare = _load_sentencepiece(model + b'\x1a\x02\x18\x00')
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    self._model, self._words = _load_sentencepiece(proto), _Words(proto)
+    proto.normalizer_spec.add_dummy_prefix = False
+    self._bare = _load_sentencepiece(proto)
     size = self._model.get_piece_size()
     own = {self._model.id_to_piece(i): i for i in range(size) if self._model.is_control(i)}
     added = {
@@ -45,7 +54,7 @@ class SentencePieceBackend:
     self._prefix_always = settings.get('legacy', True)
 
   def encode(self, text: str) -> list[int]:
-    return self._model.encode(text)
+    return self._words.encode(self._model.normalize(text))
 
   def encode_chat(self, text: str, template: ChatTemplate) -> list[int]:
     ids = []
@@ -54,7 +63,7 @@ class SentencePieceBackend:
         ids.append(self.controls[piece])
       elif piece:
         prefix = self._prefix_always or not ids
-        ids += (self._model if prefix else self._bare).encode(piece)
+        ids += self._words.encode((self._model if prefix else self._bare).normalize(piece))
     return ids
 
   def decode(self, ids: list[int]) -> str:
@@ -101,9 +110,40 @@ class TokenizersBackend:
     return full[0] if len(full) > len(bare) and full[:1] != bare[:1] else None
 
 
-def _load_sentencepiece(model: bytes) -> sentencepiece.SentencePieceProcessor:
+class _Words(dict[str, list[int]]):
+  """Encodes normalized text word by word, each word once: a dictionary of the words it has met.
+
+  In a BPE model none of whose pieces reaches past a word into the space before the next, no merge
+  does either, so the ids of a text are those of its words. To other models a text is one word.
+  """
+
+  def __init__(self, proto: sentencepiece_model_pb2.ModelProto):
+    as_it_is = sentencepiece_model_pb2.ModelProto()
+    as_it_is.CopyFrom(proto)
+    as_it_is.normalizer_spec.precompiled_charsmap = b''
+    as_it_is.normalizer_spec.add_dummy_prefix = False
+    as_it_is.normalizer_spec.remove_extra_whitespaces = False
+    self._model = _load_sentencepiece(as_it_is)
+    bpe = proto.trainer_spec.model_type == proto.trainer_spec.BPE
+    apart = bpe and not any(_ACROSS.search(piece.piece) for piece in proto.pieces)
+    self._word = _WORD if apart else re.compile('.+', re.DOTALL)
+
+  def encode(self, text: str) -> list[int]:
+    # All of the loop is in C.
+    return list(itertools.chain.from_iterable(map(self.__getitem__, self._word.findall(text))))
+
+  def __missing__(self, word: str) -> list[int]:
+    ids = self._model.encode(word)
+    if len(self) < _KNOWN and len(word) < _SHORT:
+      self[word] = ids
+    return ids
+
+
+def _load_sentencepiece(
+  proto: sentencepiece_model_pb2.ModelProto,
+) -> sentencepiece.SentencePieceProcessor:
   processor = sentencepiece.SentencePieceProcessor()
-  processor.LoadFromSerializedProto(model)
+  processor.LoadFromSerializedProto(proto.SerializeToString())
   return processor
 
 

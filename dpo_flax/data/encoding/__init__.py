@@ -1,0 +1,1 @@
+"""Text -> token ids, in this process or in several."""

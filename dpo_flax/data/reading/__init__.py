@@ -1,0 +1,1 @@
+"""Files -> raw records -> typed preferences, with errors that name the place."""

@@ -1,0 +1,1 @@
+"""What can be said of prepared data: numbers, examples, as text and as a page."""

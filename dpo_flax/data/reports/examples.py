@@ -1,0 +1,67 @@
+"""Pairs as the model will see them, decoded, with what is learned told from what is read."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+
+from dpo_flax.data.mixture import permutation
+from dpo_flax.data.pack import PackedPair
+from dpo_flax.data.split import Split
+from dpo_flax.data.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+  """Consecutive tokens of one kind."""
+
+  text: str
+  learned: bool  # whether the loss counts them
+  special: bool  # whether they are control tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """One pair."""
+
+  where: str  # file:line
+  prompt: list[Piece]
+  chosen: list[Piece]
+  rejected: list[Piece]
+  tokens: tuple[int, int, int]  # in prompt, chosen, rejected
+
+
+def pick(pairs: Split, tokenizer: Tokenizer, count: int, *, seed: int) -> list[Example]:
+  """Returns `count` pairs of the split, drawn at random, decoded."""
+  places = permutation(len(pairs), 'examples', seed)[:count]
+  packed = pairs.packed_pairs(places)
+  return [
+    _example(pair, pairs.cache.where(pairs.pairs[i]), tokenizer)
+    for i, pair in zip(places, packed, strict=True)
+  ]
+
+
+def _example(pair: PackedPair, where: str, tokenizer: Tokenizer) -> Example:
+  chosen, rejected = (_pieces(pair.prompt, ids, tokenizer) for ids in (pair.chosen, pair.rejected))
+  empty = np.zeros(0, np.int32)
+  prompt = [dataclasses.replace(p, learned=False) for p in _pieces(empty, pair.prompt, tokenizer)]
+  return Example(where, prompt, chosen, rejected, tokens=tuple(map(len, pair[1:4])))
+
+
+def _pieces(before: np.ndarray, ids: np.ndarray, tokenizer: Tokenizer) -> list[Piece]:
+  """Decodes ids behind others: alone, they may lose the space that they begin with."""
+  controls = set(tokenizer.backend.controls.values())
+  kinds = [(i >= 0, (i if i >= 0 else ~i) in controls) for i in ids.tolist()]
+  pieces, whole = [], [*before.tolist()]
+  done = tokenizer.decode(whole)
+  for (learned, special), run in itertools.groupby(zip(kinds, ids.tolist(), strict=True), _kind):
+    whole += [i for _, i in run]
+    text = tokenizer.decode(whole)
+    start = len(done) if text.startswith(done) else 0
+    pieces.append(Piece(text[start:], learned, special))
+    done = text
+  return pieces
+
+
+def _kind(item: tuple[tuple[bool, bool], int]) -> tuple[bool, bool]:
+  return item[0]

@@ -1,0 +1,120 @@
+"""What can be said of prepared data before any of it is trained on."""
+
+import hashlib
+import math
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dpo_flax.data import pack
+from dpo_flax.data.loader import PreparedData
+from dpo_flax.data.split import Split
+
+_PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+_BLOCK = 4096  # pairs read at once
+_SHOWN = 5  # places named of each kind
+
+
+def describe(prepared: PreparedData, config: ConfigDict) -> dict[str, Any]:
+  """Returns all statistics as plain JSON values: those of the training side, and 'validation'."""
+  result = _describe_side(prepared, 'train', config)
+  if prepared.validation is not None:
+    result['validation'] = _describe_side(prepared, 'validation', config)
+    result['validation']['prompts_also_in_train'] = _shared_prompts(
+      prepared.train, prepared.validation
+    )
+  result['steps_per_epoch'] = math.ceil(result['rows'] / config.batch.rows)
+  return result
+
+
+def _describe_side(prepared: PreparedData, side: str, config: ConfigDict) -> dict[str, Any]:
+  pairs: Split = getattr(prepared, side)
+  report = dict(prepared.report[side])
+  reasons = report.pop('dropped')
+  shared, separate = (int(pack.row_lengths(pairs.lengths, name).sum()) for name in pack.LAYOUTS)
+  return {
+    **report,
+    'dropped': sum(reasons.values()),
+    'dropped_by_reason': reasons,
+    'prefix_saving': 1 - shared / separate,
+    'prefix_saving_tokens': separate - shared,
+    'mean_pairs_per_row': report['pairs'] / report['rows'],
+    'lengths': _lengths(pairs.lengths, config.data.layout),
+    'length_bias': _length_bias(pairs.lengths),
+    **_repetitions(pairs),
+  }
+
+
+def _lengths(lengths: np.ndarray, layout: str) -> dict[str, dict[str, float]]:
+  """Returns mean and percentiles, in tokens, of the prompt, both responses and the whole pair."""
+  columns = dict(zip(('prompt', 'chosen', 'rejected'), lengths.T, strict=True))
+  columns['pair'] = pack.row_lengths(lengths, layout)
+  return {
+    name: {
+      'mean': float(values.mean()),
+      **{f'p{p}': float(np.percentile(values, p)) for p in _PERCENTILES},
+    }
+    for name, values in columns.items()
+  }
+
+
+def _length_bias(lengths: np.ndarray) -> dict[str, float]:
+  """Returns how often the longer answer is chosen, and the accuracy of betting on length alone."""
+  _, chosen, rejected = lengths.T
+  unequal = chosen != rejected
+  longer = float((chosen > rejected)[unequal].mean()) if unequal.any() else 0.5
+  return {
+    'longer_wins': longer,
+    'equal': float(1 - unequal.mean()),
+    'base_rate_accuracy': max(longer, 1 - longer),
+    'mean_difference': float((chosen - rejected).mean()),
+  }
+
+
+def _repetitions(pairs: Split) -> dict[str, Any]:
+  """Counts pairs that say again what an earlier one said, and those that another one denies."""
+  prompt = pairs.cache.prompts[pairs.pairs]
+  chosen, rejected = _response_hashes(pairs)
+  same, denied = _mix(prompt, chosen, rejected), _mix(prompt, rejected, chosen)
+  _, first = np.unique(same, return_index=True)
+  again = np.ones(len(same), bool)
+  again[first] = False
+  contrary = np.isin(same, denied)
+  return {
+    'distinct_prompts': len(np.unique(prompt)),
+    'duplicates': int(again.sum()),
+    'duplicate_examples': _places(pairs, again),
+    'contradictions': int(contrary.sum()),
+    'contradiction_examples': _places(pairs, contrary),
+  }
+
+
+def _response_hashes(pairs: Split) -> np.ndarray:
+  """Returns a hash of the chosen and of the rejected ids of every pair, [2, n] uint64."""
+  hashes = np.empty((2, len(pairs)), np.uint64)
+  for start in range(0, len(pairs), _BLOCK):
+    for i, ids in enumerate(pairs.cache.many(pairs.pairs[start : start + _BLOCK]), start=start):
+      for branch, response in enumerate(ids[1:]):
+        digest = hashlib.blake2b(response.tobytes(), digest_size=8).digest()
+        hashes[branch, i] = int.from_bytes(digest, 'little')
+  return hashes
+
+
+def _mix(*hashes: np.ndarray) -> np.ndarray:
+  """Returns one hash of several, uint64, in which their order counts."""
+  total = np.zeros_like(hashes[0])
+  for values in hashes:
+    total = (total ^ values) * np.uint64(0x9E3779B97F4A7C15)
+    total ^= total >> np.uint64(29)
+  return total
+
+
+def _places(pairs: Split, chosen: np.ndarray) -> list[str]:
+  return [pairs.cache.where(pairs.pairs[i]) for i in np.flatnonzero(chosen)[:_SHOWN]]
+
+
+def _shared_prompts(train: Split, validation: Split) -> int:
+  """Returns how many validation pairs have a prompt that is trained on."""
+  prompts = (side.cache.prompts[side.pairs] for side in (validation, train))
+  return int(np.isin(*prompts).sum())
