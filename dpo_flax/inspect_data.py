@@ -1,0 +1,69 @@
+"""The command that looks at data: python -m dpo_flax.inspect_data --config=configs/tiny.py.
+
+Tokenizes and plans exactly as training would, then says what it found: what was dropped and where,
+lengths, padding, steps per epoch, duplicates, contradictions, how far length alone tells the chosen
+answer; and shows examples with the tokens that bear loss marked. --html=FILE writes the same as a
+page, --json prints it as one object.
+"""
+
+import contextlib
+import json
+import os
+import sys
+
+import jax.numpy as jnp
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
+
+from dpo_flax import command
+from dpo_flax import config as config_lib
+from dpo_flax.data import loader
+from dpo_flax.data.reports import examples, page, statistics, text
+from dpo_flax.interop.hf_weights import open_checkpoint
+from dpo_flax.model.config import from_hf_config, from_preset
+
+_EXAMPLES = flags.DEFINE_integer('examples', 3, 'Pairs to show.', lower_bound=0)
+_HTML = flags.DEFINE_string('html', None, 'A file to write the report to, as a page.')
+_JSON = flags.DEFINE_bool('json', False, 'Print one JSON object, and nothing else.')
+
+
+def inspect(config: ConfigDict, count: int) -> tuple[dict, list[examples.Example]]:
+  """Prepares the data as training would; returns its statistics and some pairs of it.
+
+  Raises:
+    ValueError: the config or the data are unfit.
+  """
+  config = config_lib.validate(config)
+  prepared = loader.prepare(config, vocab_size=_vocab_size(config))
+  found = statistics.describe(prepared, config)
+  shown = examples.pick(prepared.train, prepared.tokenizer, count, seed=config.seed)
+  return found, shown
+
+
+def _vocab_size(config: ConfigDict) -> int:
+  """Returns the rows of the model's embedding, without a device to put it on."""
+  run = {'dtype': jnp.float32, 'weight_dtype': jnp.float32, 'remat': 'none', 'attention': 'xla'}
+  if config.model.preset:
+    return from_preset(config.model.preset, **run).vocab_size
+  base = open_checkpoint(config.initialize_from_hf)
+  return from_hf_config(base.config, where=str(base.directory / 'config.json'), **run).vocab_size
+
+
+def show(config: ConfigDict):
+  """Prints what was found, as text or JSON, and writes the page that --html asks for."""
+  found, shown = inspect(config, _EXAMPLES.value)
+  if _HTML.value:
+    epath.Path(_HTML.value).write_text(page.render(found, shown))
+  if _JSON.value:
+    lines = json.dumps(found, indent=1)
+  else:
+    lines = text.render(found, shown, colour=sys.stdout.isatty())
+  with contextlib.suppress(BrokenPipeError):  # of a pager that was left
+    print(lines, flush=True)
+    return
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == '__main__':
+  command.run(show)
