@@ -20,6 +20,7 @@ from dpo_flax.model.config import ModelConfig, from_hf_config, from_preset
 from dpo_flax.model.lora import LoraConfig, resolve_targets
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.objective.settings import SORTED, Objective
+from dpo_flax.reference_cache import with_reference_logps
 from dpo_flax.sharding import named_shardings, row_parts
 
 
@@ -60,6 +61,9 @@ def build(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
   data = prepare(config, vocab_size=model_config.vocab_size)
   num_steps = config.train.num_train_steps or steps_for_epochs(data, config)
   models = load_models(config, model_config, lora, base=base, reference=other, mesh=mesh)
+  if config.reference.source == 'cache':
+    weights = make_fingerprint(config, other or base)
+    data = with_reference_logps(data, models.reference, config, fingerprint=weights, mesh=mesh)
   graphdef, trainable, frozen = split_models(models)
   optimizer = make_optimizer(config.optimizer, num_steps)
   run = Run(
@@ -121,6 +125,13 @@ def make_step_options(config: ConfigDict, objective: Objective, lora: LoraConfig
   Raises:
     ValueError: the loss compares the pairs of a whole batch, which is split into microbatches.
   """
+  live = objective.kl_penalty_weight or objective.token_statistics or objective.ld_alpha is not None
+  if config.reference.source == 'cache' and (live or not objective.needs_reference):
+    raise ValueError(
+      "reference.source='cache' keeps each response's summed log-prob. "
+      f'objective.loss={objective.loss} needs none, or kl_penalty_weight, token_statistics or '
+      'ld_alpha need those of the tokens: set reference.source to live'
+    )
   if SORTED.intersection(objective.loss) and config.batch.microbatches > 1:
     raise ValueError(
       f'objective.loss={objective.loss} sorts the pairs of the whole batch, so '
@@ -133,6 +144,11 @@ def make_step_options(config: ConfigDict, objective: Objective, lora: LoraConfig
     head_is_trained='lm_head' in lora.targets,
     dropout_seed=config.seed if config.lora.dropout else None,
   )
+
+
+def make_fingerprint(config: ConfigDict, checkpoint: Checkpoint | None) -> str:
+  """Returns what tells base weights from others: a checkpoint's content, or a preset and seed."""
+  return fingerprint(checkpoint) if checkpoint else f'{config.model.preset} {config.seed}'
 
 
 def make_identity(

@@ -22,6 +22,7 @@ _CHOICES = {
   ),
   'data.completions': ('best_vs_worst', 'best_vs_random', 'all'),
   'data.history': ('exact', 'rendered'),
+  'reference.source': ('live', 'cache'),
   'data.layout': ('shared', 'separate'),
   'data.too_long': ('raise', 'drop', 'truncate_prompt'),
   'data.bad_record': ('raise', 'skip'),
@@ -107,6 +108,7 @@ def default() -> ConfigDict:
   config.model = _model()
   config.lora = _lora()
   config.objective = _objective()
+  config.reference = _reference()
   config.data = _data()
   config.batch = _batch()
   config.train = _train()
@@ -162,6 +164,14 @@ def _objective() -> ConfigDict:
   objective.kl_penalty_weight = config_dict.placeholder(float)  # of the exact KL to the reference
   objective.token_statistics = False  # report entropy and KL
   return objective
+
+
+def _reference() -> ConfigDict:
+  reference = ConfigDict()
+  # live: the reference runs beside the policy. cache: its log-probs of every pair are computed once
+  # before the run and kept beside the token cache; training then runs the policy alone.
+  reference.source = 'live'
+  return reference
 
 
 def _data() -> ConfigDict:

@@ -39,10 +39,14 @@ class PreparedData:
   train: split.Split
   validation: split.Split | None
   train_rows: Epochs
-  validation_rows: Epochs | None  # one epoch of it is an evaluation
+  once: dict[str, Epochs]  # side -> rows that hold each of its pairs once: an evaluation
   pairs_per_row: int  # slots of every batch, train and validation
   fingerprint: str  # SHA-256 of data, tokenizer, template and all settings that decide the order
   report: dict[str, dict[str, Any]]  # for 'train' and 'validation': counts, places, padding
+
+  def every_row(self, side: str) -> pack.RowPlan:
+    """Returns the rows of `every_pair`: which places of the side's split each of them holds."""
+    return self.once[side].plan(0)
 
   def where(self, side: str, pair_index: int) -> str:
     """Returns 'file:line' of a record of side 'train' or 'validation', by its pair_index."""
@@ -86,17 +90,16 @@ def prepare(config: ConfigDict, *, vocab_size: int) -> PreparedData:
   )
   slots = train_rows.pairs_per_row
   report = {'train': _report(train, train_rows.plan(0), config)}
-  validation_rows = None
+  once = {'train': _once(train, config, slots)}
   if validation:
-    once = validation.mixture((1.0,), [0] * len(held_out.files))
-    validation_rows = Epochs(validation.lengths, once, config, shuffle=False, pairs_per_row=slots)
-    report['validation'] = _report(validation, validation_rows.plan(0), config)
+    once['validation'] = _once(validation, config, slots)
+    report['validation'] = _report(validation, once['validation'].plan(0), config)
   return PreparedData(
     tokenizer,
     train,
     validation,
     train_rows,
-    validation_rows,
+    once,
     pairs_per_row=slots,
     fingerprint=_fingerprint(source, cache, validation and held_out, config),
     report=report,
@@ -120,9 +123,22 @@ def validation_batches(
   prepared: PreparedData, config: ConfigDict, *, shard_index: int, shard_count: int
 ) -> grain.DatasetIterator:
   """Returns an iterator over every validation pair once; the last batch ends in empty rows."""
+  return every_pair(
+    prepared, 'validation', config, shard_index=shard_index, shard_count=shard_count
+  )
+
+
+def every_pair(
+  prepared: PreparedData, side: str, config: ConfigDict, *, shard_index: int, shard_count: int
+) -> grain.DatasetIterator:
+  """Returns an iterator over every pair of a side once, in the rows of `prepared.every_row(side)`.
+
+  The last batch ends in empty rows.
+  """
   rows = _shard(config, shard_index, shard_count)
-  steps = math.ceil(len(prepared.validation_rows.plan(0)) / config.batch.rows)
-  batches = _Batches(prepared.validation, prepared.validation_rows, config, rows, 0, steps)
+  epochs = prepared.once[side]
+  steps = math.ceil(len(epochs.plan(0)) / config.batch.rows)
+  batches = _Batches(getattr(prepared, side), epochs, config, rows, 0, steps)
   return _iterate(batches, workers=0)
 
 
@@ -155,13 +171,19 @@ class _Batches:
     end = math.inf if self.steps == _ENDLESS else len(self.epochs.plan(0))
     places = [self.epochs.row(n) if n < end else np.zeros(0, np.int32) for n in numbers]
     pairs = iter(self.pairs.packed_pairs(np.concatenate(places)))
-    return pack.fill_batch(
+    batch = pack.fill_batch(
       [list(itertools.islice(pairs, len(row))) for row in places],
       tokens=self.config.batch.tokens,
       pairs_per_row=self.epochs.pairs_per_row,
       layout=self.config.data.layout,
       columns=self.pairs.columns,
     )
+    if self.pairs.reference_logps is not None:
+      logps = np.zeros((*batch['pair_mask'].shape, 2), np.float32)
+      for row, pairs_of_row in zip(logps, places, strict=True):
+        row[: len(pairs_of_row)] = self.pairs.reference_logps[pairs_of_row]
+      batch['reference_logps'] = logps
+    return batch
 
 
 def _iterate(batches: _Batches, workers: int) -> grain.DatasetIterator:
@@ -193,6 +215,12 @@ def _load_tokenizer(config: ConfigDict) -> Tokenizer:
     variables=_mapping(config, 'template_variables'),
     history=config.data.history,
   )
+
+
+def _once(pairs: split.Split, config: ConfigDict, slots: int) -> Epochs:
+  """The rows in which each pair stands once, in order."""
+  whole = pairs.mixture((1.0,), [0] * len(pairs.cache.files))
+  return Epochs(pairs.lengths, whole, config, shuffle=False, pairs_per_row=slots)
 
 
 def _validation_source(config: ConfigDict) -> RecordSource:

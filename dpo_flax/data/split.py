@@ -29,6 +29,7 @@ class Split:
   keep_first: bool  # a truncated prompt keeps its first token, BOS
   dropped: tuple[str, ...] = ()  # file:line of pairs too long for a row, in order
   truncated: tuple[str, ...] = ()  # file:line of pairs whose prompt is cut
+  reference_logps: np.ndarray | None = None  # [n, 2] float32 chosen, rejected; None: not computed
 
   def __len__(self) -> int:
     return len(self.pairs)

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 
 from dpo_flax.learner.state import Models, TrainState
-from dpo_flax.model.transformer import run_streams
+from dpo_flax.model.transformer import Transformer, run_streams
 from dpo_flax.objective.logps import Stream, TokenStatistics, Wanted, token_statistics
 from dpo_flax.objective.losses import reward_sums
 from dpo_flax.objective.metrics import Sums, metric_sums
@@ -42,7 +42,8 @@ def pair_logps(
 ) -> PairLogps:
   """Returns what the objective needs to know of each pair, [B, P]."""
   objective = options.objective
-  policy, reference = models.policy, models.reference if objective.needs_reference else None
+  is_live = objective.needs_reference and 'reference_logps' not in batch
+  policy, reference = models.policy, models.reference if is_live else None
   policy_hidden, reference_hidden = run_streams(policy, reference, batch, dropout_key=dropout_key)
   tokens = token_statistics(
     Stream(policy_hidden, policy.logits),
@@ -54,6 +55,24 @@ def pair_logps(
     head_is_trained=options.head_is_trained,
   )
   return _sum_tokens(tokens, batch, objective, reward_mean)
+
+
+def reference_logps(
+  reference: Transformer, batch: Batch, *, chunk: int
+) -> jax.Array:  # [B, P, 2] chosen, rejected
+  """Returns the log-probs that the field `reference_logps` holds, by a model on its own."""
+  hidden, _ = run_streams(reference, None, batch)
+  tokens = token_statistics(
+    Stream(hidden, reference.logits),
+    None,
+    batch['targets'],
+    batch['loss_mask'],
+    wanted=Wanted(),
+    chunk=chunk,
+  )
+  pairs = batch['pair_mask'].shape[1]
+  sums = sum_by_response(tokens.policy_logps, batch['sequence_ids'], pairs=pairs)
+  return jnp.stack(sums, axis=-1)
 
 
 def _wanted(objective: Objective) -> Wanted:
@@ -92,6 +111,8 @@ def _sum_tokens(
     return None if tails is None or values is None else total(values * tails)
 
   policy, reference = total(tokens.policy_logps), total(tokens.reference_logps)
+  if 'reference_logps' in batch:
+    reference = Branches(*jnp.moveaxis(batch['reference_logps'], -1, 0))
   return PairLogps(
     policy_chosen=policy.chosen,
     policy_rejected=policy.rejected,

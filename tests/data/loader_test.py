@@ -144,7 +144,7 @@ def test_validation_holds_every_pair_once_and_ends_in_empty_rows(config):
   assert all(batch['tokens'].shape == (ROWS, TOKENS) for batch in batches)
   last = _join([[batches[-1]]])[0]
   empty = last['pair_mask'].sum(axis=1) == 0
-  used = len(prepared.validation_rows.plan(0)) - ROWS * (len(batches) - 1)
+  used = len(prepared.every_row('validation')) - ROWS * (len(batches) - 1)
   assert list(empty) == [row >= used for row in range(ROWS)]
   assert not last['tokens'][empty].any()
   assert (last['visible_until'][empty] == np.arange(1, TOKENS + 1)).all()

@@ -1,0 +1,113 @@
+"""The reference's log-probs of every pair, computed once and kept beside the token cache.
+
+Training then runs no reference stream. A file is named by all that decides its numbers, and carries
+its own SHA-256: what does not fit, or is damaged, is computed again.
+"""
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dpo_flax.data import loader
+from dpo_flax.data.split import Split
+from dpo_flax.learner.step import Batch, reference_logps
+from dpo_flax.model.transformer import Transformer
+from dpo_flax.sharding import row_shard, shard_batch
+
+_VERSION = 1  # of how the numbers are computed
+_DIGEST = 32  # bytes of a SHA-256
+
+
+def with_reference_logps(
+  data: loader.PreparedData,
+  reference: Transformer,
+  config: ConfigDict,
+  *,
+  fingerprint: str,  # of the reference's weights
+  mesh: Mesh,
+) -> loader.PreparedData:
+  """Returns the data with `reference_logps` in every batch, read from disk or computed and kept."""
+  directory = epath.Path(config.data.cache_dir or f'{config.workdir}/token_cache')
+  sides = {'train': data.train, 'validation': data.validation}
+  filled = {}
+  for side, pairs in sides.items():
+    if pairs is None:
+      continue
+    path = directory / f'reference-{_key(pairs, fingerprint, config)}.float32'
+    logps = _read(path, len(pairs))
+    if _missing_anywhere(logps):
+      logps = _compute(data, side, reference, config, mesh)
+      if jax.process_index() == 0:
+        _write(path, logps)
+    filled[side] = dataclasses.replace(pairs, reference_logps=logps)
+  return dataclasses.replace(data, **filled)
+
+
+def _key(pairs: Split, fingerprint: str, config: ConfigDict) -> str:
+  """Names all that decides the numbers: weights, data, tokenizer, lengths, dtypes, this code."""
+  lengths = hashlib.sha256(pairs.pairs.tobytes() + pairs.lengths.tobytes()).hexdigest()
+  model = config.model
+  parts = [_VERSION, fingerprint, pairs.cache.fingerprint, lengths, model.dtype, model.weight_dtype]
+  return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _read(path: epath.Path, count: int) -> np.ndarray | None:
+  """Returns [count, 2] float32 chosen, rejected; None where there is no sound file."""
+  if not path.exists():
+    return None
+  content = path.read_bytes()
+  digest, data = content[:_DIGEST], content[_DIGEST:]
+  if len(data) != count * 2 * 4 or hashlib.sha256(data).digest() != digest:
+    logging.warning('%s is damaged: computing it again', path)
+    return None
+  return np.frombuffer(data, np.float32).reshape(count, 2)
+
+
+def _write(path: epath.Path, logps: np.ndarray):
+  """Writes the SHA-256 of the numbers, then the numbers; the file appears whole or not at all."""
+  data = logps.astype(np.float32).tobytes()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  unfinished = path.with_name(f'{path.name}.tmp')
+  unfinished.write_bytes(hashlib.sha256(data).digest() + data)
+  unfinished.replace(path)
+
+
+def _missing_anywhere(logps: np.ndarray | None) -> bool:
+  """Whether any process lacks the file: all must then compute together."""
+  missing = np.array(logps is None)
+  return bool(np.any(multihost_utils.process_allgather(missing)))
+
+
+def _compute(
+  data: loader.PreparedData, side: str, reference: Transformer, config: ConfigDict, mesh: Mesh
+) -> np.ndarray:
+  """Returns [n, 2] float32 by one pass over all pairs of a side."""
+  graphdef, weights = nnx.split(reference)
+
+  @jax.jit
+  def score(weights: Any, batch: Batch) -> jax.Array:
+    return reference_logps(nnx.merge(graphdef, weights), batch, chunk=config.model.logits_chunk)
+
+  index, count = row_shard(mesh)
+  every_row = data.every_row(side)
+  found = np.full((len(getattr(data, side)), 2), np.nan, np.float32)
+  batches = loader.every_pair(data, side, config, shard_index=index, shard_count=count)
+  for step, batch in enumerate(batches):
+    scores = score(weights, shard_batch(batch, mesh))
+    scores = multihost_utils.process_allgather(scores, tiled=True)
+    for row, values in enumerate(scores, start=step * config.batch.rows):
+      if row < len(every_row):
+        places = every_row[row]
+        found[places] = values[: len(places)]
+  assert np.isfinite(found).all(), 'a pair that no batch held'
+  return found
