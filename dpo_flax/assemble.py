@@ -92,8 +92,15 @@ def make_model_config(config: ConfigDict, checkpoint: Checkpoint | None, mesh: M
   attention = config.model.attention
   if attention == 'auto':
     attention = 'pallas' if platform == 'tpu' else 'xla'
-  if attention == 'pallas' and platform != 'tpu':
-    raise ValueError(f'model.attention=pallas runs on TPU, not on {platform}: leave it at auto')
+  if attention in {'pallas', 'splash'} and platform != 'tpu':
+    raise ValueError(
+      f'model.attention={attention} runs on TPU, not on {platform}: leave it at auto'
+    )
+  if attention == 'splash' and config.data.layout != 'separate':
+    raise ValueError(
+      f'model.attention=splash cannot share prompts (data.layout={config.data.layout}): leave it at '
+      'auto, or set data.layout=separate'
+    )
   run = {
     'dtype': jnp.dtype(config.model.dtype),
     'weight_dtype': jnp.dtype(config.model.weight_dtype),

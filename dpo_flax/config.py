@@ -15,7 +15,7 @@ _CHOICES = {
   'model.dtype': ('bfloat16', 'float32'),
   'model.weight_dtype': ('bfloat16', 'float32'),
   'model.remat': ('full', 'dots', 'none'),
-  'model.attention': ('auto', 'xla', 'pallas'),
+  'model.attention': ('auto', 'xla', 'pallas', 'splash'),
   'data.format': (
     *('auto', 'explicit', 'implicit', 'messages', 'hh'),
     *('shp', 'webgpt', 'binarized', 'ultrafeedback', 'orca'),
@@ -123,7 +123,8 @@ def _model() -> ConfigDict:
   model.dtype = 'bfloat16'  # of activations and matrix products: bfloat16 | float32
   model.weight_dtype = 'bfloat16'  # of the frozen base weights in memory: bfloat16 | float32
   model.remat = 'full'  # what backward recomputes: full | dots | none
-  model.attention = 'auto'  # auto: pallas on TPU, xla elsewhere
+  # auto: pallas on TPU, xla elsewhere. splash: JAX's kernel, for data.layout=separate on TPU.
+  model.attention = 'auto'
   model.logits_chunk = 512  # response tokens per row that meet the vocabulary at once
   return model
 

@@ -178,3 +178,11 @@ def arrays_in():
         yield from walk(inner)
 
   return lambda function, *inputs: list(walk(jax.make_jaxpr(function)(*inputs).jaxpr))
+
+
+@pytest.fixture
+def without_compilation_cache():
+  """Programs compiled for a TPU that is not there cannot be read back from the cache."""
+  jax.config.update('jax_enable_compilation_cache', False)
+  yield
+  jax.config.update('jax_enable_compilation_cache', True)

@@ -6,6 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_kernel,
+  splash_attention_mask,
+)
 
 from dpo_flax.model import pallas_attention
 from dpo_flax.model.config import ModelConfig
@@ -26,7 +30,7 @@ class Mask(NamedTuple):
 
 
 def make_mask(visible_until: jax.Array, backend: str) -> Mask:
-  """Returns the mask of a batch for one backend: xla | pallas."""
+  """Returns the mask of a batch for one backend: xla | pallas | splash."""
   pallas = backend == 'pallas'
   return Mask(visible_until, pallas_attention.make_block_plan(visible_until) if pallas else None)
 
@@ -69,9 +73,12 @@ def attend(
   keys: jax.Array,  # [B, T, K, head_dim]
   values: jax.Array,  # [B, T, K, head_dim]
   mask: Mask,
-  backend: str,  # xla | pallas
+  backend: str,  # xla | pallas | splash
 ) -> jax.Array:  # [B, T, H, head_dim]
-  """Softmax attention under the mask, by the backend the mask was made for."""
+  """Softmax attention under the mask, by the backend the mask was made for.
+
+  splash serves the separate layout alone, where visible_until is constant inside a sequence.
+  """
   if backend == 'xla':
     return xla_attention(queries, keys, values, mask.visible_until)
   queries = (queries * queries.shape[-1] ** -0.5).astype(queries.dtype)
@@ -79,12 +86,35 @@ def attend(
   # The compiler cannot split a kernel: each device runs it on its own rows and heads.
   rows, split = partition_spec('rows'), partition_spec('rows', 'heads')
   kernel = jax.shard_map(
-    pallas_attention.pallas_attention,
+    {'pallas': pallas_attention.pallas_attention, 'splash': splash_attention}[backend],
     in_specs=(split, split, split, rows, rows),
     out_specs=split,
     check_vma=False,
   )
   return kernel(*heads_first, *mask).swapaxes(1, 2)
+
+
+def splash_attention(
+  queries: jax.Array,  # [B, H, T, head_dim], scaled
+  keys: jax.Array,  # [B, K, T, head_dim]
+  values: jax.Array,  # [B, K, T, head_dim]
+  visible_until: jax.Array,  # [B, T] int32, constant inside a sequence
+  _: None = None,
+  interpret: bool = False,  # True: run on a CPU, to test
+) -> jax.Array:  # [B, H, T, head_dim]
+  """JAX's splash kernel, a group of query heads and its kv head at a time."""
+  rows, heads, tokens, head_dim = queries.shape
+  kv_heads = keys.shape[1]
+  group = heads // kv_heads
+  mask = splash_attention_mask.MultiHeadMask(
+    [splash_attention_mask.CausalMask((tokens, tokens))] * group
+  )
+  kernel = splash_attention_kernel.make_splash_mqa_single_device(mask, interpret=interpret)
+  # Where a sequence ends tells it from the others of its row.
+  segments = splash_attention_kernel.SegmentIds(q=visible_until, kv=visible_until)
+  over_kv_heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
+  grouped = queries.reshape(rows, kv_heads, group, tokens, head_dim)
+  return jax.vmap(over_kv_heads)(grouped, keys, values, segments).reshape(queries.shape)
 
 
 def xla_attention(

@@ -37,7 +37,7 @@ class ModelConfig:
   dtype: Any  # of activations and matrix products
   weight_dtype: Any  # of the base weights in memory
   remat: str  # full | dots | none
-  attention: str  # xla | pallas (TPU)
+  attention: str  # xla | pallas | splash; the last two on TPU
 
 
 @dataclasses.dataclass(frozen=True)
