@@ -93,13 +93,11 @@ def make_model_config(config: ConfigDict, checkpoint: Checkpoint | None, mesh: M
   if attention == 'auto':
     attention = 'pallas' if platform == 'tpu' else 'xla'
   if attention in {'pallas', 'splash'} and platform != 'tpu':
-    raise ValueError(
-      f'model.attention={attention} runs on TPU, not on {platform}: leave it at auto'
-    )
+    raise ValueError(f'model.attention={attention} runs on TPU, not on {platform}: set it to auto')
   if attention == 'splash' and config.data.layout != 'separate':
     raise ValueError(
-      f'model.attention=splash cannot share prompts (data.layout={config.data.layout}): leave it at '
-      'auto, or set data.layout=separate'
+      f'model.attention=splash cannot share prompts (data.layout={config.data.layout}): set it to '
+      'auto, or data.layout to separate'
     )
   run = {
     'dtype': jnp.dtype(config.model.dtype),
