@@ -43,9 +43,11 @@ class Reporter:
     if not speaks:
       return
     self._lines = _kept_lines(self._file, start_step)
-    self._file.write_text(''.join(self._lines))
+    rewritten = self._file.with_name(f'{self._file.name}.tmp')
+    rewritten.write_text(''.join(self._lines))
+    rewritten.replace(self._file)  # in one step: a kill must not lose what was there
     self._board = tensorboardX.SummaryWriter(
-      str(workdir / 'tensorboard'), purge_step=start_step + 1 if start_step else None
+      str(workdir / 'tensorboard'), purge_step=start_step + 1 if start_step else 0
     )
     self._bar = None
     if sys.stdout.isatty():
@@ -71,6 +73,11 @@ class Reporter:
     text = '  '.join(f'{label} {value}' for label, value in shown)
     left = self._time_left(step) if split == 'train' else ''
     self.say(f'step {step}/{self.num_steps}  {split:10}  {text}{left}')
+
+  def written(self, step: int, split: str) -> dict[str, Any]:
+    """Returns what this run, or what it resumes, wrote of `split` after `step`; {} if nothing."""
+    lines = map(json.loads, self._lines) if self._speaks else ()
+    return next((line for line in lines if (line['step'], line['split']) == (step, split)), {})
 
   def say(self, text: str):
     """Prints a line without disturbing the progress bar."""
@@ -199,3 +206,21 @@ def summarize(sums: Sums) -> dict[str, float]:
     'tokens': int(counts['tokens']),
     'padding_fraction': 1 - float(counts['tokens']) / float(counts['positions']),
   }
+
+
+def displacement_warning(held_out: Mapping[str, float]) -> str | None:
+  """Returns what to tell of a run after which held-out chosen responses are less likely, or None.
+
+  The reward margin grows as well when both responses fall and rejected only falls faster: the
+  probability then goes to answers that nobody has asked for.
+  """
+  chosen, rejected = (held_out.get(f'{side}_logps_change') for side in ('chosen', 'rejected'))
+  if chosen is None or round(chosen, 2) >= 0:
+    return None
+  before = held_out['chosen_logps'] - chosen
+  return (
+    f'held-out chosen responses have become less likely: chosen_logps fell by {-chosen:.2f} nats '
+    f'per response, {before:.2f} to {held_out["chosen_logps"]:.2f} (rejected_logps changed by '
+    f'{rejected:+.2f}). If the answers got worse, try a lower optimizer.learning_rate, a higher '
+    'objective.beta, objective.sft_weight, or objective.loss=dpop'
+  )

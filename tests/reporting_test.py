@@ -112,7 +112,10 @@ def test_resume_takes_back_what_lies_beyond_the_restored_step(open_reporter, tmp
   kept = [(step, split, 1) for step in range(4) for split in ('train', 'validation')]
   assert found == [*kept, (4, 'train', 2), (5, 'train', 2)]
   scalars, purges = read_scalars(tmp_path)
-  assert purges == [4]
+  assert purges == [
+    0,
+    4,
+  ]  # a new run hides what lies in its directory, a resumed one the steps redone
   assert scalars['train/run', 3] == 1 and scalars['train/run', 4] == 2
 
 

@@ -134,7 +134,11 @@ def _sum_tokens(
 
 
 def make_train_step(
-  graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, options: StepOptions
+  graphdef: nnx.GraphDef,
+  optimizer: optax.GradientTransformation,
+  options: StepOptions,
+  *,
+  compiler_options: Mapping[str, str] | None = None,  # of XLA
 ) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, dict[str, Any]]]:
   """Returns the jitted step (state, frozen, batch) -> (state, metrics); it consumes `state`.
 
@@ -167,7 +171,7 @@ def make_train_step(
     state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
     return state, {'sums': sums, 'grad_norm': grad_norm, 'finite': finite}
 
-  return jax.jit(train_step, donate_argnums=0)
+  return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
 
 
 def make_eval_step(

@@ -24,9 +24,11 @@ REFUSED = {
   'chi_squared': "0 is in the domain of its f', so the optimum may be 0 where the reference is not",
 }
 
-# e^75 = 4e32 leaves a factor of 1e6 below float32's largest number: for beta, for 1 / alpha, and
-# for the logarithm that continues the exponential.
-LARGEST_EXPONENT = 75.0
+# Where the exponential ends. No slope of s exceeds e^32 = 8e13, so the square of a whole gradient's
+# norm, which clipping needs, and that of a margin, which the metrics need, fit float32 (3e38) with
+# 10 digits to spare for beta, the log-prob's own gradient and sums. Long before, at beta e^x of
+# about 100, the losses have only one direction left.
+LARGEST_EXPONENT = 32.0
 
 
 def link(
@@ -44,8 +46,8 @@ def link(
     alpha        s = (1 - exp(-alpha r)) / alpha: reverse KL as alpha -> 0, forward KL at alpha = 1
 
   Exact while alpha * -r <= `largest_exponent` (alpha = 1 for forward KL). Where the policy has all
-  but dropped a response and float32 would overflow, s keeps its sign, its order and a slope above
-  0: see `_expm1`.
+  but dropped a response and the gradient would overflow float32, s keeps its sign, its order and a
+  slope above 0: see `_expm1`.
   """
   if divergence == 'reverse_kl':
     return log_ratio

@@ -95,7 +95,8 @@ def _cross_entropy(logit: jax.Array, logps: PairLogps, objective: Objective) -> 
 def sigmoid_loss(logps: PairLogps, objective: Objective) -> jax.Array:
   """DPO: -log sig(z) (Rafailov et al. 2023, arXiv:2305.18290, eq. 7).
 
-  With label smoothing, cDPO: -(1-eps) log sig(z) - eps log sig(-z) (Mitchell 2023).
+  With label smoothing, cDPO: -(1-eps) log sig(z) - eps log sig(-z) (Mitchell 2023, "A note on DPO
+  with noisy preferences", eq. 3).
   """
   return _cross_entropy(_z(logps, objective), logps, objective)
 
@@ -116,8 +117,8 @@ def ipo_loss(logps: PairLogps, objective: Objective) -> jax.Array:
 
   The paper writes whole-response log-probs; its authors' results are with means over tokens.
   """
-  # The square must fit float32 too, and leave room for a gradient.
-  links = _links(logps, objective, largest_exponent=34.0)
+  # The loss is a square: half the exponent gives its gradient the size of the other losses'.
+  links = _links(logps, objective, largest_exponent=divergences.LARGEST_EXPONENT / 2)
   links = jax.tree.map(jnp.divide, links, logps.lengths)
   return jnp.square(links.chosen - links.rejected - 1 / (2 * objective.beta))
 
@@ -152,9 +153,10 @@ def discopop_loss(logps: PairLogps, objective: Objective) -> jax.Array:
 
 
 def dpop_loss(logps: PairLogps, objective: Objective) -> jax.Array:
-  """DPO-Positive: -log sig(beta (r_w - r_l - lambda max(0, -r_w))) (Pal et al. 2024, 2402.13228).
+  """DPO-Positive: -log sig(beta (r_w - r_l - lambda max(0, -r_w))).
 
-  The extra term keeps chosen from becoming less likely than under the reference.
+  The extra term keeps chosen from becoming less likely than under the reference (Pal et al. 2024,
+  arXiv:2402.13228, eq. 3).
   """
   chosen, rejected = log_ratios(logps, objective)
   penalty = objective.dpop_lambda * relu(-chosen)
@@ -164,7 +166,8 @@ def dpop_loss(logps: PairLogps, objective: Objective) -> jax.Array:
 def nca_pair_loss(logps: PairLogps, objective: Objective) -> jax.Array:
   """NCA: -log sig(beta r_w) - 1/2 log sig(-beta r_w) - 1/2 log sig(-beta r_l).
 
-  Noise-contrastive alignment with two responses (Chen et al. 2024, arXiv:2402.05369).
+  Noise-contrastive alignment with two responses, as its authors' code has it (Chen et al. 2024,
+  arXiv:2402.05369).
   """
   chosen, rejected = _log_ratio_rewards(logps, objective)
   return -log_sigmoid(chosen) - (log_sigmoid(-chosen) + log_sigmoid(-rejected)) / 2
@@ -195,7 +198,7 @@ def sppo_hard_loss(logps: PairLogps, objective: Objective) -> jax.Array:
   """SPPO: (r_w - 1/(2 beta))^2 + (r_l + 1/(2 beta))^2.
 
   Self-play preference optimisation with P(w beats l) = 1 and eta = 1/beta (Wu et al. 2024,
-  arXiv:2405.00675, eq. 4.7).
+  arXiv:2405.00675, Algorithm 1, eq. 4.7).
   """
   chosen, rejected = log_ratios(logps, objective)
   target = 1 / (2 * objective.beta)

@@ -5,6 +5,7 @@ hosts merge by addition, each pair counting once; `summarize` turns the merged s
 """
 
 import itertools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,18 @@ def summarize(sums: Sums) -> dict[str, float]:
   metrics |= _accuracy_by_margin(sums['histograms']['margin'])
   metrics |= _length_correlation(sums['moments'])
   return {name: float(value) for name, value in metrics.items()}
+
+
+def displacement(metrics: Mapping[str, float], start: Mapping[str, float]) -> dict[str, float]:
+  """Returns how the likelihood of both responses has moved since `start`, of the same pairs.
+
+  chosen_logps_change and rejected_logps_change, in nats per response; none that `start` lacks.
+  DPO asks for a difference alone, and often both fall: likelihood displacement (Razin et al. 2024,
+  arXiv:2410.08847).
+  """
+  sides = ('chosen_logps', 'rejected_logps')
+  known = (side for side in sides if start.get(side) is not None)
+  return {f'{side}_change': metrics[side] - start[side] for side in known}
 
 
 def accuracy(margins: jax.Array) -> jax.Array:

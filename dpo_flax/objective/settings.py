@@ -37,8 +37,8 @@ READS = {
   'orpo': _POLICY | {'orpo_lambda'},
 }
 
-# Losses that compare log-probs per token; rewards are then logged per token too.
-LENGTH_NORMALISED = frozenset({'ipo', 'sigmoid_norm', 'simpo', 'orpo'})
+# Losses of log-probs per token; rewards are then logged per token too.
+LENGTH_NORMALISED = frozenset({'ipo', 'sigmoid_norm', 'sft', 'simpo', 'orpo'})
 SORTED = frozenset({'aot', 'aot_unpaired'})
 
 # The value of an option that is unset and read, as published.

@@ -35,9 +35,11 @@ def wpo_weights(logps: PairLogps) -> jax.Array:
 
   The product over both responses of exp(mean over tokens of log(pi(y_t) / sum_v pi(v)^2)), the
   "sampled alignment" of Zhou et al. 2024 (arXiv:2406.11827, eq. 2). The ratio is 1 in expectation
-  where y_t is the policy's own sample.
+  where y_t is the policy's own sample; as in the authors' code, a pair of likelier tokens than that
+  counts no more than 1.
   """
-  return jax.lax.stop_gradient(jnp.exp(logps.alignments.chosen + logps.alignments.rejected))
+  alignments = logps.alignments.chosen + logps.alignments.rejected
+  return jax.lax.stop_gradient(jnp.exp(jnp.minimum(alignments, 0.0)))
 
 
 def _refuse_unused(logps: PairLogps, objective: Objective) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_flax.objective.metrics import metric_sums, summarize
+from dpo_flax.objective.metrics import displacement, metric_sums, summarize
 from dpo_flax.objective.pairs import Branches
 from dpo_flax.objective.total import total_loss
 
@@ -155,3 +155,16 @@ def test_metrics_carry_no_gradient(make_pairs, make_objective):
     return sum(jnp.sum(x) for x in jax.tree.leaves(sums))
 
   np.testing.assert_array_equal(jax.grad(accuracy)(pairs.policy_chosen), 0.0)
+
+
+def test_displacement_is_the_change_of_both_log_probs():
+  start = {'chosen_logps': -40.0, 'rejected_logps': -50.0, 'dpo_loss': 0.69}
+  now = {'chosen_logps': -43.0, 'rejected_logps': -60.5, 'dpo_loss': 0.4}
+  expected = {'chosen_logps_change': -3.0, 'rejected_logps_change': -10.5}
+  assert displacement(now, start) == expected
+  assert displacement(now, now) == dict.fromkeys(expected, 0.0)
+
+
+@pytest.mark.parametrize('start', ({}, {'chosen_logps': None}))
+def test_displacement_from_an_unknown_start_is_left_out(start):
+  assert displacement({'chosen_logps': -43.0, 'rejected_logps': -60.5}, start) == {}

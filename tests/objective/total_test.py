@@ -65,6 +65,12 @@ def test_wpo_weighs_pairs_without_a_gradient(make_pairs, make_objective):
   np.testing.assert_array_equal(slopes.chosen, 0.0)
 
 
+def test_wpo_counts_no_pair_more_than_once(make_pairs):
+  """Greedy tokens are likelier than samples: sum_v pi(v)^2 lies below their probability."""
+  pairs = make_pairs(alignments=filled(0.8, -0.2))
+  np.testing.assert_array_equal(wpo_weights(pairs), 1.0)
+
+
 def test_wpo_leaves_sft_alone(make_pairs, make_objective):
   pairs = make_pairs(alignments=filled(-0.5, -0.2))
   objective = make_objective(('sigmoid', 'sft'), wpo=True, sft_weight=0.1)
