@@ -1,0 +1,200 @@
+"""Single pairs under a magnifying glass: is packing sound, and what does the policy make of them?
+
+run, state = assemble.build(config, mesh)
+models = nnx.merge(run.graphdef, state.trainable, run.frozen)
+pairs = run.data.validation.packed_pairs(np.arange(8))
+print(as_text(separate_and_packed_losses(models, pairs, run.options, tokens=2048)))
+
+batch = next(train_batches(run, 0))
+print(as_text(pair_table(models, batch, run.options, run.data.tokenizer)))
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dpo_flax.data import pack
+from dpo_flax.data.tokenizer import Tokenizer
+from dpo_flax.learner.state import Models
+from dpo_flax.learner.step import StepOptions, pair_logps
+from dpo_flax.objective.losses import implicit_rewards
+from dpo_flax.objective.pairs import PairLogps
+from dpo_flax.objective.total import total_loss
+
+Row = dict[str, Any]  # of a table: column -> value
+
+_TEXT_WIDTH = 32  # characters of a cell
+
+
+def separate_and_packed_losses(
+  models: Models,
+  pairs: Sequence[pack.PackedPair],
+  options: StepOptions,
+  *,
+  tokens: int,  # per packed row
+  layout: str = 'shared',  # of the packed rows: shared | separate
+) -> list[Row]:
+  """Computes the loss of every pair twice: each sequence by itself, and packed with others.
+
+  By itself: one pair per forward pass, the prompt written out before each response, neither
+  sequence visible to the other. The two losses agree up to the rounding of the model's dtype, or
+  packing is broken. Nothing is dropped out; a loss that compares the pairs of a batch sees `pairs`.
+
+  Returns:
+    For each pair, in order: pair_index; separate and packed, its losses without a KL penalty; and
+    separate_with_kl and packed_with_kl, with the objective's weight of the penalty, 1.0 where it
+    has none. With `reference_free` there is no KL, and the last two are left out.
+
+  Raises:
+    ValueError: a pair is longer than `tokens`.
+  """
+  lengths = np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs])
+  alone, shared = (pack.row_lengths(lengths, name) for name in ('separate', layout))
+  if shared.max() > tokens:
+    raise ValueError(f'tokens={tokens}: the longest of the pairs takes {shared.max()}')
+  plan = pack.plan_rows(shared, tokens=tokens)
+  columns = _columns(pairs)
+  separate = pack.fill_batch(
+    [[pair] for pair in pairs],
+    tokens=int(alone.max()),
+    pairs_per_row=1,
+    layout='separate',
+    columns=columns,
+  )
+  packed = pack.fill_batch(
+    [[pairs[i] for i in plan[row]] for row in range(len(plan))],
+    tokens=tokens,
+    pairs_per_row=plan.pairs_per_row,
+    layout=layout,
+    columns=columns,
+  )
+  place = np.argsort(plan.pairs)  # of each pair among the slots of the packed rows
+  table = {'pair_index': [pair.index for pair in pairs]}
+  for suffix, penalised in _with_and_without_kl(options):
+    table['separate' + suffix] = _losses(models, separate, penalised)
+    table['packed' + suffix] = _losses(models, packed, penalised)[place]
+  return _rows(table)
+
+
+def pair_table(
+  models: Models, batch: pack.Batch, options: StepOptions, tokenizer: Tokenizer
+) -> list[Row]:
+  """Tells of every real pair of a batch, in either layout, what it says and how it is judged.
+
+  Returns:
+    For each pair, row by row: pair_index; the decoded prompt, chosen and rejected; chosen_tokens
+    and rejected_tokens, the targets counted; chosen_reward, rejected_reward, their difference
+    margin, and loss. Rewards are means over tokens where the (first) loss compares such means.
+  """
+  logps = _row_by_row(models, batch, options)
+  rewards = implicit_rewards(logps, options.objective)
+  texts = [tuple(map(tokenizer.decode, ids)) for ids in _pair_tokens(batch)]
+  prompts, chosen, rejected = zip(*texts, strict=True) if texts else ((), (), ())
+  numbers = {
+    'chosen_tokens': logps.chosen_lengths.astype(int),
+    'rejected_tokens': logps.rejected_lengths.astype(int),
+    'chosen_reward': rewards.chosen,
+    'rejected_reward': rewards.rejected,
+    'margin': rewards.chosen - rewards.rejected,
+    'loss': total_loss(logps, options.objective),
+  }
+  real = batch['pair_mask'] > 0
+  return _rows(
+    {
+      'pair_index': batch['pair_index'][real],
+      'prompt': prompts,
+      'chosen': chosen,
+      'rejected': rejected,
+      **{name: np.asarray(values)[real] for name, values in numbers.items()},
+    }
+  )
+
+
+def as_text(rows: Sequence[Row]) -> str:
+  """Lays out a table for printing; long texts lose their middle."""
+  cells = [list(rows[0])] if rows else []
+  cells += [[_cell(value) for value in row.values()] for row in rows]
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  return '\n'.join(
+    '  '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+    for line in cells
+  )
+
+
+def _columns(pairs: Sequence[pack.PackedPair]) -> tuple[str, ...]:
+  """The optional fields that any of the pairs gives."""
+  defaults = pack.PackedPair._field_defaults
+  return tuple(
+    name for name, value in defaults.items() if any(getattr(pair, name) != value for pair in pairs)
+  )
+
+
+def _with_and_without_kl(options: StepOptions) -> Iterator[tuple[str, StepOptions]]:
+  objective = options.objective
+  weights = {'': None, '_with_kl': objective.kl_penalty_weight or 1.0}
+  if objective.reference_free:
+    del weights['_with_kl']
+  for suffix, weight in weights.items():
+    changed = dataclasses.replace(objective, kl_penalty_weight=weight)
+    yield suffix, dataclasses.replace(options, objective=changed)
+
+
+def _losses(models: Models, batch: pack.Batch, options: StepOptions) -> np.ndarray:
+  """The losses of the real pairs, row by row: [n]."""
+  losses = total_loss(_row_by_row(models, batch, options), options.objective)
+  return np.asarray(losses)[batch['pair_mask'] > 0]
+
+
+def _row_by_row(models: Models, batch: pack.Batch, options: StepOptions) -> PairLogps:
+  """What the objective sees of the batch, [B, P], from one forward pass per row."""
+  graphdef, state = nnx.split(models)
+
+  @jax.jit
+  def run(state, row):
+    return pair_logps(nnx.merge(graphdef, state), row, options)
+
+  rows = range(len(batch['tokens']))
+  parts = [run(state, {name: array[i : i + 1] for name, array in batch.items()}) for i in rows]
+  return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
+
+
+def _pair_tokens(batch: pack.Batch) -> Iterator[tuple[list[int], list[int], list[int]]]:
+  """Reads prompt, chosen and rejected of each real pair back from the rows."""
+  for row, slot in np.argwhere(batch['pair_mask'] > 0):
+    prompt, chosen = _split(batch, row, 2 * slot)
+    _, rejected = _split(batch, row, 2 * slot + 1)
+    yield prompt, chosen, rejected
+
+
+def _split(batch: pack.Batch, row: int, sequence: int) -> tuple[list[int], list[int]]:
+  """Prompt and response of one sequence."""
+  first, last = np.flatnonzero(batch['sequence_ids'][row] == sequence)[[0, -1]]
+  # A target is predicted one place before its own; the first one by the prompt's last token.
+  prompt, whole = _seen_from(batch, row, first), _seen_from(batch, row, last + 1)
+  return prompt, whole[len(prompt) :]
+
+
+def _seen_from(batch: pack.Batch, row: int, query: int) -> list[int]:
+  """The tokens visible at one place of a row, its own included: a sequence so far."""
+  visible = batch['visible_until'][row][: query + 1] > query
+  return batch['tokens'][row][: query + 1][visible].tolist()
+
+
+def _rows(table: dict[str, Sequence[Any]]) -> list[Row]:
+  columns = [np.asarray(values).tolist() for values in table.values()]
+  return [dict(zip(table, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _cell(value: Any) -> str:
+  if isinstance(value, float):
+    return f'{value:.6g}'
+  if not isinstance(value, str):
+    return str(value)
+  text = ascii(value)[1:-1] if not value.isprintable() else value
+  half = _TEXT_WIDTH // 2
+  return text if len(text) <= _TEXT_WIDTH else f'{text[: half - 1]} … {text[2 - half :]}'
