@@ -13,6 +13,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from dpo_flax import config as config_lib
+from dpo_flax import hosts
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='A file of configs/.')
 _VERBOSE = flags.DEFINE_bool(
@@ -22,8 +23,11 @@ _VERBOSE = flags.DEFINE_bool(
 _MISTAKES = (ValueError, FloatingPointError, OSError)
 
 
-def run(command: Callable[[ConfigDict], object]):
-  """Parses the command line and calls `command` with its config."""
+def run(command: Callable[[ConfigDict], object], *, on_every_host: bool = False):
+  """Parses the command line and calls `command` with its config.
+
+  With `on_every_host`, it first joins the same command on the run's other hosts.
+  """
   flags.mark_flag_as_required('config')
 
   def main(argv: list[str]):
@@ -32,6 +36,8 @@ def run(command: Callable[[ConfigDict], object]):
     if not _VERBOSE.value:
       logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
     try:
+      if on_every_host:
+        hosts.connect()
       command(_CONFIG.value)
     except _MISTAKES as error:
       if _VERBOSE.value:

@@ -17,12 +17,14 @@ from dpo_flax import assemble, command
 from dpo_flax import config as config_lib
 from dpo_flax.assemble import Run
 from dpo_flax.checkpoint import Checkpoints
+from dpo_flax.compiler_options import compiler_options
 from dpo_flax.data import loader
 from dpo_flax.export import export
 from dpo_flax.learner.optimizer import make_schedule
 from dpo_flax.learner.state import TrainState
 from dpo_flax.learner.step import make_eval_step, make_train_step
-from dpo_flax.reporting import Monitor, Reporter, summarize
+from dpo_flax.objective.metrics import displacement
+from dpo_flax.reporting import Monitor, Reporter, displacement_warning, summarize
 from dpo_flax.sharding import make_mesh, row_shard, shard_batch
 
 # Mean difference per token, in nats, that rounding alone can make between two equal models.
@@ -62,7 +64,9 @@ def learn(
 ) -> tuple[TrainState, dict[str, float]]:
   """Trains from `start_step` to the end; returns the last state and validation metrics."""
   config, last = run.config, run.num_steps
-  train_step = make_train_step(run.graphdef, run.optimizer, run.options)
+  train_step = make_train_step(
+    run.graphdef, run.optimizer, run.options, compiler_options=compiler_options(run.mesh)
+  )
   eval_step = make_eval_step(run.graphdef, run.options)
   monitor = make_monitor(run, reporter)
   held_out = {}
@@ -70,6 +74,8 @@ def learn(
   def evaluate(step):
     held_out.update(held_out_metrics(run, state, eval_step))
     if held_out:
+      start = reporter.written(0, 'validation') if step else held_out
+      held_out.update(displacement(held_out, start))
       reporter.write(step, 'validation', held_out)
 
   if start_step == 0:
@@ -203,9 +209,11 @@ def conclude(run: Run, state: TrainState, held_out: dict[str, float], reporter: 
     reporter.say(
       f'held-out dpo_accuracy {held_out["dpo_accuracy"]:.3f} over {held_out["pairs"]} pairs'
     )
+  if warning := displacement_warning(held_out):
+    reporter.say(warning)
   for path in save_exports(run, state):
     reporter.say(f'wrote {path}')
 
 
 if __name__ == '__main__':
-  command.run(train)
+  command.run(train, on_every_host=True)
