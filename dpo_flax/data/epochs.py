@@ -27,8 +27,11 @@ class Epochs:
     self._seed, self._shuffle = config.seed, shuffle
     self._plans: dict[int, pack.RowPlan] = {}
     self._starts = {0: 0}
-    self.pairs_per_row = pairs_per_row  # 0: as many as the first epoch needs, from then on
-    self.pairs_per_row = pairs_per_row or self.plan(0).pairs_per_row
+    self.pairs_per_row = pairs_per_row
+    if not pairs_per_row:
+      # As many as the first epoch needs without a cap. That plan is thrown away: the cap changes
+      # how rows are packed, and an epoch must have one plan, whenever it is asked for.
+      self.pairs_per_row = self._make_plan(0).pairs_per_row
 
   def plan(self, epoch: int) -> pack.RowPlan:
     """Returns the rows of one epoch."""

@@ -320,3 +320,13 @@ def test_without_a_place_for_the_cache_nothing_is_written(config):
 def test_a_small_embedding_is_refused_with_file_and_line(config):
   with pytest.raises(ValueError, match=r'pairs\.jsonl:\d+: token id \d+ is beyond'):
     loader.prepare(config, vocab_size=100)
+
+
+def test_an_epoch_has_one_plan_whenever_it_is_asked_for(config):
+  """Also where the cap on pairs per row is taken from the data."""
+  prepared = _prepare(config)
+  before = prepared.train_rows.plan(0)
+  prepared.train_rows.start(5)  # the plans of the first epochs are forgotten on the way
+  after = prepared.train_rows.plan(0)
+  np.testing.assert_array_equal(before.pairs, after.pairs)
+  np.testing.assert_array_equal(before.starts, after.starts)
