@@ -19,7 +19,7 @@ from dpo_flax.learner.step import StepOptions
 from dpo_flax.model.config import ModelConfig, from_hf_config, from_preset
 from dpo_flax.model.lora import LoraConfig, resolve_targets
 from dpo_flax.model.transformer import Transformer
-from dpo_flax.objective.settings import SORTED, Objective
+from dpo_flax.objective.settings import SORTED, Objective, check_records
 from dpo_flax.reference_cache import with_reference_logps
 from dpo_flax.sharding import named_shardings, row_parts
 
@@ -59,6 +59,8 @@ def build(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     config.data.tokenizer = str(base.directory)
   options = make_step_options(config, objective, lora)
   data = prepare(config, vocab_size=model_config.vocab_size)
+  for pairs in (data.train, data.validation):
+    check_records(pairs.columns if pairs else (), objective)
   num_steps = config.train.num_train_steps or steps_for_epochs(data, config)
   models = load_models(config, model_config, lora, base=base, reference=other, mesh=mesh)
   if config.reference.source == 'cache':
@@ -136,6 +138,11 @@ def make_step_options(config: ConfigDict, objective: Objective, lora: LoraConfig
       "reference.source='cache' keeps each response's summed log-prob. "
       f'objective.loss={objective.loss} needs none, or kl_penalty_weight, token_statistics or '
       'ld_alpha need those of the tokens: set reference.source to live'
+    )
+  if config.reference_model_path and not objective.needs_reference:
+    raise ValueError(
+      f'reference_model_path={config.reference_model_path}: objective.loss={objective.loss} needs '
+      'no reference; unset it'
     )
   if SORTED.intersection(objective.loss) and config.batch.microbatches > 1:
     raise ValueError(

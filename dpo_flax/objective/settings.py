@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from dpo_flax.objective.divergences import DIVERGENCES, REFUSED
@@ -39,6 +39,7 @@ READS = {
 
 # Losses of log-probs per token; rewards are then logged per token too.
 LENGTH_NORMALISED = frozenset({'ipo', 'sigmoid_norm', 'sft', 'simpo', 'orpo'})
+RECORD_FIELDS = ('chosen_probability', 'margin')  # of the records, what some losses use
 SORTED = frozenset({'aot', 'aot_unpaired'})
 
 # The value of an option that is unset and read, as published.
@@ -118,6 +119,29 @@ class Objective:
     return self.loss[0] in LENGTH_NORMALISED
 
 
+def check_records(fields: Collection[str], objective: Objective) -> None:
+  """Raises ValueError where records give what the loss would ignore.
+
+  Args:
+    fields: the optional fields of a batch that the data has, such as margin.
+    objective: whose losses each read some of them.
+  """
+  for field in RECORD_FIELDS:
+    deaf = [name for name in objective.loss if name != 'sft' and field not in READS[name]]
+    if field in fields and (deaf or objective.loss == ('sft',)):
+      users = ', '.join(name for name in READS if field in READS[name])
+      raise ValueError(
+        f'The records give {field}, which {", ".join(deaf) or "sft"} does not use: remove it from '
+        f'the records, or set objective.loss to {users}.'
+      )
+  unweighted = SORTED.intersection(objective.loss)
+  if 'pair_weight' in fields and unweighted:
+    raise ValueError(
+      f'The records give pair_weight, which {", ".join(sorted(unweighted))} cannot use: it sorts '
+      'the batch, in which a pair has no loss of its own. Remove the weights or change the loss.'
+    )
+
+
 def validate(config: Mapping[str, Any]) -> None:
   """Raises ValueError for anything in `config.objective` that is wrong or would be ignored."""
   losses = _losses(config)
@@ -147,8 +171,11 @@ def _validate_weights(config: Mapping[str, Any], losses: tuple[str, ...]) -> Non
       f'objective.loss_weights has {len(weights)} numbers for {len(losses)} losses '
       f'({", ".join(losses)}): give one for each, or leave it unset for 1.0 each.'
     )
-  if weights is not None and not all(weight > 0 for weight in weights):
-    raise ValueError(f'objective.loss_weights={tuple(weights)}: every weight must be above 0.')
+  sound = (isinstance(weight, int | float) and 0 < weight < math.inf for weight in weights or ())
+  if not all(sound):
+    raise ValueError(
+      f'objective.loss_weights={tuple(weights)}: every weight must be a finite number above 0.'
+    )
 
 
 def _validate_ranges(config: Mapping[str, Any]) -> None:

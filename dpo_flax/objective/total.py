@@ -1,11 +1,13 @@
 """The whole loss of a run: its losses, weighted, with the modifiers around them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from dpo_flax.objective.losses import LOSSES, sft_loss
 from dpo_flax.objective.pairs import PairLogps
-from dpo_flax.objective.settings import READS, SORTED, Objective
+from dpo_flax.objective.settings import READS, RECORD_FIELDS, Objective
 
 
 def total_loss(logps: PairLogps, objective: Objective) -> jax.Array:
@@ -16,10 +18,9 @@ def total_loss(logps: PairLogps, objective: Objective) -> jax.Array:
   chosen (RPO: Pang et al. 2024, arXiv:2404.19733, eq. 1), and `kl_penalty_weight` times the exact
   KL(policy || reference), a mean over tokens, then over the pair's two responses.
   """
-  _refuse_unused(logps, objective)
   total = jnp.zeros_like(logps.policy_chosen)
   for name, weight in zip(objective.loss, objective.loss_weights, strict=True):
-    loss = LOSSES[name](logps, objective)
+    loss = LOSSES[name](_as_read(logps, name), objective)
     if objective.wpo and 'wpo' in READS[name]:
       loss = wpo_weights(logps) * loss
     total += weight * loss
@@ -42,17 +43,7 @@ def wpo_weights(logps: PairLogps) -> jax.Array:
   return jax.lax.stop_gradient(jnp.exp(jnp.minimum(alignments, 0.0)))
 
 
-def _refuse_unused(logps: PairLogps, objective: Objective) -> None:
-  for field in ('chosen_probability', 'margin'):
-    if getattr(logps, field) is not None and not objective.reads(field):
-      users = ', '.join(name for name in READS if field in READS[name])
-      raise ValueError(
-        f'The records give {field}, which objective.loss={objective.loss} does not use: remove it '
-        f'from the records, or use it with {users}.'
-      )
-  unweighted = SORTED.intersection(objective.loss)
-  if logps.pair_weight is not None and unweighted:
-    raise ValueError(
-      f'The records give pair_weight, which {", ".join(sorted(unweighted))} cannot use: it sorts '
-      'the batch, in which a pair has no loss of its own. Remove the weights or change the loss.'
-    )
+def _as_read(logps: PairLogps, loss: str) -> PairLogps:
+  """Returns the pairs without the fields of the records that a loss does not use."""
+  unread = {field: None for field in RECORD_FIELDS if field not in READS[loss]}
+  return dataclasses.replace(logps, **unread)

@@ -9,6 +9,7 @@ import pytest
 
 from dpo_flax.objective.losses import LOSSES
 from dpo_flax.objective.pairs import Branches
+from dpo_flax.objective.settings import check_records
 from dpo_flax.objective.total import total_loss, wpo_weights
 
 
@@ -79,18 +80,28 @@ def test_wpo_leaves_sft_alone(make_pairs, make_objective):
   np.testing.assert_allclose(total_loss(pairs, objective), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize('field', ('chosen_probability', 'margin'))
-def test_a_field_of_the_records_that_would_be_ignored_is_refused(field, make_pairs, make_objective):
-  pairs = make_pairs(**{field: np.full((2, 4), 0.9)})
-  total_loss(pairs, make_objective('sigmoid'))
-  with pytest.raises(ValueError, match=f'{field}, which objective.loss=.*does not use'):
-    total_loss(pairs, make_objective('ipo'))
+@pytest.mark.parametrize('field', ['chosen_probability', 'margin'])
+def test_a_field_of_the_records_that_would_be_ignored_is_refused(field, make_objective):
+  check_records([field], make_objective(('sigmoid', 'sft')))
+  for deaf in ('ipo', ('sigmoid', 'ipo'), 'sft'):
+    with pytest.raises(ValueError, match=f'{field}, which (ipo|sft) does not use'):
+      check_records([field], make_objective(deaf))
 
 
-def test_sorted_losses_refuse_weights_of_pairs(make_pairs, make_objective):
-  pairs = make_pairs(pair_weight=np.ones((2, 4)))
+@pytest.mark.parametrize('field', ['chosen_probability', 'margin'])
+def test_each_loss_of_a_mixture_sees_only_what_it_reads(field, make_pairs, make_objective):
+  objective = make_objective(('sigmoid', 'aot'))
+  pairs, value = make_pairs(), jnp.full((2, 4), 0.9)
+  extended = dataclasses.replace(pairs, **{field: value})
+  added = total_loss(extended, objective) - total_loss(pairs, objective)
+  alone = make_objective('sigmoid')
+  expected = total_loss(extended, alone) - total_loss(pairs, alone)
+  np.testing.assert_allclose(added, expected, atol=1e-5)
+
+
+def test_sorted_losses_refuse_weights_of_pairs(make_objective):
   with pytest.raises(ValueError, match='aot cannot use'):
-    total_loss(pairs, make_objective(('sigmoid', 'aot')))
+    check_records(['pair_weight'], make_objective(('sigmoid', 'aot')))
 
 
 def test_the_loss_compiles_with_the_objective_static(make_pairs, make_objective):
