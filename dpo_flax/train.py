@@ -23,6 +23,7 @@ from dpo_flax.export import export
 from dpo_flax.learner.optimizer import make_schedule
 from dpo_flax.learner.state import TrainState
 from dpo_flax.learner.step import make_eval_step, make_train_step
+from dpo_flax.model.quantization import ChannelScale
 from dpo_flax.objective.metrics import displacement
 from dpo_flax.reporting import Monitor, Reporter, displacement_warning, summarize
 from dpo_flax.sharding import make_mesh, row_shard, shard_batch
@@ -72,7 +73,8 @@ def learn(
   held_out = {}
 
   def evaluate(step):
-    held_out.update(held_out_metrics(run, state, eval_step))
+    nonlocal held_out
+    held_out = held_out_metrics(run, state, eval_step)
     if held_out:
       start = reporter.written(0, 'validation') if step else held_out
       held_out.update(displacement(held_out, start))
@@ -95,6 +97,8 @@ def learn(
       if is_due(step, config.hf_save_steps, last) and step < last:
         monitor.pause()
         save_exports(run, state)
+  if start_step == last:
+    held_out = reporter.written(last, 'validation')
   return state, held_out
 
 
@@ -139,12 +143,23 @@ def check_start(run: Run, state: TrainState, eval_step):
     abs(math.log(metrics[f'policy_perplexity_{side}'] / metrics[f'reference_perplexity_{side}']))
     for side in ('chosen', 'rejected')
   )
-  if not drift <= _ROUNDING[run.config.model.dtype]:
+  rounding = _ROUNDING[run.config.model.dtype]
+  # Plain DPO's loss is known; others' are not, but their policy must be the reference all the same.
+  off = abs(metrics['dpo_loss'] - math.log(2)) if is_plain_dpo(run) else 0.0
+  if not (drift <= rounding and off <= rounding):
     raise ValueError(
       f'before the first step dpo_loss is {metrics["dpo_loss"]:.6f}, and policy and reference '
       f'differ by {drift:.2g} nats per token, where LoRA with B = 0 makes them equal (ln 2 = '
       '0.693147 for the sigmoid loss). Their adapters or weights disagree; no step was made.'
     )
+
+
+def is_plain_dpo(run: Run) -> bool:
+  """Whether the loss is ln 2 where policy and reference agree."""
+  objective = run.options.objective
+  return objective.loss == ('sigmoid',) and not (
+    objective.sft_weight or objective.reference_free or 'margin' in run.data.train.columns
+  )
 
 
 def make_monitor(run: Run, reporter: Reporter) -> Monitor:
@@ -171,7 +186,7 @@ def introduce(run: Run, state: TrainState, start_step: int, reporter: Reporter):
   """Says what is about to run."""
   trainable, frozen = (
     sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-    for tree in (state.trainable, run.frozen)
+    for tree in (state.trainable, nnx.filter_state(run.frozen, nnx.Not(ChannelScale)))
   )
   total = trainable + frozen
   if start_step == 0:

@@ -160,8 +160,9 @@ def make_train_step(
 
     gradients, sums = _accumulate(loss, state.trainable, batch, options.microbatches)
     grad_norm = optax.tree.norm(gradients)
-    finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums['means']['dpo_loss'][0])
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+    numbers = jnp.stack([grad_norm, optax.tree.norm(updates), sums['means']['dpo_loss'][0]])
+    finite = jnp.all(jnp.isfinite(numbers))
     updated = TrainState(
       step=state.step + 1,
       trainable=optax.apply_updates(state.trainable, updates),
