@@ -1,4 +1,4 @@
-"""A run to see that everything works: two minutes on two CPU cores, nothing downloaded.
+"""A run to see that everything works: about a minute on two CPU cores, nothing downloaded.
 
     python -m dpo_flax.train --config=configs/tiny.py
 
