@@ -5,6 +5,7 @@ fields (`--config.lora.r=128`). A field set to None is unset; its type is given 
 """
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +14,8 @@ from ml_collections import ConfigDict, config_dict
 
 _CHOICES = {
   'model.dtype': ('bfloat16', 'float32'),
-  'model.weight_dtype': ('bfloat16', 'float32'),
-  'model.remat': ('full', 'dots', 'none'),
+  'model.weight_dtype': ('bfloat16', 'float32', 'int8'),
+  'model.remat': ('full', 'offload', 'dots', 'none'),
   'model.attention': ('auto', 'xla', 'pallas', 'splash'),
   'data.format': (
     *('auto', 'explicit', 'implicit', 'messages', 'hh'),
@@ -121,8 +122,10 @@ def _model() -> ConfigDict:
   model = ConfigDict()
   model.preset = config_dict.placeholder(str)  # a name in model/config.py, for random weights
   model.dtype = 'bfloat16'  # of activations and matrix products: bfloat16 | float32
-  model.weight_dtype = 'bfloat16'  # of the frozen base weights in memory: bfloat16 | float32
-  model.remat = 'full'  # what backward recomputes: full | dots | none
+  # Of the frozen base weights in memory: bfloat16 | float32 | int8 (a scale for each channel).
+  model.weight_dtype = 'bfloat16'
+  # What backward recomputes: full | dots | none; offload: as full, layer inputs in host memory.
+  model.remat = 'full'
   # auto: pallas on TPU, xla elsewhere. splash: JAX's kernel, for data.layout=separate on TPU.
   model.attention = 'auto'
   model.logits_chunk = 512  # response tokens per row that meet the vocabulary at once
@@ -147,7 +150,9 @@ def _objective() -> ConfigDict:
   # A loss of objective/losses.py, or a tuple of them with one of loss_weights each.
   objective.loss = config_dict.FieldReference('sigmoid', field_type=object)
   objective.loss_weights = config_dict.placeholder(tuple)
-  objective.beta = 0.1  # strength of the pull to the reference (arXiv:2305.18290, eq. 7)
+  # Strength of the pull to the reference (arXiv:2305.18290, eq. 7). It also scales the reported
+  # rewards, which is all it does beside losses that have none (sft, orpo).
+  objective.beta = 0.1
   # What follows belongs to some losses; set beside another, it is refused.
   objective.label_smoothing = config_dict.placeholder(float)  # share of flipped labels, [0, 0.5)
   objective.gamma = config_dict.placeholder(float)  # simpo: margin per token; unset: 0.5
@@ -163,7 +168,8 @@ def _objective() -> ConfigDict:
   objective.wpo = False  # weigh pairs by how on-policy they are (arXiv:2406.11827)
   objective.reference_free = False  # the reference's log-ratio counts as 0
   objective.kl_penalty_weight = config_dict.placeholder(float)  # of the exact KL to the reference
-  objective.token_statistics = False  # report entropy and KL
+  # Report the policy's entropy and, where the loss runs the reference, the KL to it.
+  objective.token_statistics = False
   return objective
 
 
@@ -178,15 +184,16 @@ def _reference() -> ConfigDict:
 def _data() -> ConfigDict:
   data = ConfigDict()
   # A path, a glob or a list of them (local or gs://): .jsonl, .json, .parquet, .array_record, text
-  # also .gz and .zst; or the directory of a saved Hugging Face data set. A mapping is a mixture:
-  # {path: passes over it in an epoch}, such as {'hh.jsonl': 1, 'mine.parquet': 2.5}.
+  # also .gz and .zst; or the directory of a saved Hugging Face data set. Pairs are a mixture:
+  # (path, passes over it in an epoch), such as (('hh.jsonl', 1), ('mine.parquet', 2.5)).
   data.train = config_dict.placeholder(object)
   data.validation = config_dict.placeholder(object)  # unset: split off from train
   data.validation_split_fraction = 0.1  # of the pairs, when data.validation is unset; 0: none
   # auto | explicit | implicit | messages | hh: see data/formats.py. shp | webgpt | binarized |
   # ultrafeedback | orca: see data/published.py.
   data.format = 'auto'
-  # Keys that have other names in the records, {ours: theirs}: {'chosen': 'good', 'margin': 'gap'}.
+  # Keys that have other names in the records, {ours: theirs}: {'chosen': 'good', 'margin': 'gap'};
+  # names with dots as pairs: (('completions.overall_score', 'score'),).
   data.fields = config_dict.placeholder(object)
   # ultrafeedback, several answers: best_vs_worst | best_vs_random | all (of different scores)
   data.completions = 'best_vs_random'
@@ -256,6 +263,7 @@ def validate(config: ConfigDict) -> ConfigDict:
   Raises:
     ValueError: a field has no legal value, or two fields contradict each other.
   """
+  _check_names(config)
   config = config.copy_and_resolve_references()
   for field, choices in _CHOICES.items():
     if get(config, field) not in choices:
@@ -263,8 +271,8 @@ def validate(config: ConfigDict) -> ConfigDict:
   for field, (low, high) in _RANGES.items():
     _check_range(field, get(config, field), low, high)
   for field in _POSITIVE:
-    if get(config, field) is not None and not get(config, field) > 0:
-      raise ValueError(f'{field}={get(config, field)}: must be greater than 0')
+    if not 0 < get(config, field) < math.inf:
+      raise ValueError(f'{field}={get(config, field)}: must be greater than 0, and finite')
   _check_required(config)
   if config.batch.rows % config.batch.microbatches:
     raise ValueError(
@@ -324,9 +332,21 @@ def _flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
   return flat
 
 
+def _check_names(config: ConfigDict):
+  """Refuses the mappings that a config cannot be copied with."""
+  for field in ('data.train', 'data.validation', 'data.fields', 'data.template_variables'):
+    value = get(config, field)
+    if isinstance(value, dict) and any('.' in str(name) for name in value):
+      pairs = ', '.join(f'({name!r}, {item!r})' for name, item in value.items())
+      raise ValueError(
+        f'{field} is a mapping, and in a config its names cannot have dots: give pairs, ({pairs},)'
+      )
+
+
 def _check_range(field: str, value: float, low: float | None, high: float | None):
   # Written so that NaN, which no comparison holds for, fails.
-  if not ((low is None or value >= low) and (high is None or value <= high)):
+  inside = (low is None or value >= low) and (high is None or value <= high)
+  if not (inside and math.isfinite(value)):
     bounds = f'at least {low}' if high is None else f'between {low} and {high}'
     raise ValueError(f'{field}={value}: must be {bounds}')
 
@@ -337,7 +357,8 @@ def _check_required(config: ConfigDict):
       raise ValueError(f'{field} is not set: give --config.{field}=...')
   if bool(config.initialize_from_hf) == bool(config.model.preset):
     raise ValueError(
-      'give the weights exactly one source: initialize_from_hf (a checkpoint; now '
+      'give the weights exactly one source, and leave the other empty (--config.model.preset=): '
+      'initialize_from_hf (a checkpoint; now '
       f'{config.initialize_from_hf!r}) or model.preset (random weights; now '
       f'{config.model.preset!r})'
     )

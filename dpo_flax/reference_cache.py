@@ -7,6 +7,8 @@ its own SHA-256: what does not fit, or is damaged, is computed again.
 import dataclasses
 import hashlib
 import json
+import os
+import uuid
 from typing import Any
 
 import jax
@@ -77,8 +79,12 @@ def _write(path: epath.Path, logps: np.ndarray):
   """Writes the SHA-256 of the numbers, then the numbers; the file appears whole or not at all."""
   data = logps.astype(np.float32).tobytes()
   path.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = path.with_name(f'{path.name}.tmp')
-  unfinished.write_bytes(hashlib.sha256(data).digest() + data)
+  unfinished = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')  # runs may write at once
+  with unfinished.open('wb') as file:
+    file.write(hashlib.sha256(data).digest() + data)
+    file.flush()
+    if '://' not in str(path):
+      os.fsync(file.fileno())
   unfinished.replace(path)
 
 
@@ -91,7 +97,11 @@ def _missing_anywhere(logps: np.ndarray | None) -> bool:
 def _compute(
   data: loader.PreparedData, side: str, reference: Transformer, config: ConfigDict, mesh: Mesh
 ) -> np.ndarray:
-  """Returns [n, 2] float32 by one pass over all pairs of a side."""
+  """Returns [n, 2] float32 by one pass over all pairs of a side.
+
+  Raises:
+    ValueError: a log-prob that is not finite, naming its pair's file and line.
+  """
   graphdef, weights = nnx.split(reference)
 
   @jax.jit
@@ -109,5 +119,16 @@ def _compute(
       if row < len(every_row):
         places = every_row[row]
         found[places] = values[: len(places)]
-  assert np.isfinite(found).all(), 'a pair that no batch held'
+  _check_finite(getattr(data, side), found)
   return found
+
+
+def _check_finite(pairs: Split, logps: np.ndarray):
+  bad = np.flatnonzero(~np.isfinite(logps).all(axis=1))
+  if len(bad):
+    first = bad[0]
+    raise ValueError(
+      f'{pairs.cache.where(pairs.pairs[first])}: the log-probs of the reference are '
+      f'{logps[first].tolist()}, not finite ({len(bad)} of {len(pairs)} pairs). '
+      'Check its weights, or compute in model.dtype=float32.'
+    )

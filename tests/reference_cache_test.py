@@ -1,13 +1,16 @@
 """Laws of the cached reference: the losses of the live one, never a stale or damaged file."""
 
 import contextlib
+import os
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
-from dpo_flax import assemble
+from dpo_flax import assemble, reference_cache
 from dpo_flax import config as config_lib
 from dpo_flax.data import loader
 from dpo_flax.examples import make_tiny
@@ -30,7 +33,7 @@ def config(tmp_path):
   config.data.tokenizer = str(EXAMPLE / 'tokenizer.model')
   config.batch.rows, config.batch.tokens = 8, 256
   config.train.num_train_steps = 4
-  config.optimizer.learning_rate = 1e-2
+  config.optimizer.learning_rate = 1e-3
   config.mesh.tensor = 2
   return config
 
@@ -125,3 +128,24 @@ def test_what_the_cache_cannot_give_is_refused(config):
   config.objective.kl_penalty_weight = 0.1
   with pytest.raises(ValueError, match=r'reference\.source'):
     build(config, 'cache')
+
+
+def test_two_runs_that_write_at_once_do_not_meet(tmp_path, monkeypatch):
+  path, names = epath.Path(tmp_path / 'cache' / 'reference.float32'), set()
+  sync = os.fsync
+  monkeypatch.setattr(os, 'fsync', lambda n: (sync(n), names.update(os.listdir(path.parent))))
+  for value in (1.0, 2.0):
+    reference_cache._write(path, np.full((3, 2), value, np.float32))
+  assert len(names - {path.name}) == 2
+  assert os.listdir(path.parent) == [path.name]
+  np.testing.assert_array_equal(reference_cache._read(path, 3), np.full((3, 2), 2.0))
+
+
+def test_log_probs_that_are_not_finite_are_refused_with_their_place(config, monkeypatch):
+  monkeypatch.setattr(
+    'dpo_flax.reference_cache.reference_logps',
+    lambda reference, batch, chunk: jnp.full((*batch['pair_mask'].shape, 2), jnp.nan),
+  )
+  with pytest.raises(ValueError, match=r'pairs\.jsonl:\d+: the log-probs .* not finite'):
+    build(config, 'cache')
+  assert not files(config)

@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import grain
@@ -22,9 +21,12 @@ from dpo_flax.data import pack, split
 from dpo_flax.data.caching.build_cache import open_or_build
 from dpo_flax.data.epochs import Epochs
 from dpo_flax.data.formats import FormatOptions
+from dpo_flax.data.named_values import named_values
 from dpo_flax.data.source import RecordSource
 from dpo_flax.data.token_cache import TokenCache
 from dpo_flax.data.tokenizer import Tokenizer, load_tokenizer
+
+Shards = int | tuple[int, ...]  # one of the equal parts of a batch's rows, or several
 
 _AHEAD = 4  # batches prepared before they are asked for
 _ENDLESS = 1 << 40  # steps: more than any run takes
@@ -107,12 +109,18 @@ def prepare(config: ConfigDict, *, vocab_size: int) -> PreparedData:
 
 
 def train_batches(
-  prepared: PreparedData, config: ConfigDict, *, start_step: int, shard_index: int, shard_count: int
+  prepared: PreparedData,
+  config: ConfigDict,
+  *,
+  start_step: int,
+  shard_index: Shards,
+  shard_count: int,
 ) -> grain.DatasetIterator:
   """Returns an endless iterator over this shard's part of batch start_step, start_step + 1, ...
 
   Each batch is pack.fill_batch's dict of [batch.rows / shard_count, ...] arrays: the rows of the
-  global batch in order, shard after shard. Close the iterator when done.
+  global batch in order, shard after shard. With several shard indices, their rows follow one
+  another in that order. Close the iterator when done.
   """
   rows = _shard(config, shard_index, shard_count)
   batches = _Batches(prepared.train, prepared.train_rows, config, rows, start_step, _ENDLESS)
@@ -120,7 +128,7 @@ def train_batches(
 
 
 def validation_batches(
-  prepared: PreparedData, config: ConfigDict, *, shard_index: int, shard_count: int
+  prepared: PreparedData, config: ConfigDict, *, shard_index: Shards, shard_count: int
 ) -> grain.DatasetIterator:
   """Returns an iterator over every validation pair once; the last batch ends in empty rows."""
   return every_pair(
@@ -129,7 +137,7 @@ def validation_batches(
 
 
 def every_pair(
-  prepared: PreparedData, side: str, config: ConfigDict, *, shard_index: int, shard_count: int
+  prepared: PreparedData, side: str, config: ConfigDict, *, shard_index: Shards, shard_count: int
 ) -> grain.DatasetIterator:
   """Returns an iterator over every pair of a side once, in the rows of `prepared.every_row(side)`.
 
@@ -158,7 +166,7 @@ class _Batches:
   pairs: split.Split
   epochs: Epochs
   config: ConfigDict
-  rows: range  # of the global batch: this shard's
+  rows: list[int]  # of the global batch: this shard's
   start: int  # step of batch 0
   steps: int  # _ENDLESS, or as many as one epoch fills
 
@@ -196,13 +204,14 @@ def _iterate(batches: _Batches, workers: int) -> grain.DatasetIterator:
   return iter(dataset)
 
 
-def _shard(config: ConfigDict, index: int, count: int) -> range:
+def _shard(config: ConfigDict, index: Shards, count: int) -> list[int]:
   size, rest = divmod(config.batch.rows, count)
   if rest:
     raise ValueError(
       f'batch.rows={config.batch.rows} cannot be divided among {count} hosts: make it a multiple.'
     )
-  return range(index * size, (index + 1) * size)
+  shards = (index,) if isinstance(index, int) else index
+  return [row for shard in shards for row in range(shard * size, (shard + 1) * size)]
 
 
 def _load_tokenizer(config: ConfigDict) -> Tokenizer:
@@ -224,10 +233,10 @@ def _once(pairs: split.Split, config: ConfigDict, slots: int) -> Epochs:
 
 
 def _validation_source(config: ConfigDict) -> RecordSource:
-  if isinstance(config.data.validation, Mapping):
+  if named_values(config.data.validation) is not None:
     raise ValueError(
-      'data.validation is a mapping of weights, but every validation pair counts once: give a path '
-      'or a list of them.'
+      'data.validation gives weights, but every validation pair counts once: give a path or a list '
+      'of them.'
     )
   return RecordSource(config.data.validation)
 
@@ -242,7 +251,7 @@ def _open(
     source,
     tokenizer,
     directory=directory,
-    options=FormatOptions(config.data.format, _mapping(config, 'fields'), config.data.completions),
+    options=FormatOptions(config.data.format, _fields(config), config.data.completions),
     bad_record=config.data.bad_record,
     workers=config.data.cache_workers,
   )
@@ -251,10 +260,21 @@ def _open(
 
 
 def _mapping(config: ConfigDict, field: str) -> dict[str, Any]:
-  value = config.data[field] or {}
-  if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-    raise ValueError(f'data.{field}={value!r}: expected a mapping of names, such as {{"a": "b"}}.')
-  return dict(value)
+  given = config.data[field]
+  values = named_values(given) if given else {}
+  if values is None:
+    raise ValueError(
+      f'data.{field}={given!r}: expected a mapping of names: {{"a": "b"}} or (("a", "b"),).'
+    )
+  return values
+
+
+def _fields(config: ConfigDict) -> dict[str, str]:
+  fields = _mapping(config, 'fields')
+  for ours, theirs in fields.items():
+    if not isinstance(theirs, str):
+      raise ValueError(f'data.fields takes {ours!r} from {theirs!r}: expected the name of a key.')
+  return fields
 
 
 def _fit(

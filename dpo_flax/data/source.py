@@ -4,17 +4,18 @@ import dataclasses
 import functools
 import glob
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
 
+from dpo_flax.data.named_values import NamedValues, named_values
 from dpo_flax.data.reading import readers
 from dpo_flax.data.reading.records import RecordError, parse
 
 _CHUNK = 1 << 20  # bytes read at once when hashing
 
-Paths = str | Sequence[str] | Mapping[str, float]
+Paths = str | Sequence[str] | NamedValues
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +45,12 @@ class RecordSource:
   read is a record whose value is an error.
 
   Args:
-    paths: a path or a glob, several of them, or a mixture {path: passes over it in an epoch}.
+    paths: a path or a glob, several of them, or a mixture: the passes over each path in an epoch,
+      in any form of named_values.
 
   Raises:
-    ValueError: a path or a glob that names no file, a file named twice, a weight that is no number.
+    ValueError: a path or a glob that names no file, a file named twice, a weight that is no number,
+      or something else than paths.
   """
 
   def __init__(self, paths: Paths):
@@ -93,15 +96,22 @@ class RecordSource:
 
 def _parts(paths: Paths) -> list[tuple[float, list[str]]]:
   """Returns (weight, patterns) of each part; without weights, all is one part."""
-  if not isinstance(paths, Mapping):
-    return [(1.0, [paths] if isinstance(paths, str) else [str(path) for path in paths])]
-  for path, weight in paths.items():
+  mixture = named_values(paths)
+  if mixture is None:
+    patterns = [paths] if isinstance(paths, str) else paths
+    if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) for p in patterns):
+      raise ValueError(
+        f'data files {paths!r}: expected a path, a list of paths, or a mixture such as '
+        "(('a.jsonl', 1), ('b.jsonl', 0.5))."
+      )
+    return [(1.0, list(patterns))]
+  for path, weight in mixture.items():
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e6:
       raise ValueError(
         f'data.train gives {path} the weight {weight!r}: it is the number of passes over the file '
         'in an epoch, such as 1, 2 or 0.5.'
       )
-  return [(float(weight), [str(path)]) for path, weight in paths.items()]
+  return [(float(weight), [path]) for path, weight in mixture.items()]
 
 
 def _expand(pattern: str) -> list[str]:

@@ -86,7 +86,8 @@ def hold_out(prompts: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     seed: other seeds hold out other prompts.
 
   Returns:
-    [N] bool. No prompt is on both sides, and each side has at least one.
+    [N] bool. No prompt is on both sides, and each side has at least one. No more pairs are held out
+    than asked for, except where the smallest prompt alone has more: then it is held out.
 
   Raises:
     ValueError: all pairs have the same prompt.
@@ -98,10 +99,15 @@ def hold_out(prompts: np.ndarray, fraction: float, seed: int) -> np.ndarray:
       'data.validation, or data.validation_split_fraction=0.'
     )
   order = np.argsort(hashed(unique, 'validation', seed), kind='stable')
-  wanted = fraction * len(prompts)
-  taken = int(np.searchsorted(np.cumsum(count[order]), wanted)) + 1
+  room = min(round(fraction * len(prompts)), len(prompts) - 1)
   held = np.zeros(len(unique), bool)
-  held[order[: min(taken, len(unique) - 1)]] = True
+  for i, pairs in zip(order.tolist(), count[order].tolist(), strict=True):
+    if pairs <= room:
+      held[i], room = True, room - pairs
+    if not room:
+      break
+  if not held.any():
+    held[order[count[order].argmin()]] = True
   return held[prompt]
 
 

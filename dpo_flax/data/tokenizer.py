@@ -60,7 +60,8 @@ class Tokenizer:
     """Encodes one pair: one BOS at most, and an end token closing every response.
 
     Raises:
-      RecordError: chat data with no template, a template that fails, or nothing to predict from.
+      RecordError: chat data with no template, a template that fails, nothing to predict from, or
+        responses that become the same ids.
     """
     if isinstance(preference.prompt, str):
       pair = self._encode_text(preference)
@@ -69,6 +70,10 @@ class Tokenizer:
     if not pair.prompt:
       raise RecordError(
         'empty prompt', 'it has no token of its own, and the tokenizer adds no BOS to predict from'
+      )
+    if pair.chosen == pair.rejected:
+      raise RecordError(
+        'identical responses', 'chosen and rejected differ as text, but their token ids are equal'
       )
     return pair
 
@@ -167,7 +172,7 @@ def load_tokenizer(
     template = ChatTemplate(
       source,
       controls=list(backend.controls),
-      typed=sorted(backend.special),
+      typed=sorted(backend.special | {names.get('eos_token', '')}),
       variables=given,
       history=history,
     )

@@ -90,6 +90,12 @@ def test_four_hosts_read_the_batches_of_one(config):
   _assert_same(_join(parts), _validate(config, prepared))
 
 
+def test_a_host_may_read_parts_that_lie_apart(config):
+  prepared = _prepare(config)
+  parts = [_take(config, prepared, 3, shard=i, shards=4) for i in (0, 3)]
+  _assert_same(_take(config, prepared, 3, shard=(0, 3), shards=4), _join(parts))
+
+
 def test_seeking_to_a_step_equals_streaming_to_it(config):
   whole = _take(config, _prepare(config), 30)
   for start in (1, 7, 25):

@@ -96,5 +96,7 @@ def test_fingerprint_is_of_the_content_and_kind_and_not_of_the_name(tmp_path):
   same = _write(tmp_path / 'same.jsonl', [{'n': 0}])
   other = _write(tmp_path / 'other.jsonl', [{'n': 1}])
   kind = _write(tmp_path / 'one.json', [{'n': 0}])
+  packed = tmp_path / 'packed.jsonl.gz'  # the same bytes under a name that says otherwise
+  packed.write_bytes((tmp_path / 'one.jsonl').read_bytes())
   assert RecordSource(one).fingerprint == RecordSource(same).fingerprint
-  assert len({RecordSource(path).fingerprint for path in (one, other, kind)}) == 3
+  assert len({RecordSource(path).fingerprint for path in (one, other, kind, str(packed))}) == 4

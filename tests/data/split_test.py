@@ -24,8 +24,16 @@ def test_no_prompt_is_on_both_sides_and_neither_is_empty(prompts, fraction, seed
   held = split.hold_out(prompts, fraction, seed)
   assert not set(prompts[held]) & set(prompts[~held])
   assert 0 < held.sum() < len(prompts)
-  largest = np.unique(prompts, return_counts=True)[1].max()
-  assert held.sum() <= fraction * len(prompts) + largest
+  smallest = np.unique(prompts, return_counts=True)[1].min()
+  assert held.sum() <= max(round(fraction * len(prompts)), smallest)
+
+
+def test_a_prompt_with_most_of_the_pairs_is_not_held_out():
+  prompts = np.array([0] * 90 + list(range(1, 11)), np.uint64)
+  for seed in range(20):
+    held = split.hold_out(prompts, 0.05, seed)
+    assert held.sum() == 5
+    assert not held[:90].any()
 
 
 def test_the_seed_decides_which_prompts_are_held_out():

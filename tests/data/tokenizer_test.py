@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 import transformers
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dpo_flax.data.reading.preference import Preference
@@ -124,6 +124,7 @@ def test_text_ids_are_the_joint_encoding_with_bos_and_eos(directory):
 def test_both_branches_share_the_prompt_and_no_response_character_is_in_it(
   json_directory, prompt, chosen, rejected
 ):
+  assume(chosen != rejected)
   tokenizer = load_tokenizer(str(json_directory))
   pair = tokenizer.encode(Preference(prompt, chosen, rejected))
   head = tokenizer.decode(pair.prompt[1:]).rstrip('\ufffd')  # a border inside a character
@@ -282,3 +283,11 @@ def test_wrong_paths_and_templates_are_named(json_directory):
     load_tokenizer(str(json_directory), 'nothing.jinja')
   with pytest.raises(ValueError, match='error in line 2'):
     load_tokenizer(str(json_directory), '{% for m in messages %}\n{% endif %}')
+
+
+def test_responses_that_become_the_same_ids_are_refused(json_directory):
+  chat = [[assistant(text)] for text in ('the cat', ' the cat ')]
+  tokenizer = load_tokenizer(str(json_directory), LLAMA3)  # it trims what is said
+  with pytest.raises(RecordError, match='token ids are equal') as error:
+    tokenizer.encode(Preference(CHATS[0], *chat))
+  assert error.value.reason == 'identical responses'

@@ -35,10 +35,16 @@ class Backend(Protocol):
 
 
 class SentencePieceBackend:
-  """A SentencePiece model. It never makes a control token from text: chats are split at them."""
+  """A SentencePiece model. It never makes a control token from text: chats are split at them.
+
+  Gemma's models hold <start_of_turn> as a piece `defined by the user`, which they would find in any
+  text; such pieces are made controls where the settings beside the model call them special.
+  """
 
   def __init__(self, model: bytes, settings: dict[str, Any]):
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    special = _special_tokens(settings)
+    _make_controls(proto, special)
     self._model, self._words = _load_sentencepiece(proto), _Words(proto)
     proto.normalizer_spec.add_dummy_prefix = False
     self._bare = _load_sentencepiece(proto)
@@ -48,7 +54,7 @@ class SentencePieceBackend:
       token['content']: int(i) for i, token in settings.get('added_tokens_decoder', {}).items()
     }
     self.controls = own | added
-    self.special = set(self.controls)
+    self.special = own.keys() | (special & added.keys())
     self.vocab_size = max(size, *(i + 1 for i in self.controls.values()), 0)
     self._names = {i: name for name, i in self.controls.items()}
     self._prefix_always = settings.get('legacy', True)
@@ -137,6 +143,22 @@ class _Words(dict[str, list[int]]):
     if len(self) < _KNOWN and len(word) < _SHORT:
       self[word] = ids
     return ids
+
+
+def _special_tokens(settings: dict[str, Any]) -> set[str]:
+  """Returns the tokens that the files beside a model call special."""
+  added = settings.get('added_tokens_decoder', {}).values()
+  named = [token for key, token in settings.items() if key.endswith('_token')]
+  named += settings.get('additional_special_tokens') or []
+  texts = [token.get('content') if isinstance(token, dict) else token for token in named]
+  special = {token['content'] for token in added if token.get('special')}
+  return special | {text for text in texts if isinstance(text, str)}
+
+
+def _make_controls(proto: sentencepiece_model_pb2.ModelProto, names: set[str]) -> None:
+  for piece in proto.pieces:
+    if piece.type == piece.USER_DEFINED and piece.piece in names:
+      piece.type = piece.CONTROL
 
 
 def _load_sentencepiece(

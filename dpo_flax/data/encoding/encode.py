@@ -18,6 +18,7 @@ from dpo_flax.data.formats import FormatOptions, to_preferences
 from dpo_flax.data.reading.preference import COLUMNS, Preference
 from dpo_flax.data.reading.records import RecordError
 from dpo_flax.data.source import Record
+from dpo_flax.data.templates.chat_template import TemplateDied
 from dpo_flax.data.tokenizer import EncodedPair, Tokenizer
 
 _MUCH = 8 << 20  # bytes of data from which starting processes is worth it
@@ -48,7 +49,11 @@ class Chunk:
 
 
 def encode_chunk(task: Task, tokenizer: Tokenizer, options: FormatOptions) -> Chunk:
-  """Tokenizes the records of a task."""
+  """Tokenizes the records of a task.
+
+  Raises:
+    ValueError: the chat template had to be ended, at a record that is named.
+  """
   pairs: list[tuple[int, Preference, EncodedPair]] = []
   formats, faults = collections.Counter(), []
   for i, record in enumerate(task.records):
@@ -58,6 +63,8 @@ def encode_chunk(task: Task, tokenizer: Tokenizer, options: FormatOptions) -> Ch
     except RecordError as error:
       faults.append((i, error.reason, str(error)))
       continue
+    except TemplateDied as death:  # not the record's fault: to skip it would cost as much for each
+      raise ValueError(f'{record.where}: {death}. Mend the template.') from None
     formats[name] += 1
     pairs += [(task.first + i, *pair) for pair in zip(preferences, encoded, strict=True)]
   parts = itertools.chain.from_iterable(pair for *_, pair in pairs)

@@ -65,8 +65,9 @@ def _reader(file: str, plain: IO[bytes]) -> Callable[[IO[bytes]], Iterator[Numbe
 
 def kind(file: str) -> str:
   """Returns what decides how a file's bytes are read: equal bytes of equal kind, equal records."""
-  suffix = re.search(r'\.(parquet|arrow|array_?record|json)$', _stem(file))
-  return suffix[1] if suffix else 'lines'
+  stem = _stem(file)
+  suffix = re.search(r'\.(parquet|arrow|array_?record|json)$', stem)
+  return (suffix[1] if suffix else 'lines') + file[len(stem) :]
 
 
 def _stem(file: str) -> str:
@@ -169,7 +170,7 @@ def _parquet(stream: IO[bytes]) -> Iterator[Numbered]:
   try:
     file = pyarrow.parquet.ParquetFile(stream)
     yield from _rows(file.iter_batches(_ROWS))
-  except (pyarrow.ArrowException, OSError) as error:
+  except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
     raise RecordError('not a parquet file', str(error)) from None
 
 
@@ -179,17 +180,31 @@ def _arrow(stream: IO[bytes]) -> Iterator[Numbered]:
 
   try:
     yield from _rows(pyarrow.ipc.open_stream(stream))
-  except (pyarrow.ArrowException, OSError) as error:
+  except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
     raise RecordError('not an Arrow stream', str(error)) from None
 
 
 def _rows(batches: Any) -> Iterator[Numbered]:
   number = 0
   for batch in batches:
+    names = batch.schema.names
+    if len(set(names)) < len(names):
+      raise RecordError('duplicate key', repr(next(n for n in names if names.count(n) > 1)))
     for start in range(0, len(batch), _ROWS):
-      for row in batch.slice(start, _ROWS).to_pylist():
+      for row in _decode(batch.slice(start, _ROWS)):
         number += 1
         yield number, _without_nulls(row)
+
+
+def _decode(rows: Any) -> list[Raw]:
+  """Returns the rows of a part of a table, or what is wrong in place of those that are damaged."""
+  try:
+    rows.validate(full=True)  # wrong offsets would be read as addresses
+    return rows.to_pylist()
+  except (ValueError, OverflowError) as error:  # pyarrow.ArrowInvalid is the first
+    if len(rows) == 1:
+      return [RecordError('unreadable row', str(error))]
+    return [row for i in range(len(rows)) for row in _decode(rows.slice(i, 1))]
 
 
 def _without_nulls(value: Any) -> Any:

@@ -17,13 +17,17 @@ from dpo_flax.data.encoding.child import Child, ChildDied
 from dpo_flax.data.reading.fields import shared_length
 from dpo_flax.data.reading.preference import Message, Preference, Span
 from dpo_flax.data.reading.records import RecordError
-from dpo_flax.data.templates.template_process import END_SPAN, SECONDS, SPAN
+from dpo_flax.data.templates.template_process import END_SPAN, SECONDS, SPAN, WALL_SECONDS
 
 # Unicode noncharacters: no text for interchange holds them, and none is let in.
 _TYPED, _END_TYPED = '\ufdd0', '\ufdd1'
 _MARKS = re.compile(f'[{_TYPED}{_END_TYPED}{SPAN}{END_SPAN}]')
 
 HISTORY = ('exact', 'rendered')
+
+
+class TemplateDied(ValueError):
+  """The template did not end by itself: a fault of the run, which every other record would meet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +45,8 @@ class ChatTemplate:
   Args:
     source: the Jinja template.
     controls: every control token, as written in a rendered chat.
-    typed: those of them that must stay text where a record's own text holds them.
+    typed: those of them that must stay text where a record's own text holds them. Only these,
+      written by the template, can end a turn: others, such as </think>, are part of what is said.
     variables: what the template may use besides the messages: bos_token, eos_token, ...
     history: exact | rendered. Templates of thinking models leave the thoughts out of earlier
       turns; `exact` refuses to train on a prompt that is not the record's.
@@ -61,8 +66,12 @@ class ChatTemplate:
   ):
     self._control = _any_of(controls)
     self._typed = _any_of(typed)
+    self._ends = re.compile(f'{_TYPED}.*?{_END_TYPED}|({self._typed.pattern})', re.DOTALL)
     self._source, self._variables, self._history = source, variables, history
-    answer = _ask(source, variables, [])
+    try:
+      answer = _ask(source, variables, [])
+    except TemplateDied as death:
+      raise ValueError(f'the chat template cannot be compiled: {death}') from None
     if 'syntax' in answer:
       raise ValueError(f'the chat template has an error in {answer["syntax"]}')
     if 'error' in answer:
@@ -82,6 +91,7 @@ class ChatTemplate:
     Raises:
       RecordError: the template fails, or leaves out or rewrites what a message says, so that
         training would show the model another prompt than generation does.
+      TemplateDied: it takes too much time or memory to go on with other records.
     """
     prompt, *responses = self._mark([preference.prompt, preference.chosen, preference.rejected])
     tools = self._mark(preference.tools)
@@ -142,8 +152,9 @@ class ChatTemplate:
     return _check_prefix(part, chat.text)
 
   def _closing(self, text: str, span: Span) -> int | None:
-    """Returns where the last control token of a span ends."""
-    return max((match.end() for match in self._control.finditer(text, *span)), default=None)
+    """Returns where the last token of a span that can end a turn ends."""
+    ends = (match.end() for match in self._ends.finditer(text, *span) if match[1])
+    return max(ends, default=None)
 
   def _close(self, text: str, span: Span) -> Span:
     """Takes the white space behind the end-of-turn token out of a span."""
@@ -157,9 +168,9 @@ class ChatTemplate:
     """Takes an end-of-turn token right behind a generation block into the span."""
     start, end = span
     closing = self._closing(text, span)
-    behind = self._control.match(text, end)
+    behind = self._ends.match(text, end)
     closed = closing is not None and not text[closing:end].strip()
-    return (start, behind.end()) if behind and not closed else span
+    return (start, behind.end()) if behind and behind[1] and not closed else span
 
   def _check_header(self, chat: '_Chat') -> None:
     """Refuses a template that opens the answer with a header it does not give to generation."""
@@ -228,9 +239,12 @@ def _ask(source: str, variables: dict[str, Any], chats: list[list[Any]]) -> dict
     return json.loads(_process(os.getpid()).ask(request))
   except ChildDied as death:
     _process.cache_clear()
-    if death.code == -signal.SIGPROF:
-      return {'error': f'it runs for more than {SECONDS:g} s'}
-    return {'error': f'its process ended with code {death.code}, most likely for want of memory'}
+    limits = {-signal.SIGPROF: f'{SECONDS:g} s', -signal.SIGALRM: f'{WALL_SECONDS:g} s of waiting'}
+    if death.code in limits:
+      fault = f'it runs for more than {limits[death.code]}'
+    else:
+      fault = f'its process ended with code {death.code}, most likely for want of memory'
+    raise TemplateDied(f'the chat template failed: {fault}') from None
 
 
 def _any_of(words: list[str]) -> re.Pattern[str]:

@@ -3,7 +3,7 @@
 A template is a program that came with a tokenizer. Jinja's sandbox keeps it from Python's
 attributes; it does not keep it from `'a' * 10**9` or from loops without end, and both may happen
 while it is only being compiled. So it runs in a process of its own, in little memory, which the
-kernel ends when a request takes too long.
+kernel ends when a request takes too long, by the processor's clock or, where it waits, the wall's.
 """
 
 import datetime
@@ -21,6 +21,7 @@ from dpo_flax.data.encoding.child import serve
 
 MEMORY = 256 << 20  # bytes of address space
 SECONDS = 1.0  # of processor time for one request
+WALL_SECONDS = 60.0  # for one request, on however busy a machine
 SPAN, END_SPAN = '\ufdd2', '\ufdd3'  # noncharacters around what {% generation %} holds
 _TEXT = 1 << 24  # characters a template may make
 
@@ -64,7 +65,9 @@ def _compile(source: str) -> jinja2.Template:
 
 
 def _answer(request: bytes) -> bytes:
-  signal.setitimer(signal.ITIMER_PROF, SECONDS)  # the kernel ends the process: nothing evades that
+  # The kernel ends the process: nothing evades that.
+  signal.setitimer(signal.ITIMER_PROF, SECONDS)
+  signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
   try:
     answer = {'texts': _render(**json.loads(request))}
   except jinja2.TemplateSyntaxError as error:
@@ -75,6 +78,7 @@ def _answer(request: bytes) -> bytes:
     answer = {'error': f'{type(error).__name__}: {str(error)[:500]}'}
   reply = json.dumps(answer).encode()
   signal.setitimer(signal.ITIMER_PROF, 0)
+  signal.setitimer(signal.ITIMER_REAL, 0)
   return reply
 
 

@@ -281,3 +281,19 @@ def test_a_record_of_several_comparisons_is_one_record(tokenizer, tmp_path):
   cache = open_or_build(RecordSource(str(tmp_path / 'a.jsonl')), chat, tmp_path, options)
   assert (cache.report.read, cache.report.kept, len(cache)) == (2, 2, 6)
   assert list(cache.records) == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_template_without_end_stops_the_run_at_its_first_record(json_directory, tmp_path):
+  def turn(role, text):
+    return [{'role': role, 'content': text}]
+
+  record = {'prompt': turn('user', 'a'), 'chosen': turn('assistant', 'b')}
+  record['rejected'] = turn('assistant', 'c')
+  (tmp_path / 'chats.jsonl').write_text('\n'.join([json.dumps(record)] * 50))
+  loops = '{% for i in range(99999) %}' * 2 + '{% endfor %}' * 2
+  template = f'{{% if messages %}}{loops}{{% endif %}}'
+  tokenizer = load_tokenizer(str(json_directory), template)
+  source = RecordSource(str(tmp_path / 'chats.jsonl'))
+  for workers in (1, 2):
+    with pytest.raises(ValueError, match=r'chats\.jsonl:1: the chat template .* more than 1 s'):
+      open_or_build(source, tokenizer, tmp_path, bad_record='skip', workers=workers)

@@ -5,6 +5,7 @@ import json
 import random
 import sys
 
+import numpy as np
 import pytest
 from array_record.python import array_record_module
 
@@ -175,3 +176,49 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
   (tmp_path / 'a.jsonl.zst').write_bytes(b'x')
   with pytest.raises(ValueError, match=r'pip install "dpo_flax\[zst\]"'):
     list(RecordSource(str(tmp_path / 'a.jsonl.zst')))
+
+
+def _write_arrow(path, columns, names):
+  pyarrow = pytest.importorskip('pyarrow')
+  batch = pyarrow.record_batch(columns, names=names)
+  with pyarrow.ipc.new_stream(str(path), batch.schema) as stream:
+    stream.write_batch(batch)
+
+
+def _strings(offsets, content):
+  pyarrow = pytest.importorskip('pyarrow')
+  places = pyarrow.py_buffer(np.array(offsets, np.int32).tobytes())
+  return pyarrow.Array.from_buffers(
+    pyarrow.string(), len(offsets) - 1, [None, places, pyarrow.py_buffer(content)]
+  )
+
+
+def _damaged_columns():
+  pyarrow = pytest.importorskip('pyarrow')
+  return {
+    'wrong UTF-8': _strings([0, 1, 3, 4], b'a\xff\xfeb'),
+    'beyond the text': _strings([0, 1, 1 << 30, 3], b'abc'),
+    'no such second': pyarrow.array([0, 2**62, 1], pyarrow.timestamp('s')),
+    'no such day': pyarrow.array([0, 2**30, 1], pyarrow.date32()),
+  }
+
+
+@pytest.mark.parametrize(
+  'fault', ['wrong UTF-8', 'beyond the text', 'no such second', 'no such day']
+)
+def test_a_damaged_row_of_a_table_is_an_error_and_others_are_read(tmp_path, fault):
+  _write_arrow(tmp_path / 'a.arrow', [_damaged_columns()[fault]], ['x'])
+  raw = [record.raw for record in RecordSource(str(tmp_path / 'a.arrow'))]
+  assert len(raw) == 3
+  assert isinstance(raw[0], dict)
+  assert raw[1].reason == 'unreadable row'
+
+
+def test_columns_of_the_same_name_are_refused(tmp_path):
+  pyarrow = pytest.importorskip('pyarrow')
+  one, two = pyarrow.array([1]), pyarrow.array([2])
+  _write_arrow(tmp_path / 'a.arrow', [one, two], ['x', 'x'])
+  assert _outcome(tmp_path / 'a.arrow') == (0, 'duplicate key')
+  inner = pyarrow.StructArray.from_arrays([one, two], names=['x', 'x'])
+  _write_arrow(tmp_path / 'b.arrow', [inner], ['s'])
+  assert _outcome(tmp_path / 'b.arrow') == (0, 'unreadable row')

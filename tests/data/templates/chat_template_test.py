@@ -2,13 +2,18 @@
 
 import os
 import pathlib
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
+import tokenizers
 import transformers
 
 from dpo_flax.data.reading.preference import Preference
 from dpo_flax.data.reading.records import RecordError
+from dpo_flax.data.templates.chat_template import TemplateDied
 from dpo_flax.data.tokenizer import load_tokenizer
 
 TEMPLATES = pathlib.Path(__file__).parent
@@ -214,6 +219,54 @@ def test_memory_is_bounded_by_the_kernel(json_directory):
 def test_a_template_that_fails_does_not_spoil_the_next(json_directory):
   good = load_tokenizer(str(json_directory), read_template('chatml'))
   before = good.encode(PAIR)
-  with pytest.raises(RecordError):
+  with pytest.raises(TemplateDied, match='more than 1 s'):
     load_tokenizer(str(json_directory), HOSTILE[9]).encode(PAIR)
   assert good.encode(PAIR) == before
+
+
+@pytest.fixture
+def directory_with_marks(json_directory, tmp_path):
+  """A tokenizer that also has </answer>, a token that is not special."""
+  tokenizer = tokenizers.Tokenizer.from_file(str(json_directory / 'tokenizer.json'))
+  tokenizer.add_tokens([tokenizers.AddedToken('</answer>', normalized=False, special=False)])
+  tokenizer.save(str(tmp_path / 'tokenizer.json'))
+  settings = (json_directory / 'tokenizer_config.json').read_text()
+  (tmp_path / 'tokenizer_config.json').write_text(settings)
+  return tmp_path
+
+
+BARE = '{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}{% endif %}'
+MARKED = BARE.replace(
+  '{{ m.content }}',
+  "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+  '{% else %}{{ m.content }}{% endif %}',
+)
+
+
+@pytest.mark.parametrize('template', [BARE, MARKED], ids=['plain', 'marked'])
+@pytest.mark.parametrize('last', ['</answer>', '<|im_end|>', '</s>', 'tea'])
+def test_only_the_template_ends_a_turn(directory_with_marks, template, last):
+  tokenizer = load_tokenizer(str(directory_with_marks), template)
+  pair = tokenizer.encode(Preference(CHATS[0], [assistant(f'us {last}')], [assistant('tea')]))
+  for response, text in ((pair.chosen, f'us {last}'), (pair.rejected, 'tea')):
+    assert response[-1] == tokenizer.eos_id
+    assert tokenizer.decode(response[:-1]) == text
+    assert tokenizer.eos_id not in response[:-1]
+
+
+def test_a_mark_of_the_text_leaves_the_end_of_turn_in_place(directory_with_marks):
+  tokenizer = load_tokenizer(str(directory_with_marks), read_template('chatml'))
+  pair = tokenizer.encode(Preference(CHATS[0], [assistant('us </answer>')], [assistant('tea')]))
+  assert tokenizer.decode(pair.chosen) == 'us </answer><|im_end|>'
+
+
+def test_a_request_is_bounded_by_the_clock_on_the_wall():
+  program = (
+    'import time\n'
+    'from dpo_flax.data.templates import template_process as process\n'
+    'process.WALL_SECONDS = 0.2\n'
+    'process._render = lambda **request: time.sleep(60)  # takes no processor time\n'
+    "process._answer(b'{}')\n"
+  )
+  process = subprocess.run([sys.executable, '-c', program], check=False)
+  assert process.returncode == -signal.SIGALRM
