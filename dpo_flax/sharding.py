@@ -13,6 +13,7 @@ import flax.core.spmd
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ('data', 'fsdp', 'tensor')
@@ -38,8 +39,10 @@ def make_mesh(
 ) -> Mesh:
   """Returns a mesh over `devices` (default: all of them).
 
+  TPUs of several slices are joined by the data centre's network alone: `data` goes over it.
+
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: the sizes do not multiply to the number of devices, or `data` not over the slices.
   """
   devices = jax.devices() if devices is None else devices
   shape = [sizes[axis] for axis in AXES]
@@ -53,7 +56,20 @@ def make_mesh(
       f'{asked} does not fit {len(devices)} devices: the sizes must multiply to {len(devices)}'
     )
   # jax.make_mesh would declare Explicit axes; the compiler places our activations (Auto).
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  kinds = (AxisType.Auto,) * len(AXES)
+  # TPUs alone: other devices call a host a slice. A topology of one slice does not number it.
+  tpus = [device for device in devices if device.platform == 'tpu']
+  slices = len({getattr(device, 'slice_index', 0) for device in tpus})
+  if slices < 2:
+    return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+  data, *inside = shape
+  if data % slices:
+    raise ValueError(
+      f'{asked} on {slices} slices: make mesh.data a multiple of {slices}, so that their slow '
+      "network carries the adapters' gradients and no weights"
+    )
+  grid = mesh_utils.create_hybrid_device_mesh((data // slices, *inside), (slices, 1, 1), devices)
+  return Mesh(grid, AXES, axis_types=kinds)
 
 
 def named_shardings(tree: Any, mesh: Mesh) -> Any:
@@ -102,30 +118,39 @@ def row_parts(mesh: Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in dict(RULES)['rows'])
 
 
-def row_shard(mesh: Mesh) -> tuple[int, int]:
-  """Returns (index, count): which of `count` equal blocks of a batch's rows this process feeds.
+def row_shard(mesh: Mesh) -> tuple[tuple[int, ...], int]:
+  """Returns (indices, count): which of `count` equal blocks of a batch's rows this process feeds.
 
-  Processes that differ only along `tensor` hold the same rows and get the same index.
-
-  Raises:
-    ValueError: this process's devices do not hold one contiguous block of rows.
+  A process's devices are neighbours on the chip grid, not in the mesh: its blocks may lie apart.
+  Processes that differ only along `tensor` hold the same rows and get the same indices.
   """
   blocks = np.moveaxis(mesh.devices, AXES.index('tensor'), -1).reshape(-1, mesh.shape['tensor'])
   process = jax.process_index()
   mine = [i for i, block in enumerate(blocks) if any(d.process_index == process for d in block)]
-  if mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
-    raise ValueError(
-      f'process {process} holds row blocks {mine}, which are not one contiguous part'
-    )
-  return mine[0] // len(mine), len(blocks) // len(mine)
+  return tuple(mine), len(blocks)
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """Puts this process's rows of a batch on its devices; together they are the global [B, ...]."""
+  """Puts this process's rows of a batch on its devices; together they are the global [B, ...].
+
+  Args:
+    batch: the rows of this process's blocks, block after block.
+    mesh: where they go.
+  """
   sharding = row_sharding(mesh)
-  return {
-    name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()
-  }
+  mine, count = row_shard(mesh)
+
+  def place(local: np.ndarray) -> jax.Array:
+    size = len(local) // len(mine)  # rows of a block
+    shape = (size * count, *local.shape[1:])
+
+    def block(index: tuple[slice, ...]) -> np.ndarray:
+      start = size * mine.index(index[0].indices(shape[0])[0] // size)
+      return local[start : start + size]
+
+    return jax.make_array_from_callback(shape, sharding, block)
+
+  return {name: place(value) for name, value in batch.items()}
 
 
 def partition_spec(*axes: str) -> PartitionSpec:

@@ -27,6 +27,7 @@ from dpo_flax.interop.tensor_files import (
   write_tensors,
 )
 from dpo_flax.model.config import to_hf_config
+from dpo_flax.model.quantization import scale_path
 from dpo_flax.model.transformer import Transformer
 
 # Ours -> (theirs, transposed): torch's linear layers store [out, in], our kernels are [in, out].
@@ -137,7 +138,7 @@ def save_merged(
   base = nnx.state(model, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
   if checkpoint is None:
     tensors, slots = None, make_slots(base, NAMES)
-    dtypes = dict.fromkeys(slots, np.dtype(model.config.weight_dtype))
+    dtypes = dict.fromkeys(slots, np.dtype(model.config.float_dtype))
   else:
     tensors, slots = _matched(checkpoint, base)
     dtypes = {name: DTYPES[tensors[name].dtype] for name in slots}
@@ -228,7 +229,7 @@ def _merged(
   model: Transformer, base: nnx.State, slot: Slot, source: TensorFile | None
 ) -> np.ndarray | None:
   """Returns base + adapter of one tensor in its base's dtype; None where nothing is written."""
-  weight = gather_slot(base, slot) if source is None else None
+  weight = _gather_weight(model, base, slot) if source is None else None
   adapter = None
   module = functools.reduce(getattr, slot.path[:-1], model)
   if slot.path[-1] == 'kernel' and module.adapted:
@@ -242,6 +243,15 @@ def _merged(
   delta = module.scale * (adapter[0] @ adapter[1])
   merged = weight.astype(np.float32) + (delta.T if slot.transposed else delta)
   return merged.astype(weight.dtype)
+
+
+def _gather_weight(model: Transformer, base: nnx.State, slot: Slot) -> np.ndarray:
+  """Gathers a base weight; one that is int8, times its scales."""
+  weight = gather_slot(base, slot)
+  if weight.dtype != np.int8:
+    return weight
+  scales = gather_slot(base, dataclasses.replace(slot, path=scale_path(slot.path)))
+  return (weight * scales[:, None]).astype(model.config.float_dtype)
 
 
 def _write_shards(

@@ -35,9 +35,19 @@ class ModelConfig:
   tie_word_embeddings: bool
   initializer_range: float  # standard deviation of random initial weights
   dtype: Any  # of activations and matrix products
-  weight_dtype: Any  # of the base weights in memory
-  remat: str  # full | dots | none
+  weight_dtype: Any  # of the base weights in memory; int8: see quantization.py
+  remat: str  # full | offload | dots | none
   attention: str  # xla | pallas | splash; the last two on TPU
+
+  @property
+  def is_quantized(self) -> bool:
+    """Whether the matrices are int8."""
+    return np.dtype(self.weight_dtype) == np.int8
+
+  @property
+  def float_dtype(self) -> Any:
+    """The dtype of the base weights that are floats in any case: the norms' scales."""
+    return self.dtype if self.is_quantized else self.weight_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +247,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
   values = {'architectures': [family.architecture], 'model_type': 'llama'}
   values |= {old: getattr(config, new) for old, new in family.fields.items()}
   values |= family.fixed | {'rope_theta': config.rope_theta}
-  values['torch_dtype'] = np.dtype(config.weight_dtype).name
+  values['torch_dtype'] = np.dtype(config.float_dtype).name
   if config.rope_scaling is not None:
     scaling = dataclasses.asdict(config.rope_scaling)
     values['rope_scaling'] = {'rope_type': 'llama3', **scaling}

@@ -16,7 +16,7 @@ class RMSNorm(nnx.Module):
   def __init__(self, config: ModelConfig):
     self.epsilon = config.rms_norm_eps
     self.scale = nnx.Param(
-      jnp.ones(config.embed_dim, config.weight_dtype), out_sharding=('norm',), eager_sharding=False
+      jnp.ones(config.embed_dim, config.float_dtype), out_sharding=('norm',), eager_sharding=False
     )
 
   def __call__(self, hidden: jax.Array) -> jax.Array:  # [B, T, D] -> [B, T, D]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dpo_flax.model.config import ModelConfig
+from dpo_flax.model.quantization import ChannelScale, quantize, scale_channels
 
 # Projection -> where Hugging Face puts it in a layer: the names that target patterns speak of.
 BLOCK_PROJECTIONS = {
@@ -64,11 +65,12 @@ class Projection(nnx.Module):
     self.output_dtype = output_dtype or config.dtype
     self.adapted = lora is not None and name in lora.targets
     kernel_init = jax.nn.initializers.normal(config.initializer_range)
-    self.kernel = nnx.Param(
-      kernel_init(rngs.params(), features, config.weight_dtype),
-      out_sharding=axes,
-      eager_sharding=False,
-    )
+    kernel, scale = kernel_init(rngs.params(), features, config.float_dtype), None
+    if config.is_quantized:
+      kernel, scale = quantize(kernel, axis=0)
+      scale = ChannelScale(scale, out_sharding=axes[1:], eager_sharding=False)
+    self.kernel = nnx.Param(kernel, out_sharding=axes, eager_sharding=False)
+    self.kernel_scale = scale  # [out]; None: the kernel is of floats
     if self.adapted:
       self.scale, self.dropout = lora.scale, lora.dropout
       # PEFT's start for A: uniform in +-1/sqrt(in).
@@ -96,7 +98,7 @@ class Projection(nnx.Module):
     inputs: jax.Array,  # [..., in]
     dropout_key: jax.Array | None = None,  # None: no dropout
   ) -> jax.Array:  # [..., out]
-    outputs = self._matmul(inputs, self.kernel)
+    outputs = scale_channels(self._matmul(inputs, self.kernel), self.kernel_scale)
     if not self.adapted:
       return outputs
     if self.dropout and dropout_key is not None:

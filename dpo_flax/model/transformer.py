@@ -10,12 +10,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from dpo_flax.model.attention import Attention, Mask, make_mask
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.layers import MLP, RMSNorm, rope_angles
 from dpo_flax.model.lora import LoraConfig, Projection
+from dpo_flax.model.quantization import ChannelScale, quantize, scale_channels
 from dpo_flax.sharding import constrain
+
+_LAYER_INPUT = 'layer_input'
 
 
 class Block(nnx.Module):
@@ -47,19 +51,24 @@ class Embedding(nnx.Module):
     self.dtype = config.dtype
     init = jax.nn.initializers.normal(config.initializer_range)
     shape = (config.vocab_size, config.embed_dim)
-    self.embedding = nnx.Param(
-      init(rngs.params(), shape, config.weight_dtype),
-      out_sharding=('vocab', 'embed'),
-      eager_sharding=False,
-    )
+    table, scale = init(rngs.params(), shape, config.float_dtype), None
+    if config.is_quantized:
+      table, scale = quantize(table, axis=1)
+      scale = ChannelScale(scale, out_sharding=('vocab',), eager_sharding=False)
+    self.embedding = nnx.Param(table, out_sharding=('vocab', 'embed'), eager_sharding=False)
+    self.embedding_scale = scale  # [V]; None: the table is of floats
 
   def __call__(self, tokens: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
-    return self.embedding[...].astype(self.dtype)[tokens]
+    embedded = self.embedding[...][tokens].astype(self.dtype)
+    if self.embedding_scale is None:
+      return embedded
+    return (embedded * self.embedding_scale[...][tokens][..., None]).astype(self.dtype)
 
   def attend(self, hidden: jax.Array) -> jax.Array:  # [..., D] -> [..., V], float32
     """Scores `hidden` against every token's embedding."""
     table = self.embedding[...].astype(self.dtype)
-    return jnp.matmul(hidden, table.T, preferred_element_type=jnp.float32)
+    logits = jnp.matmul(hidden, table.T, preferred_element_type=jnp.float32)
+    return scale_channels(logits, self.embedding_scale)
 
 
 class Transformer(nnx.Module):
@@ -114,7 +123,7 @@ def run_streams(
   keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
 
   def policy_layer(block, hidden, key):
-    return block(hidden, angles[0], mask, key)
+    return block(checkpoint_name(hidden, _LAYER_INPUT), angles[0], mask, key)
 
   def layer(streams, inputs):
     layer_state, key = inputs
@@ -142,6 +151,13 @@ def _rematerialised(function, remat: str):
   policies = {
     'full': jax.checkpoint_policies.nothing_saveable,
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # As full, but what each layer starts from waits in the host's memory.
+    'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=[],
+      names_which_can_be_offloaded=[_LAYER_INPUT],
+      offload_src='device',
+      offload_dst='pinned_host',
+    ),
   }
   # Inside a scan XLA cannot merge the recomputation with the forward pass: no barrier is needed.
   return partial(jax.checkpoint, policy=policies[remat], prevent_cse=False)(function)

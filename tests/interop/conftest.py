@@ -54,18 +54,19 @@ def make_lora(targets=LINEAR, *, rslora=False):
   return LoraConfig(r=4, alpha=10.0, dropout=0.0, rslora=rslora, targets=frozenset(targets))
 
 
-def split_abstract(checkpoint, lora, dtype):
+def split_abstract(checkpoint, lora, dtype, weight_dtype=None):
   """Returns (graphdef, adapters, base) of a model that has no arrays yet."""
-  run = {'dtype': dtype, 'weight_dtype': dtype, 'remat': 'none', 'attention': 'xla'}
+  run = {'dtype': dtype, 'weight_dtype': weight_dtype or dtype}
+  run |= {'remat': 'none', 'attention': 'xla'}
   config = from_hf_config(checkpoint.config, **run, where='config.json')
   model = nnx.eval_shape(lambda: Transformer(config, lora, nnx.Rngs(0, lora=1)))
   return nnx.split(model, nnx.LoRAParam, ...)
 
 
-def read_llama(directory, lora=None, *, mesh=None, dtype=jnp.float32):
+def read_llama(directory, lora=None, *, mesh=None, dtype=jnp.float32, weight_dtype=None):
   """Loads our model; its adapters are random, B too, so that they change every output."""
   checkpoint = open_checkpoint(str(directory))
-  graphdef, adapters, base = split_abstract(checkpoint, lora, dtype)
+  graphdef, adapters, base = split_abstract(checkpoint, lora, dtype, weight_dtype)
   mesh = mesh or make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, jax.devices()[:1])
   generator = np.random.default_rng(0)
   adapters = jax.tree.map(

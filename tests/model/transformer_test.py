@@ -149,7 +149,7 @@ def test_remat_changes_no_gradient(make_models, make_model_config, make_lora, ba
       batch,
       key=jax.random.key(3),
     )
-    for remat in ('none', 'full', 'dots')
+    for remat in ('none', 'full', 'dots', 'offload')
   ]
   flat = [jax.tree.leaves_with_path(each) for each in gradients]
   for (path, expected), *others in zip(*flat, strict=True):
