@@ -9,11 +9,23 @@ The weights are bfloat16 and split over all devices; adapters and Adam moments a
 
 from dpo_flax import config as config_lib
 
+# Hardware -> rows of a step, one for each chip, and tokens of a row.
+VARIANTS = {
+  'v5e-16': (16, 4096),
+  'v5e-4': (4, 4096),
+  'v6e-1': (1, 8192),
+  'v5e-1-int8': (1, 4096),
+}
 
-def get_config():
-  """Returns the run's config; initialize_from_hf, data.train and workdir are yours to give."""
+
+def get_config(hardware: str = 'v5e-16'):
+  """Returns the run's config for one of VARIANTS; data.train and workdir are yours to give."""
+  if hardware not in VARIANTS:
+    raise ValueError(f'configs/llama8b.py:{hardware}: give one of {", ".join(VARIANTS)}')
   config = config_lib.default()
-  config.batch.rows = 32
-  config.batch.tokens = 4096
+  config.initialize_from_hf = 'meta-llama/Llama-3.1-8B'
+  config.batch.rows, config.batch.tokens = VARIANTS[hardware]
   config.train.num_epochs = 1.0
+  if hardware.endswith('-int8'):
+    config.model.weight_dtype = 'int8'  # in bfloat16 they alone would fill the chip
   return config

@@ -1,0 +1,85 @@
+"""A run's own training step from shapes alone: nothing is loaded, made or computed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dpo_flax import assemble
+from dpo_flax import config as config_lib
+from dpo_flax.data import pack
+from dpo_flax.interop.hf_weights import Checkpoint
+from dpo_flax.learner.optimizer import make_optimizer
+from dpo_flax.learner.state import Models, TrainState, init_state, split_models
+from dpo_flax.learner.step import make_train_step
+from dpo_flax.model.transformer import Transformer
+from dpo_flax.objective.settings import Objective
+from dpo_flax.sharding import named_shardings, row_parts, row_sharding
+
+_STEPS = 1000  # of a run whose length is not given: the program does not depend on it
+
+
+def abstract_train_step(
+  config: ConfigDict,
+  mesh: Mesh,  # of devices that need not be there
+  *,
+  base: Checkpoint | None,  # None: the shapes of config.model.preset
+  reference: Checkpoint | None,  # None: the policy's own base
+  pairs_per_row: int,
+) -> tuple[Callable, tuple[TrainState, nnx.State, dict[str, jax.ShapeDtypeStruct]]]:
+  """Returns the jitted step that training would run, and its arguments' shapes and shardings.
+
+  Lower the one for the others under `jax.set_mesh(mesh)`.
+
+  Raises:
+    ValueError: the config is unfit.
+  """
+  config_lib.validate_rows(config, row_parts(mesh))
+  model_config = assemble.make_model_config(config, base, mesh)
+  lora = assemble.make_lora_config(config, model_config)
+  options = assemble.make_step_options(config, Objective.from_config(config.objective), lora)
+  optimizer = make_optimizer(config.optimizer, config.train.num_train_steps or _STEPS)
+
+  def make_models():
+    policy = Transformer(model_config, lora, nnx.Rngs(params=0, lora=1))
+    if reference is None:
+      return split_models(Models(policy, nnx.view(policy, adapted=False)))
+    other = assemble.make_model_config(config, reference, mesh)
+    return split_models(Models(policy, Transformer(other, None, nnx.Rngs(params=0))))
+
+  with jax.set_mesh(mesh):
+    graphdef, trainable, frozen = jax.eval_shape(make_models)
+    state = jax.eval_shape(lambda adapters: init_state(adapters, optimizer, mesh), trainable)
+  step = make_train_step(graphdef, optimizer, options)
+  batch = abstract_batch(config, mesh, pairs_per_row)
+  return step, (_placed(state, mesh), _placed(frozen, mesh), batch)
+
+
+def abstract_batch(
+  config: ConfigDict, mesh: Mesh, pairs_per_row: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the shapes and shardings of the loader's batches."""
+  rows = config.batch.rows
+  fields = pack.fill_batch(
+    [[]], tokens=config.batch.tokens, pairs_per_row=pairs_per_row, layout=config.data.layout
+  )
+  shapes = {name: (value.shape[1:], value.dtype) for name, value in fields.items()}
+  if config.reference.source == 'cache':
+    shapes['reference_logps'] = ((pairs_per_row, 2), 'float32')
+  sharding = row_sharding(mesh)
+  return {
+    name: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
+    for name, (shape, dtype) in shapes.items()
+  }
+
+
+def _placed(tree: TrainState | nnx.State, mesh: Mesh) -> Any:
+  """Returns the shapes of `tree` with the shardings that training gives them."""
+
+  def place(shape, sharding):
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+  return jax.tree.map(place, tree, named_shardings(tree, mesh))

@@ -1,0 +1,114 @@
+"""The work of a compiled program, its loops multiplied out."""
+
+import collections
+import dataclasses
+import re
+
+from dpo_flax.compiled.arithmetic import matrix_flops
+from dpo_flax.compiled.hlo import Computation, Instruction, Program
+from dpo_flax.compiled.loops import trip_count
+from dpo_flax.compiled.traffic import collective, hbm_bytes, received_bytes
+
+_CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
+_KERNEL_COST = re.compile(r'"cost_estimate":\{[^}]*?"flops":"?(\d+)')
+
+
+@dataclasses.dataclass
+class Work:
+  """What one device does in one run of a program."""
+
+  estimated_cycles: float = 0.0  # the compiler's; collectives and kernels carry none
+  flops: float = 0.0  # of matrix products, and of kernels that say theirs
+  flops_without_cycles: float = 0.0  # of them, those outside estimated_cycles
+  hbm_bytes: float = 0.0
+  collective_bytes: float = 0.0  # received from other devices
+  collectives: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  kernels: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  unknown_loops: int = 0  # counted as if run once
+  conditionals: int = 0  # counted by their busiest branch
+
+  def add(self, other: 'Work', times: float = 1):
+    """Adds the work of running another part `times` times."""
+    for field in dataclasses.fields(self):
+      mine, theirs = getattr(self, field.name), getattr(other, field.name)
+      if isinstance(mine, collections.Counter):
+        mine.update({name: count * times for name, count in theirs.items()})
+      elif field.name == 'unknown_loops':
+        self.unknown_loops += theirs
+      else:
+        setattr(self, field.name, mine + theirs * times)
+
+
+def measure(program: Program) -> Work:
+  """Sums the work of a program from its entry.
+
+  Loops count as often as they run, conditionals by their busiest branch: what only some batches
+  need is counted for all.
+  """
+  return _Measure(program).of(program.entry)
+
+
+class _Measure:
+  def __init__(self, program: Program):
+    self.program = program
+    self.known: dict[int, Work] = {}
+
+  def of(self, computation: Computation) -> Work:
+    """Returns the work of one run of a computation."""
+    if id(computation) not in self.known:
+      work, channels = Work(), set()
+      for instruction in computation.values():
+        self._add(work, computation, instruction, channels)
+      self.known[id(computation)] = work
+    return self.known[id(computation)]
+
+  def _add(
+    self, work: Work, computation: Computation, instruction: Instruction, channels: set[str]
+  ):
+    called = [self.program.computations[name] for name in instruction.called()]
+    if instruction.opcode == 'while':
+      trips = trip_count(self.program, computation, instruction)
+      work.unknown_loops += trips is None
+      for part in called:
+        work.add(self.of(part), 1 if trips is None else trips)
+    elif instruction.opcode == 'conditional':
+      busiest = max(map(self.of, called), key=lambda one: (one.flops, one.estimated_cycles))
+      work.add(busiest)
+      work.conditionals += 1
+    elif instruction.opcode in {'call', 'async-start'}:
+      for part in called:
+        work.add(self.of(part))
+    else:
+      self._add_operation(work, computation, instruction, channels)
+
+  def _add_operation(
+    self, work: Work, computation: Computation, instruction: Instruction, channels: set[str]
+  ):
+    cycles = instruction.attribute(_CYCLES.pattern)
+    before = work.flops
+    self._add_arithmetic(work, computation, instruction, channels)
+    work.hbm_bytes += hbm_bytes(self.program, computation, instruction)
+    if cycles is None:
+      work.flops_without_cycles += work.flops - before
+    else:
+      work.estimated_cycles += float(cycles)
+
+  def _add_arithmetic(
+    self, work: Work, computation: Computation, instruction: Instruction, channels: set[str]
+  ):
+    work.flops += matrix_flops(computation, instruction)
+    kind = collective(instruction.opcode)
+    channel = instruction.attribute(r'channel_id=(\d+)') or instruction.name
+    if kind and channel not in channels:
+      # One that runs beside other work is printed in each fusion that it runs beside.
+      channels.add(channel)
+      work.collectives[kind] += 1
+      work.collective_bytes += received_bytes(self.program, computation, instruction)
+    if 'custom_call_target="tpu_custom_call"' in instruction.attributes:
+      name = instruction.attribute(r'op_name="([^"]*)"') or instruction.name
+      work.kernels[name.rpartition('/')[2]] += 1
+      work.flops += float(instruction.attribute(_KERNEL_COST.pattern) or 0)
+    if instruction.opcode == 'fusion':
+      inner = self.program.computations[instruction.called()[0]]
+      for one in inner.values():
+        self._add_arithmetic(work, inner, one, channels)

@@ -1,0 +1,212 @@
+"""What one training step takes of the chips of a slice, by the compiler for them."""
+
+import dataclasses
+import math
+import pathlib
+import re
+import tempfile
+import time
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from dpo_flax.aot import abstract_train_step
+from dpo_flax.chips import Slice
+from dpo_flax.compiled import hlo, memory, work
+from dpo_flax.interop.hf_weights import Checkpoint
+from dpo_flax.sharding import make_mesh, row_parts
+
+_UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+_SHOWN = 8  # sources of temporaries
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+  """The pairs of a packed row."""
+
+  slots: int
+  mean: float
+  source: str  # where the numbers are from
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """All numbers are of one chip and one optimizer step; None where the step does not fit."""
+
+  fits: bool
+  peak_hbm_bytes: int | None  # of a step that does not fit: what the compiler says it needs
+  argument_bytes: int | None
+  temp_bytes: int | None
+  hbm_capacity_bytes: int
+  flops: float | None
+  collective_bytes: float | None  # received from other chips
+  estimated_cycles: float | None
+  compile_seconds: float
+  hbm_traffic_bytes: float | None = None
+  flops_without_cycles: float | None = None
+  collectives: dict[str, int] = dataclasses.field(default_factory=dict)
+  kernels: dict[str, int] = dataclasses.field(default_factory=dict)
+  unknown_loops: int = 0
+  conditionals: int = 0
+  largest_temporaries: tuple[dict[str, Any], ...] = ()
+  bounds_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+  pairs_per_second: float | None = None  # of all chips, at the largest bound
+  message: str | None = None  # the compiler's, of a step that does not fit
+
+  @property
+  def bound(self) -> str:
+    """Which limit of the chip a step meets last."""
+    return max(self.bounds_seconds, key=self.bounds_seconds.__getitem__)
+
+
+def estimate(
+  config: ConfigDict,
+  slice_: Slice,
+  *,
+  base: Checkpoint | None,  # None: config.model.preset
+  reference: Checkpoint | None,
+  pairs: Pairs,
+) -> Estimate:
+  """Compiles the step that training would run on a slice and reads its cost.
+
+  Raises:
+    ValueError: the config is unfit.
+  """
+  mesh = make_mesh(config.mesh, slice_.devices)
+  step, arguments = abstract_train_step(
+    config, mesh, base=base, reference=reference, pairs_per_row=pairs.slots
+  )
+  start = time.perf_counter()
+  try:
+    with jax.set_mesh(mesh):
+      compiled, text = compile_with_text(step.lower(*arguments))
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    return refused(str(error), arguments, slice_, seconds=time.perf_counter() - start)
+  seconds = time.perf_counter() - start
+  program = hlo.parse(text)
+  in_step = config.batch.rows * pairs.mean
+  return _read(compiled.memory_analysis(), program, slice_, pairs=in_step, seconds=seconds)
+
+
+def compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+  """Compiles a program; returns its text as well.
+
+  That of a TPU program is written by its compiler: `Compiled.as_text` fails on instructions newer
+  than jaxlib, such as a gather on a SparseCore.
+  """
+  with tempfile.TemporaryDirectory() as directory:
+    options = {'xla_dump_to': directory, 'xla_dump_hlo_as_text': True}
+    compiled = lowered.compile(compiler_options=options)
+    # Modules called 'extracted' are parts of this one, for other cores of the chip.
+    texts = list(pathlib.Path(directory).glob('*.jit_train_step.*after_codegen.txt'))
+    return compiled, texts[0].read_text() if texts else compiled.as_text()
+
+
+def _read(
+  sizes: Any,  # bytes, as jax.stages.Compiled.memory_analysis() gives them
+  program: hlo.Program,
+  slice_: Slice,
+  *,
+  pairs: float,  # of a step
+  seconds: float,  # of compilation
+) -> Estimate:
+  done = work.measure(program)
+  sources = memory.by_source(memory.peak(program).alive, program, 'dpo_flax')
+  bounds = {
+    'compute': done.flops / slice_.chip.flops,
+    'HBM': done.hbm_bytes / slice_.chip.hbm_bandwidth,
+  }
+  if len(slice_.devices) > 1:
+    bounds['ICI'] = done.collective_bytes / slice_.ici_bandwidth
+  return Estimate(
+    fits=True,
+    peak_hbm_bytes=sizes.argument_size_in_bytes
+    + sizes.output_size_in_bytes
+    + sizes.temp_size_in_bytes
+    - sizes.alias_size_in_bytes,
+    argument_bytes=sizes.argument_size_in_bytes,
+    temp_bytes=sizes.temp_size_in_bytes,
+    hbm_capacity_bytes=int(slice_.chip.hbm_bytes),
+    flops=done.flops,
+    collective_bytes=done.collective_bytes,
+    estimated_cycles=done.estimated_cycles,
+    compile_seconds=seconds,
+    hbm_traffic_bytes=done.hbm_bytes,
+    flops_without_cycles=done.flops_without_cycles,
+    collectives=dict(done.collectives),
+    kernels=dict(done.kernels),
+    unknown_loops=done.unknown_loops,
+    conditionals=done.conditionals,
+    largest_temporaries=tuple(
+      {'bytes': size, 'source': source, 'arrays': shapes}
+      for size, source, shapes in sources[:_SHOWN]
+    ),
+    bounds_seconds=bounds,
+    pairs_per_second=pairs / max(bounds.values()),
+  )
+
+
+def refused(message: str, arguments: Any, slice_: Slice, *, seconds: float) -> Estimate:
+  """Reads the compiler's refusal: how much it would need."""
+
+  def bytes_on_a_chip(one):
+    return math.prod(one.sharding.shard_shape(one.shape)) * one.dtype.itemsize
+
+  first = message.partition('\n')[0]
+  sizes = re.findall(r'([\d.]+)([KMGT]?)(?:i?B)?\b', re.sub(r'E\d+:', '', first))
+  needed = [float(number) * _UNITS[unit] for number, unit in sizes if unit]
+  return Estimate(
+    fits=False,
+    peak_hbm_bytes=int(max(needed)) if needed else None,
+    argument_bytes=sum(bytes_on_a_chip(one) for one in jax.tree.leaves(arguments)),
+    temp_bytes=None,
+    hbm_capacity_bytes=int(slice_.chip.hbm_bytes),
+    flops=None,
+    collective_bytes=None,
+    estimated_cycles=None,
+    compile_seconds=seconds,
+    message=first,
+  )
+
+
+def remedies(found: Estimate, config: ConfigDict, slice_: Slice) -> list[str]:
+  """Returns what would make a step that does not fit smaller, the cheapest first.
+
+  What is done already, or cannot be enough, is left out.
+  """
+  changes = []
+  if found.argument_bytes < found.hbm_capacity_bytes:
+    changes += _smaller_temporaries(config, slice_)
+  if config.model.weight_dtype != 'int8':
+    changes.append('config.model.weight_dtype=int8: base weights of one byte, rounded')
+  if config.mesh.data > 1:
+    changes.append('config.mesh.data=1 and config.mesh.fsdp=-1: weights split over all chips')
+  changes.append(f'more chips than {len(slice_.devices)}: each holds a smaller part of the weights')
+  return changes
+
+
+def _smaller_temporaries(config: ConfigDict, slice_: Slice) -> list[str]:
+  batch, model = config.batch, config.model
+  shards = row_parts(make_mesh(config.mesh, slice_.devices))
+  per_chip = batch.rows // (shards * batch.microbatches)
+  found = []
+  if model.remat in {'none', 'dots'}:
+    found.append('config.model.remat=full: backward runs each layer forward once more')
+  if per_chip > 1:
+    found.append(
+      f'config.batch.microbatches={batch.rows // shards}: one row of a chip at a time instead of '
+      f'{per_chip}, one after the other'
+    )
+  if model.logits_chunk > 128:
+    found.append(
+      f'config.model.logits_chunk={model.logits_chunk // 4}: fewer logits at once, the head is '
+      'read more often'
+    )
+  if batch.tokens > 1024:
+    found.append(
+      f'config.batch.tokens={batch.tokens // 2}: shorter rows; longer pairs must be dropped or cut'
+    )
+  return found

@@ -1,0 +1,243 @@
+"""The command that plans: python -m dpo_flax.plan --config=configs/llama8b.py --topology=v5e:4x4.
+
+Compiles the config's own training step for a slice of TPUs, on a machine that has none, and says
+what it needs of each chip: memory, arithmetic, traffic, and the least time that the chip's limits
+allow. --search finds the most rows and the best remat that fit, --json prints one object.
+
+Nothing is loaded. Where initialize_from_hf names no directory, --preset, or the published model of
+that name, gives the shapes.
+"""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
+
+from dpo_flax import command, search
+from dpo_flax import config as config_lib
+from dpo_flax.chips import Slice, make_slice
+from dpo_flax.data import loader, pack
+from dpo_flax.estimate import Estimate, Pairs, estimate, remedies
+from dpo_flax.interop.hf_weights import Checkpoint, open_checkpoint
+from dpo_flax.model.config import PRESETS
+
+_TOPOLOGY = flags.DEFINE_string('topology', None, 'Chips and their grid, such as v5e:4x4.')
+_PRESET = flags.DEFINE_string('preset', None, 'A model whose shapes to plan for, without weights.')
+_LENGTHS = flags.DEFINE_list(
+  'lengths', None, 'Mean tokens of prompt,chosen,rejected; default: those of data.train.'
+)
+_SEARCH = flags.DEFINE_bool('search', False, 'Find the most rows and the best remat that fit.')
+_JSON = flags.DEFINE_bool('json', False, 'Print one JSON object, and nothing else.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is planned: a complete config, its slice, its weights' shapes and its rows' pairs."""
+
+  config: ConfigDict
+  slice: Slice
+  base: Checkpoint | None  # None: config.model.preset
+  reference: Checkpoint | None
+  pairs: Pairs
+
+  def estimate(self, **changes) -> Estimate:
+    """Returns the cost of the step, with dotted fields of the config changed."""
+    config = self.config.copy_and_resolve_references()
+    config.update_from_flattened_dict(changes)
+    parts = {'base': self.base, 'reference': self.reference, 'pairs': self.pairs}
+    return estimate(config, self.slice, **parts)
+
+
+def make_plan(
+  config: ConfigDict, topology: str, *, preset: str | None, lengths: list[str] | None
+) -> Plan:
+  """Completes a config with what planning can do without.
+
+  Raises:
+    ValueError: the config or a flag is unfit.
+  """
+  config = config.copy_and_resolve_references()
+  slice_ = make_slice(topology)
+  measured = lengths is None and bool(config.data.train)
+  base = _shapes(config, preset)
+  reference = config.reference_model_path and open_checkpoint(config.reference_model_path)
+  if base and not config.data.tokenizer:
+    config.data.tokenizer = str(base.directory)
+  measured = measured and bool(config.data.tokenizer and config.workdir)
+  for field in ('workdir', 'data.train', 'data.tokenizer'):
+    if not config_lib.get(config, field):
+      config.update_from_flattened_dict({field: 'not given'})
+  if not (config.train.num_train_steps or config.train.num_epochs):
+    config.train.num_epochs = 1.0
+  config = config_lib.validate(config)
+  vocab_size = base.config['vocab_size'] if base else PRESETS[config.model.preset]['vocab_size']
+  pairs = _measured_pairs(config, vocab_size) if measured else _given_pairs(config, lengths)
+  return Plan(config, slice_, base, reference, pairs)
+
+
+def _shapes(config: ConfigDict, preset: str | None) -> Checkpoint | None:
+  """Opens the weights' directory, or sets config.model.preset where there is none."""
+  path = config.initialize_from_hf
+  if preset is None and path and epath.Path(path).expanduser().is_dir():
+    return open_checkpoint(path)
+  name = preset or config.model.preset or _published(path)
+  if name not in PRESETS:
+    given = f'{name!r} is not one' if name else f'initialize_from_hf={path!r} is no directory'
+    raise ValueError(f'give --preset, one of {", ".join(sorted(PRESETS))}: {given}')
+  config.initialize_from_hf, config.model.preset = None, name
+  return None
+
+
+def _published(path: str | None) -> str | None:
+  """Returns the preset of a hub id: meta-llama/Llama-3.1-8B is llama3.1-8b."""
+  name = (path or '').rpartition('/')[2].lower().removesuffix('-instruct')
+  by_name = {preset.replace('llama', 'llama-'): preset for preset in PRESETS}
+  return by_name.get(name.removeprefix('meta-'))
+
+
+def _measured_pairs(config: ConfigDict, vocab_size: int) -> Pairs:
+  data = loader.prepare(config, vocab_size=vocab_size)
+  report = data.report['train']
+  return Pairs(data.pairs_per_row, report['pairs'] / report['rows'], f'{config.data.train}')
+
+
+def _given_pairs(config: ConfigDict, lengths: list[str] | None) -> Pairs:
+  if lengths is None:
+    return Pairs(
+      config.batch.pairs_per_row or 1, 1.0, 'no data.train and no --lengths: one pair fills a row'
+    )
+  if len(lengths) != 3 or not all(length.isdecimal() and int(length) for length in lengths):
+    raise ValueError(
+      f'--lengths={",".join(lengths)}: expected three counts of tokens, prompt,chosen,rejected'
+    )
+  (length,) = pack.row_lengths(np.array([lengths], int), config.data.layout)
+  if length > config.batch.tokens:
+    raise ValueError(
+      f'--lengths={",".join(lengths)}: such a pair takes {length} tokens of a row, and '
+      f'batch.tokens is {config.batch.tokens}'
+    )
+  mean = config.batch.tokens / length if config.data.pack else 1.0
+  return Pairs(config.batch.pairs_per_row or int(np.ceil(mean)), mean, '--lengths')
+
+
+def show(config: ConfigDict):
+  """Prints the plan, as text or JSON."""
+  jax.config.update('jax_platforms', 'cpu')
+  # What is compiled for chips that are not there cannot be read back.
+  jax.config.update('jax_enable_compilation_cache', False)
+  if not _TOPOLOGY.value:
+    raise ValueError('--topology is not set: give the chips and their grid, such as v5e:4x4')
+  plan = make_plan(config, _TOPOLOGY.value, preset=_PRESET.value, lengths=_LENGTHS.value)
+  if _SEARCH.value:
+    best, found = search.largest(plan.estimate, plan.config, plan.slice, report=_say)
+    plan.config.update_from_flattened_dict(best)
+  else:
+    found = plan.estimate()
+  if _JSON.value:
+    print(json.dumps(_plain(plan, found), indent=1))
+  else:
+    print('\n'.join([*_introduction(plan), *_lines(found, plan)]))
+
+
+def _say(message: str):
+  print(message, file=sys.stderr, flush=True)
+
+
+def _plain(plan: Plan, found: Estimate) -> dict:
+  config = plan.config
+  fields = ('batch.rows', 'batch.tokens', 'batch.microbatches', 'model.remat')
+  asked = {field: config_lib.get(config, field) for field in fields}
+  return dataclasses.asdict(found) | {
+    'topology': _TOPOLOGY.value,
+    'chips': len(plan.slice.devices),
+    'pairs_per_row': plan.pairs.mean,
+    **asked,
+  }
+
+
+def _introduction(plan: Plan) -> list[str]:
+  config, chips = plan.config, len(plan.slice.devices)
+  batch, model = config.batch, config.model
+  weights = config.initialize_from_hf or model.preset
+  parts = f', in {batch.microbatches} parts' if batch.microbatches > 1 else ''
+  return [
+    f'{weights} ({model.weight_dtype}, LoRA r={config.lora.r}) on {plan.slice.chip.name}, {chips} '
+    f'chip{"s" if chips > 1 else ""}',
+    f'{batch.rows} x {batch.tokens} tokens a step{parts}, remat {model.remat}; pairs a row: '
+    f'{plan.pairs.mean:.1f} ({plan.pairs.source})',
+    '',
+  ]
+
+
+def _lines(found: Estimate, plan: Plan) -> list[str]:
+  if not found.fits:
+    return _refusal(found, plan)
+  peak, capacity = found.peak_hbm_bytes, found.hbm_capacity_bytes
+  lines = [
+    f'fits: {_size(peak)} of {_size(capacity)} a chip ({peak / capacity:.0%}): arguments '
+    f'{_size(found.argument_bytes)}, temporaries {_size(found.temp_bytes)}',
+    'largest temporaries at the peak, by the line that asks for them (an estimate):',
+  ]
+  for one in found.largest_temporaries:
+    arrays = ', '.join(
+      f'{count} x {shape}' if count > 1 else shape for shape, count in one['arrays'].items()
+    )
+    lines.append(f'  {_size(one["bytes"]):>10}  {one["source"]}  {_shortened(arrays)}')
+  return [*lines, '', *_work(found), '', *_bounds(found, plan)]
+
+
+def _refusal(found: Estimate, plan: Plan) -> list[str]:
+  needed, capacity = found.peak_hbm_bytes, found.hbm_capacity_bytes
+  excess = f': {_size(needed - capacity)} too much, of {_size(needed)}' if needed else ''
+  return [
+    f'does not fit {_size(capacity)} a chip{excess}',
+    f'  arguments alone take {_size(found.argument_bytes)}',
+    f'  the compiler: {found.message}',
+    'what to change, the cheapest first:',
+    *(f'  {change}' for change in remedies(found, plan.config, plan.slice)),
+  ]
+
+
+def _work(found: Estimate) -> list[str]:
+  kernels = ', '.join(f'{count} of {name}' for name, count in found.kernels.items())
+  lines = [
+    f'a step does, on each chip, {found.flops / 1e12:.4g} TFLOP of matrix products in '
+    f'{found.estimated_cycles:.4g} estimated cycles,',
+    f'  moves {_size(found.hbm_traffic_bytes)} to and from HBM and gets '
+    f'{_size(found.collective_bytes)} from other chips',
+  ]
+  if kernels:
+    lines.append(f'  without what runs inside kernels, for which there is no estimate: {kernels}')
+  if found.conditionals:
+    lines.append('  with every token a response token: rows with fewer visit the vocabulary less')
+  if found.unknown_loops:
+    lines.append(f'  with {found.unknown_loops} loops of unknown length counted as if run once')
+  return lines
+
+
+def _bounds(found: Estimate, plan: Plan) -> list[str]:
+  limits = ', '.join(f'{name} {seconds:.3g} s' for name, seconds in found.bounds_seconds.items())
+  least = found.bounds_seconds[found.bound]
+  return [
+    f'limits of {plan.slice.chip.name}: {limits}',
+    f'a step takes at least {least:.3g} s ({found.bound}), which is at most '
+    f'{found.pairs_per_second:.1f} pairs a second',
+    f'compiled in {found.compile_seconds:.0f} s',
+  ]
+
+
+def _size(count: float) -> str:
+  return f'{count / 2**30:.2f} GiB' if count >= 2**30 else f'{count / 2**20:.1f} MiB'
+
+
+def _shortened(text: str, width: int = 90) -> str:
+  return text if len(text) <= width else text[: width - 4] + ' ...'
+
+
+if __name__ == '__main__':
+  command.run(show)
