@@ -70,8 +70,8 @@ def displacement(metrics: Mapping[str, float], start: Mapping[str, float]) -> di
 def accuracy(margins: jax.Array) -> jax.Array:
   """1 where chosen has the higher reward, 0 where the lower; a tie is a guess, 1/2.
 
-  So a policy that equals its reference to the bit scores 0.5 on any data; in training, where the two
-  are compiled apart, rounding may break ties.
+  So a policy that equals its reference to the bit scores 0.5 on any data; in training, where the
+  two are compiled apart, rounding may break ties.
   """
   return (jnp.sign(margins) + 1) / 2
 
