@@ -25,7 +25,9 @@ from dpo_flax.model.config import from_hf_config, from_preset
 
 _EXAMPLES = flags.DEFINE_integer('examples', 3, 'Pairs to show.', lower_bound=0)
 _HTML = flags.DEFINE_string('html', None, 'A file to write the report to, as a page.')
-_JSON = flags.DEFINE_bool('json', False, 'Print one JSON object, and nothing else.')
+_JSON = flags.DEFINE_bool(
+  'json', False, 'Print one JSON object, and nothing else.', allow_override=True
+)  # other commands have one too
 
 
 def inspect(config: ConfigDict, count: int) -> tuple[dict, list[examples.Example]]:

@@ -32,7 +32,9 @@ _LENGTHS = flags.DEFINE_list(
   'lengths', None, 'Mean tokens of prompt,chosen,rejected; default: those of data.train.'
 )
 _SEARCH = flags.DEFINE_bool('search', False, 'Find the most rows and the best remat that fit.')
-_JSON = flags.DEFINE_bool('json', False, 'Print one JSON object, and nothing else.')
+_JSON = flags.DEFINE_bool(
+  'json', False, 'Print one JSON object, and nothing else.', allow_override=True
+)  # other commands have one too
 
 
 @dataclasses.dataclass(frozen=True)
