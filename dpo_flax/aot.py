@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dpo_flax import assemble
-from dpo_flax import config as config_lib
 from dpo_flax.data import pack
 from dpo_flax.interop.hf_weights import Checkpoint
 from dpo_flax.learner.optimizer import make_optimizer
@@ -18,6 +17,7 @@ from dpo_flax.learner.step import make_train_step
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.objective.settings import Objective
 from dpo_flax.sharding import named_shardings, row_parts, row_sharding
+from dpo_flax.validation import validate_rows
 
 _STEPS = 1000  # of a run whose length is not given: the program does not depend on it
 
@@ -37,7 +37,7 @@ def abstract_train_step(
   Raises:
     ValueError: the config is unfit.
   """
-  config_lib.validate_rows(config, row_parts(mesh))
+  validate_rows(config, row_parts(mesh))
   model_config = assemble.make_model_config(config, base, mesh)
   lora = assemble.make_lora_config(config, model_config)
   options = assemble.make_step_options(config, Objective.from_config(config.objective), lora)

@@ -22,6 +22,7 @@ from dpo_flax.model.transformer import Transformer
 from dpo_flax.objective.settings import SORTED, Objective, check_records
 from dpo_flax.reference_cache import with_reference_logps
 from dpo_flax.sharding import named_shardings, row_parts
+from dpo_flax.validation import validate_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ def build(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
   Raises:
     ValueError: the config, the data or the weights are unfit. Cheap checks come first.
   """
-  config_lib.validate_rows(config, row_parts(mesh))
+  validate_rows(config, row_parts(mesh))
   objective = Objective.from_config(config.objective)
   base, other = (
     open_checkpoint(path) if path else None

@@ -17,11 +17,11 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dpo_flax import command
-from dpo_flax import config as config_lib
 from dpo_flax.data import loader
 from dpo_flax.data.reports import examples, page, statistics, text
 from dpo_flax.interop.hf_weights import open_checkpoint
 from dpo_flax.model.config import from_hf_config, from_preset
+from dpo_flax.validation import validate
 
 _EXAMPLES = flags.DEFINE_integer('examples', 3, 'Pairs to show.', lower_bound=0)
 _HTML = flags.DEFINE_string('html', None, 'A file to write the report to, as a page.')
@@ -36,7 +36,7 @@ def inspect(config: ConfigDict, count: int) -> tuple[dict, list[examples.Example
   Raises:
     ValueError: the config or the data are unfit.
   """
-  config = config_lib.validate(config)
+  config = validate(config)
   prepared = loader.prepare(config, vocab_size=_vocab_size(config))
   found = statistics.describe(prepared, config)
   shown = examples.pick(prepared.train, prepared.tokenizer, count, seed=config.seed)

@@ -25,6 +25,7 @@ from dpo_flax.data import loader, pack
 from dpo_flax.estimate import Estimate, Pairs, estimate, remedies
 from dpo_flax.interop.hf_weights import Checkpoint, open_checkpoint
 from dpo_flax.model.config import PRESETS
+from dpo_flax.validation import validate
 
 _TOPOLOGY = flags.DEFINE_string('topology', None, 'Chips and their grid, such as v5e:4x4.')
 _PRESET = flags.DEFINE_string('preset', None, 'A model whose shapes to plan for, without weights.')
@@ -76,7 +77,7 @@ def make_plan(
       config.update_from_flattened_dict({field: 'not given'})
   if not (config.train.num_train_steps or config.train.num_epochs):
     config.train.num_epochs = 1.0
-  config = config_lib.validate(config)
+  config = validate(config)
   vocab_size = base.config['vocab_size'] if base else PRESETS[config.model.preset]['vocab_size']
   pairs = _measured_pairs(config, vocab_size) if measured else _given_pairs(config, lengths)
   return Plan(config, slice_, base, reference, pairs)

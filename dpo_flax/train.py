@@ -14,7 +14,6 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from dpo_flax import assemble, command
-from dpo_flax import config as config_lib
 from dpo_flax.assemble import Run
 from dpo_flax.checkpoint import Checkpoints
 from dpo_flax.compiler_options import compiler_options
@@ -27,6 +26,7 @@ from dpo_flax.model.quantization import ChannelScale
 from dpo_flax.objective.metrics import displacement
 from dpo_flax.reporting import Monitor, Reporter, displacement_warning, summarize
 from dpo_flax.sharding import make_mesh, row_shard, shard_batch
+from dpo_flax.validation import validate
 
 # Mean difference per token, in nats, that rounding alone can make between two equal models.
 _ROUNDING = {'float32': 1e-4, 'bfloat16': 2e-2}
@@ -39,7 +39,7 @@ def train(config: ConfigDict) -> dict[str, float]:
     ValueError: the config, the data, the weights or the checkpoint to resume from are unfit.
     FloatingPointError: a loss or gradient was not finite.
   """
-  config = config_lib.validate(config)
+  config = validate(config)
   mesh = make_mesh(config.mesh)
   workdir = epath.Path(config.workdir)
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:

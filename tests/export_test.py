@@ -21,6 +21,7 @@ from dpo_flax.examples import make_tiny
 from dpo_flax.learner.step import pair_logps
 from dpo_flax.sharding import make_mesh, shard_batch
 from dpo_flax.train import train
+from dpo_flax.validation import validate
 
 EXAMPLE = pathlib.Path(make_tiny.__file__).parent / 'tiny'
 
@@ -81,7 +82,7 @@ def exports(config):
 
 
 def _restored(config):
-  config = config_lib.validate(config)
+  config = validate(config)
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     run, state = build(config, mesh)

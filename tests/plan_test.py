@@ -15,6 +15,7 @@ import pytest
 from dpo_flax import aot, assemble, chips, config, estimate, plan, search
 from dpo_flax.sharding import make_mesh, shard_batch
 from dpo_flax.train import train_batches
+from dpo_flax.validation import validate
 
 TINY = pathlib.Path(assemble.__file__).parent / 'examples' / 'tiny'
 
@@ -55,7 +56,7 @@ def describe(tree):
 def test_planned_arguments_are_those_of_training(tiny):
   mesh = make_mesh({'data': 1, 'fsdp': 4, 'tensor': 2})
   with jax.set_mesh(mesh):
-    run, state = assemble.build(config.validate(tiny), mesh)
+    run, state = assemble.build(validate(tiny), mesh)
     batches = train_batches(run, 0)
     batch = shard_batch(next(batches), mesh)
     batches.close()

@@ -16,6 +16,7 @@ from dpo_flax.data import loader
 from dpo_flax.examples import make_tiny
 from dpo_flax.learner.step import make_eval_step, make_train_step
 from dpo_flax.sharding import make_mesh, row_shard, shard_batch
+from dpo_flax.validation import validate
 
 EXAMPLE = pathlib.Path(make_tiny.__file__).parent / 'tiny'
 
@@ -39,7 +40,7 @@ def config(tmp_path):
 
 
 def build(config, source):
-  config = config_lib.validate(config)
+  config = validate(config)
   config.reference.source = source
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh):

@@ -1,0 +1,156 @@
+"""What is wrong with a config: illegal values, and fields that contradict each other."""
+
+import math
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from dpo_flax.config import get
+
+_CHOICES = {
+  'model.dtype': ('bfloat16', 'float32'),
+  'model.weight_dtype': ('bfloat16', 'float32', 'int8'),
+  'model.remat': ('full', 'offload', 'dots', 'none'),
+  'model.attention': ('auto', 'xla', 'pallas', 'splash'),
+  'data.format': (
+    *('auto', 'explicit', 'implicit', 'messages', 'hh'),
+    *('shp', 'webgpt', 'binarized', 'ultrafeedback', 'orca'),
+  ),
+  'data.completions': ('best_vs_worst', 'best_vs_random', 'all'),
+  'data.history': ('exact', 'rendered'),
+  'reference.source': ('live', 'cache'),
+  'data.layout': ('shared', 'separate'),
+  'data.too_long': ('raise', 'drop', 'truncate_prompt'),
+  'data.bad_record': ('raise', 'skip'),
+  'optimizer.name': ('adamw',),
+  'optimizer.lr_schedule': ('cosine', 'linear', 'constant'),
+}
+
+# field -> (smallest, largest) value; None: no bound.
+_RANGES = {
+  'model.logits_chunk': (1, None),
+  'lora.r': (1, None),
+  'lora.dropout': (0, 0.999),
+  'data.validation_split_fraction': (0, 0.9),
+  'data.cache_workers': (0, None),
+  'data.workers': (0, None),
+  'batch.rows': (1, None),
+  'batch.tokens': (4, None),
+  'batch.pairs_per_row': (0, None),
+  'batch.microbatches': (1, None),
+  'train.num_train_steps': (0, None),
+  'train.num_epochs': (0, None),
+  'train.log_every': (1, None),
+  'train.eval_every': (0, None),
+  'train.save_every': (0, None),
+  'train.keep': (1, None),
+  'optimizer.warmup': (0, 1),
+  'optimizer.max_grad_norm': (0, None),
+  'optimizer.b1': (0, 0.9999999),
+  'optimizer.b2': (0, 0.9999999),
+  'optimizer.weight_decay': (0, None),
+  'hf_save_steps': (0, None),
+}
+
+_POSITIVE = (
+  'lora.alpha',
+  'optimizer.learning_rate',
+  'optimizer.eps',
+)
+
+# Above this, LoRA under DPO tends to leave the reference faster than the loss can tell.
+_LORA_LEARNING_RATE = 5e-5
+
+
+def validate(config: ConfigDict) -> ConfigDict:
+  """Returns a checked copy of `config`, with what has only one right value put right (and said).
+
+  Raises:
+    ValueError: a field has no legal value, or two fields contradict each other.
+  """
+  _check_names(config)
+  config = config.copy_and_resolve_references()
+  for field, choices in _CHOICES.items():
+    if get(config, field) not in choices:
+      raise ValueError(f'{field}={get(config, field)!r}: expected one of {", ".join(choices)}')
+  for field, (low, high) in _RANGES.items():
+    _check_range(field, get(config, field), low, high)
+  for field in _POSITIVE:
+    if not 0 < get(config, field) < math.inf:
+      raise ValueError(f'{field}={get(config, field)}: must be greater than 0, and finite')
+  _check_required(config)
+  if config.batch.rows % config.batch.microbatches:
+    raise ValueError(
+      f'batch.rows={config.batch.rows} is not a multiple of '
+      f'batch.microbatches={config.batch.microbatches}'
+    )
+  if not config.lora.zero_init_b:
+    logging.warning(
+      'lora.zero_init_b=False is overridden to True: otherwise the policy differs from the '
+      'reference before the first step'
+    )
+    config.lora.zero_init_b = True
+  if config.optimizer.learning_rate > _LORA_LEARNING_RATE:
+    logging.warning(
+      'optimizer.learning_rate=%g is high for DPO with LoRA; runs above %g often degrade',
+      config.optimizer.learning_rate,
+      _LORA_LEARNING_RATE,
+    )
+  return config
+
+
+def validate_rows(config: ConfigDict, shards: int):
+  """Checks that the rows of every microbatch divide evenly among the mesh's `shards` of rows.
+
+  Raises:
+    ValueError: they do not.
+  """
+  rows, parts = config.batch.rows, config.batch.microbatches
+  if rows % (parts * shards):
+    raise ValueError(
+      f'batch.rows={rows} does not divide among mesh.data x mesh.fsdp = {shards} shards'
+      + (f' in each of batch.microbatches={parts}' if parts > 1 else '')
+      + f': make it a multiple of {parts * shards}, or change the mesh'
+    )
+
+
+def _check_names(config: ConfigDict):
+  """Refuses the mappings that a config cannot be copied with."""
+  for field in ('data.train', 'data.validation', 'data.fields', 'data.template_variables'):
+    value = get(config, field)
+    if isinstance(value, dict) and any('.' in str(name) for name in value):
+      pairs = ', '.join(f'({name!r}, {item!r})' for name, item in value.items())
+      raise ValueError(
+        f'{field} is a mapping, and in a config its names cannot have dots: give pairs, ({pairs},)'
+      )
+
+
+def _check_range(field: str, value: float, low: float | None, high: float | None):
+  # Written so that NaN, which no comparison holds for, fails.
+  inside = (low is None or value >= low) and (high is None or value <= high)
+  if not (inside and math.isfinite(value)):
+    bounds = f'at least {low}' if high is None else f'between {low} and {high}'
+    raise ValueError(f'{field}={value}: must be {bounds}')
+
+
+def _check_required(config: ConfigDict):
+  for field in ('workdir', 'data.train'):
+    if not get(config, field):
+      raise ValueError(f'{field} is not set: give --config.{field}=...')
+  if bool(config.initialize_from_hf) == bool(config.model.preset):
+    raise ValueError(
+      'give the weights exactly one source, and leave the other empty (--config.model.preset=): '
+      'initialize_from_hf (a checkpoint; now '
+      f'{config.initialize_from_hf!r}) or model.preset (random weights; now '
+      f'{config.model.preset!r})'
+    )
+  if not config.initialize_from_hf and not config.data.tokenizer:
+    raise ValueError(
+      'data.tokenizer is not set, and there is no initialize_from_hf to take it from'
+    )
+  if bool(config.train.num_train_steps) == bool(config.train.num_epochs):
+    raise ValueError(
+      'give the length of the run exactly once: train.num_train_steps (now '
+      f'{config.train.num_train_steps}) or train.num_epochs (now {config.train.num_epochs}); 0 '
+      'unsets one'
+    )
