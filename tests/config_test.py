@@ -14,27 +14,6 @@ from dpo_flax.objective import settings
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
 
 
-@pytest.fixture
-def config():
-  """The smallest config of a run."""
-  config = config_lib.default()
-  config.workdir = '/tmp/run'
-  config.model.preset = 'tiny'
-  config.data.tokenizer = 'tokenizer.model'
-  config.data.train = 'pairs.jsonl'
-  config.train.num_train_steps = 10
-  config.optimizer.learning_rate = 1e-5
-  return config
-
-
-def set_field(config: ConfigDict, field: str, value):
-  *sections, name = field.split('.')
-  for section in sections:
-    config = config[section]
-  with config.ignore_type():
-    config[name] = value
-
-
 def test_the_defaults_are_the_published_ones():
   config = config_lib.default()
   assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (64, 64.0, 0.0)
@@ -95,7 +74,7 @@ def other_value(value):
   return value + 1 if isinstance(value, int | float) else 'other'
 
 
-def test_every_field_but_the_free_ones_is_part_of_a_runs_identity(config):
+def test_every_field_but_the_free_ones_is_part_of_a_runs_identity(config, set_field):
   before = config_lib.identity(config)
   for field in list(leaf_fields(config)):
     changed = config.copy_and_resolve_references()

@@ -19,8 +19,10 @@ import numpy as np
 import pytest
 from absl import flags
 from flax import nnx
+from ml_collections import ConfigDict
 
-from dpo_flax import assemble, config
+from dpo_flax import assemble
+from dpo_flax import config as config_lib
 from dpo_flax.data import pack
 from dpo_flax.learner.state import Models
 from dpo_flax.learner.step import StepOptions
@@ -41,6 +43,33 @@ hypothesis.settings.load_profile('untimed')
 
 # Grain's worker processes read absl flags, which pytest never parses.
 flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture
+def config(tmp_path):
+  """The fewest fields that make a config of a run."""
+  smallest = config_lib.default()
+  smallest.workdir = str(tmp_path)
+  smallest.model.preset = 'tiny'
+  smallest.data.tokenizer = 'tokenizer.model'
+  smallest.data.train = 'pairs.jsonl'
+  smallest.train.num_train_steps = 10
+  smallest.optimizer.learning_rate = 1e-5
+  return smallest
+
+
+@pytest.fixture(scope='session')
+def set_field():
+  """Sets a dotted field of a config to a value of any type."""
+
+  def set_to(settings: ConfigDict, field: str, value):
+    *sections, name = field.split('.')
+    for section in sections:
+      settings = settings[section]
+    with settings.ignore_type():
+      settings[name] = value
+
+  return set_to
 
 
 @pytest.fixture(scope='session')
@@ -154,7 +183,7 @@ def make_options():
   def make(
     *, logits_chunk=16, microbatches=1, head_is_trained=False, dropout_seed=None, **objective
   ) -> StepOptions:
-    settings = config.default().objective
+    settings = config_lib.default().objective
     settings.update(objective)
     return StepOptions(
       objective=Objective.from_config(settings),

@@ -4,31 +4,9 @@ import logging as std_logging
 
 import pytest
 from absl import logging as absl_logging
-from ml_collections import ConfigDict
 
 from dpo_flax import config as config_lib
 from dpo_flax.validation import validate, validate_rows
-
-
-@pytest.fixture
-def config():
-  """The smallest config of a run."""
-  config = config_lib.default()
-  config.workdir = '/tmp/run'
-  config.model.preset = 'tiny'
-  config.data.tokenizer = 'tokenizer.model'
-  config.data.train = 'pairs.jsonl'
-  config.train.num_train_steps = 10
-  config.optimizer.learning_rate = 1e-5
-  return config
-
-
-def set_field(config: ConfigDict, field: str, value):
-  *sections, name = field.split('.')
-  for section in sections:
-    config = config[section]
-  with config.ignore_type():
-    config[name] = value
 
 
 @pytest.fixture
@@ -39,7 +17,7 @@ def warnings(caplog, monkeypatch):
   return lambda: [record.getMessage() for record in caplog.records]
 
 
-def test_the_smallest_config_is_valid_and_unchanged(config, warnings):
+def test_the_config_is_valid_and_unchanged(config, warnings):
   checked = validate(config)
   assert checked == config and checked is not config
   assert warnings() == []
@@ -87,7 +65,7 @@ OUT_OF_RANGE = [
 
 
 @pytest.mark.parametrize('field', CHOICES)
-def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(config, field):
+def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(config, set_field, field):
   value = config_lib.get(config, field)
   set_field(config, field, 'nonsense')
   with pytest.raises(ValueError, match=rf"{field}='nonsense': expected one of .*{value}"):
@@ -95,7 +73,7 @@ def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(config, fiel
 
 
 @pytest.mark.parametrize(('field', 'value', 'bounds'), OUT_OF_RANGE)
-def test_a_number_out_of_range_is_refused(config, field, value, bounds):
+def test_a_number_out_of_range_is_refused(config, set_field, field, value, bounds):
   set_field(config, field, value)
   with pytest.raises(ValueError, match=rf'{field}={value}: must be {bounds}'):
     validate(config)
@@ -114,14 +92,14 @@ def test_a_number_out_of_range_is_refused(config, field, value, bounds):
     ({'batch.rows': 6, 'batch.microbatches': 4}, 'batch.rows=6 is not a multiple .*microbatches=4'),
   ],
 )
-def test_fields_that_contradict_each_other_are_refused(config, changes, message):
+def test_fields_that_contradict_each_other_are_refused(config, set_field, changes, message):
   for field, value in changes.items():
     set_field(config, field, value)
   with pytest.raises(ValueError, match=message):
     validate(config)
 
 
-def test_a_checkpoint_brings_its_own_tokenizer_and_architecture(config):
+def test_a_checkpoint_brings_its_own_tokenizer_and_architecture(config, set_field):
   set_field(config, 'model.preset', None)
   set_field(config, 'data.tokenizer', None)
   config.initialize_from_hf = 'llama'
