@@ -6,9 +6,9 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dpo_flax import config as schema
 from dpo_flax.data import loader
 from dpo_flax.data.named_values import named_values
+from dpo_flax.validation import validate
 
 # ml_collections loads config files by a method that Python has deprecated.
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
@@ -43,7 +43,7 @@ def parse(tmp_path, json_directory, monkeypatch):
     values = flags.FlagValues()
     config_flags.DEFINE_config_file('config', flag_values=values)
     values(line)
-    return schema.validate(values['config'].value)
+    return validate(values['config'].value)
 
   return parse
 
