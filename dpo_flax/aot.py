@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dpo_flax import assemble
+from dpo_flax.compiler_options import compiler_options
 from dpo_flax.data import pack
 from dpo_flax.interop.hf_weights import Checkpoint
 from dpo_flax.learner.optimizer import make_optimizer
@@ -53,7 +54,7 @@ def abstract_train_step(
   with jax.set_mesh(mesh):
     graphdef, trainable, frozen = jax.eval_shape(make_models)
     state = jax.eval_shape(lambda adapters: init_state(adapters, optimizer, mesh), trainable)
-  step = make_train_step(graphdef, optimizer, options)
+  step = make_train_step(graphdef, optimizer, options, compiler_options=compiler_options(mesh))
   batch = abstract_batch(config, mesh, pairs_per_row)
   return step, (_placed(state, mesh), _placed(frozen, mesh), batch)
 

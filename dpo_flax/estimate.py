@@ -195,6 +195,8 @@ def _smaller_temporaries(config: ConfigDict, slice_: Slice) -> list[str]:
   found = []
   if model.remat in {'none', 'dots'}:
     found.append('config.model.remat=full: backward runs each layer forward once more')
+  if model.remat != 'offload':
+    found.append("config.model.remat=offload: each layer's input waits in the host's memory")
   if per_chip > 1:
     found.append(
       f'config.batch.microbatches={batch.rows // shards}: one row of a chip at a time instead of '

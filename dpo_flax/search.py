@@ -9,7 +9,7 @@ from dpo_flax.chips import Slice
 from dpo_flax.estimate import Estimate
 from dpo_flax.sharding import make_mesh, row_parts
 
-_REMATS = ('none', 'dots', 'full')  # from the least recomputed to the least kept
+_REMATS = ('none', 'dots', 'full', 'offload')  # from the least recomputed to the least kept
 _MOST_ROWS = 64  # of one chip
 _GIB = 2**30
 

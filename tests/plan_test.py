@@ -83,6 +83,13 @@ def test_estimate_reads_a_step_of_any_devices(tiny, cpu_slice):
   assert found.pairs_per_second == pytest.approx(8 * 2.5 / max(found.bounds_seconds.values()))
 
 
+def test_the_step_is_compiled_with_the_options_of_training(tiny, cpu_slice, monkeypatch):
+  monkeypatch.setattr(aot, 'compiler_options', lambda mesh: {'xla_no_such_option': '1'})
+  pairs = estimate.Pairs(slots=3, mean=2.5, source='a test')
+  with pytest.raises(jax.errors.JaxRuntimeError, match='xla_no_such_option'):
+    estimate.estimate(tiny, cpu_slice, base=None, reference=None, pairs=pairs)
+
+
 @pytest.mark.parametrize(
   ('message', 'gib'),
   [
@@ -112,6 +119,7 @@ def test_remedies_leave_out_what_is_done_or_too_little(tiny, cpu_slice):
   everything = {'model.remat': 'none', 'batch.tokens': 4096, 'batch.rows': 16, 'mesh.data': 2}
   assert fields(**everything) == [
     'model.remat',
+    'model.remat',
     'batch.microbatches',
     'model.logits_chunk',
     'batch.tokens',
@@ -119,9 +127,9 @@ def test_remedies_leave_out_what_is_done_or_too_little(tiny, cpu_slice):
     'mesh.data',
   ]
   # Split already, or held back by the arguments alone.
-  assert fields(**{'batch.rows': 16, 'batch.microbatches': 4, 'model.logits_chunk': 128}) == [
-    'model.weight_dtype'
-  ]
+  small = {'batch.rows': 16, 'batch.microbatches': 4, 'model.logits_chunk': 128}
+  assert fields(**small) == ['model.remat', 'model.weight_dtype']
+  assert fields(**small, **{'model.remat': 'offload'}) == ['model.weight_dtype']
   assert fields(argument_bytes=2**40, **everything) == ['model.weight_dtype', 'mesh.data']
 
 
@@ -130,8 +138,8 @@ def test_remedies_leave_out_what_is_done_or_too_little(tiny, cpu_slice):
 )
 def test_search_finds_the_most_rows_that_fit(fixed, full, dots, kept):
   slice_ = chips.Slice(chips.CHIPS['v5e'], '2x2', jax.devices()[:4])
-  per_row = {'full': full, 'dots': full + dots, 'none': full + dots + kept}
-  cycles = {'full': 4.0, 'dots': 3.5, 'none': 3.0}
+  per_row = {'full': full, 'dots': full + dots, 'none': full + dots + kept, 'offload': full / 2}
+  cycles = {'offload': 4.1, 'full': 4.0, 'dots': 3.5, 'none': 3.0}
 
   def compiled(**changes):
     rows, remat = changes['batch.rows'] // 4, changes['model.remat']
@@ -146,7 +154,7 @@ def test_search_finds_the_most_rows_that_fit(fixed, full, dots, kept):
     )
 
   room = {remat: min(int((15.75 - fixed) / size), 64) for remat, size in per_row.items()}
-  fitting = [remat for remat in ('none', 'dots', 'full') if room[remat]]
+  fitting = [remat for remat in ('none', 'dots', 'full', 'offload') if room[remat]]
   settings = config.default()
   if not fitting:
     with pytest.raises(ValueError, match='not one row'):
