@@ -70,7 +70,8 @@ def token_statistics(
 
   inputs = (policy.hidden, context)
   if head_is_trained:
-    return _run_recomputing(visit, inputs, loss_mask, chunk)
+    # Under plain autodiff, which forms each chunk's logits again in backward.
+    return _map_responses(visit, inputs, loss_mask, chunk)
   differentiable = ('policy_logps', 'kl') if wanted.kl_gradient else ('policy_logps',)
   return _run_saving_gradients(visit, inputs, loss_mask, chunk, differentiable)
 
@@ -107,41 +108,49 @@ def _chunk_statistics(
   return statistics
 
 
-def _run_recomputing(visit, inputs, loss_mask, chunk) -> TokenStatistics:
-  """Under plain autodiff, which forms each chunk's logits again in backward."""
-  return _map_responses(visit, inputs, loss_mask, chunk)
-
-
 def _run_saving_gradients(visit, inputs, loss_mask, chunk, differentiable) -> TokenStatistics:
   """Differentiable in the hidden states alone, their gradients computed in the forward visit."""
   hidden, context = inputs
-
-  @jax.custom_vjp
-  def run(hidden):
-    return _map_responses(visit, (hidden, context), loss_mask, chunk)
-
-  def forward(hidden):
-    return _map_responses(visit_with_gradients, (hidden, context), loss_mask, chunk)
 
   def visit_with_gradients(inputs):
     hidden, context = inputs
     statistics, pullback = jax.vjp(lambda hidden: visit((hidden, context)), hidden)
     zeros = jax.tree.map(jnp.zeros_like, statistics)
-    gradients = {}
-    for name in differentiable:
-      # A token's numbers depend on no other token: one pullback gives every token's gradient.
-      ones = jnp.ones_like(getattr(statistics, name))
-      gradients[name] = pullback(zeros._replace(**{name: ones}))[0]
+    # A token's numbers depend on no other token: one pullback gives every token's gradient.
+    ones = {name: jnp.ones_like(getattr(statistics, name)) for name in differentiable}
+    gradients = {name: pullback(zeros._replace(**{name: ones[name]}))[0] for name in ones}
     return statistics, gradients
 
-  def backward(gradients, cotangents):
-    parts = [
-      getattr(cotangents, name)[..., None] * gradient for name, gradient in gradients.items()
-    ]
-    return (sum(parts).astype(hidden.dtype),)
+  stopped = jax.lax.stop_gradient(hidden)
+  found = _map_responses(visit_with_gradients, (stopped, context), loss_mask, chunk)
+  statistics, gradients = jax.lax.stop_gradient(found)
+  return statistics._replace(
+    **{
+      name: _with_gradient(getattr(statistics, name), hidden, gradient)
+      for name, gradient in gradients.items()
+    }
+  )
 
-  run.defvjp(forward, backward)
-  return run(hidden)
+
+@jax.custom_vjp
+def _with_gradient(
+  values: jax.Array,  # [B, T]
+  hidden: jax.Array,  # [B, T, D], what they were computed from
+  gradients: jax.Array,  # [B, T, D], of each value in its own token's hidden state
+) -> jax.Array:  # [B, T]
+  """Returns `values`, differentiable in `hidden`."""
+  return values
+
+
+def _forward(values, hidden, gradients):
+  return values, gradients
+
+
+def _backward(gradients, cotangents):
+  return None, (cotangents[..., None] * gradients).astype(gradients.dtype), None
+
+
+_with_gradient.defvjp(_forward, _backward)
 
 
 def _map_responses(

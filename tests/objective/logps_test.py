@@ -117,6 +117,17 @@ def test_gradients_equal_those_of_whole_logits(inputs, chunk, head_is_trained, n
 
 
 @pytest.mark.parametrize('head_is_trained', [False, True], ids=['frozen_head', 'trained_head'])
+def test_a_jitted_loss_has_the_gradient_of_the_loss(inputs, head_is_trained):
+  def loss(hidden, inputs):
+    statistics = chunked(inputs | {'policy': hidden}, head_is_trained=head_is_trained)
+    return weigh(statistics, ('policy_logps',))
+
+  inside = jax.grad(jax.jit(loss))(inputs['policy'], inputs)
+  outside = jax.jit(jax.grad(loss))(inputs['policy'], inputs)
+  np.testing.assert_allclose(inside, outside, atol=1e-6)
+
+
+@pytest.mark.parametrize('head_is_trained', [False, True], ids=['frozen_head', 'trained_head'])
 def test_what_is_only_reported_has_no_gradient(inputs, head_is_trained):
   """Entropy, alignments, the reference, and KL where no penalty asks for its gradient."""
   by = ['policy', 'reference']
