@@ -16,8 +16,10 @@ from dpo_flax.interop.hf_weights import Checkpoint, fingerprint, load_base, open
 from dpo_flax.learner.optimizer import make_optimizer
 from dpo_flax.learner.state import Models, TrainState, init_state, split_models
 from dpo_flax.learner.step import StepOptions
-from dpo_flax.model.config import ModelConfig, from_hf_config, from_preset
+from dpo_flax.model.config import ModelConfig
+from dpo_flax.model.families import from_hf_config
 from dpo_flax.model.lora import LoraConfig, resolve_targets
+from dpo_flax.model.presets import from_preset
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.objective.settings import SORTED, Objective, check_records
 from dpo_flax.reference_cache import with_reference_logps

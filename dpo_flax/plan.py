@@ -24,7 +24,7 @@ from dpo_flax.chips import Slice, make_slice
 from dpo_flax.data import loader, pack
 from dpo_flax.estimate import Estimate, Pairs, estimate, remedies
 from dpo_flax.interop.hf_weights import Checkpoint, open_checkpoint
-from dpo_flax.model.config import PRESETS
+from dpo_flax.model.presets import PRESETS
 from dpo_flax.validation import validate
 
 _TOPOLOGY = flags.DEFINE_string('topology', None, 'Chips and their grid, such as v5e:4x4.')

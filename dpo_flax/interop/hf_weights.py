@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dpo_flax.interop.named_arrays import Slot, gather, gather_slot, load_arrays, make_slots, match
+from dpo_flax.interop.names import HARMLESS, NAMES
 from dpo_flax.interop.tensor_files import (
   DTYPES,
   TensorFile,
@@ -26,28 +27,9 @@ from dpo_flax.interop.tensor_files import (
   read_header,
   write_tensors,
 )
-from dpo_flax.model.config import to_hf_config
+from dpo_flax.model.families import to_hf_config
 from dpo_flax.model.quantization import scale_path
 from dpo_flax.model.transformer import Transformer
-
-# Ours -> (theirs, transposed): torch's linear layers store [out, in], our kernels are [in, out].
-NAMES = {
-  'embed_tokens.embedding': ('model.embed_tokens.weight', False),
-  'blocks.input_norm.scale': ('model.layers.{}.input_layernorm.weight', False),
-  'blocks.attention.q_proj.kernel': ('model.layers.{}.self_attn.q_proj.weight', True),
-  'blocks.attention.k_proj.kernel': ('model.layers.{}.self_attn.k_proj.weight', True),
-  'blocks.attention.v_proj.kernel': ('model.layers.{}.self_attn.v_proj.weight', True),
-  'blocks.attention.o_proj.kernel': ('model.layers.{}.self_attn.o_proj.weight', True),
-  'blocks.post_attention_norm.scale': ('model.layers.{}.post_attention_layernorm.weight', False),
-  'blocks.mlp.gate_proj.kernel': ('model.layers.{}.mlp.gate_proj.weight', True),
-  'blocks.mlp.up_proj.kernel': ('model.layers.{}.mlp.up_proj.weight', True),
-  'blocks.mlp.down_proj.kernel': ('model.layers.{}.mlp.down_proj.weight', True),
-  'final_norm.scale': ('model.norm.weight', False),
-  'lm_head.kernel': ('lm_head.weight', True),
-}
-
-# Old writers stored the rotary frequencies, which follow from config.json.
-HARMLESS = re.compile(r'model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq')
 
 COPIED_FILES = (
   'config.json',

@@ -26,9 +26,9 @@ class Block(nnx.Module):
   """One pre-norm layer: attention, then the MLP, each added to the stream."""
 
   def __init__(self, config: ModelConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
-    self.input_norm = RMSNorm(config)
+    self.attention_norm = RMSNorm(config)
     self.attention = Attention(config, lora, rngs)
-    self.post_attention_norm = RMSNorm(config)
+    self.mlp_norm = RMSNorm(config)
     self.mlp = MLP(config, lora, rngs)
 
   def __call__(
@@ -38,9 +38,9 @@ class Block(nnx.Module):
     mask: Mask,
     dropout_key: jax.Array | None = None,
   ) -> jax.Array:  # [B, T, D]
-    normed = self.input_norm(hidden)
+    normed = self.attention_norm(hidden)
     hidden = hidden + self.attention(normed, angles, mask, dropout_key)
-    hidden = hidden + self.mlp(self.post_attention_norm(hidden), dropout_key)
+    hidden = hidden + self.mlp(self.mlp_norm(hidden), dropout_key)
     return constrain(hidden, 'rows', 'tokens', 'activation')
 
 

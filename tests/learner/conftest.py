@@ -48,8 +48,8 @@ def log_softmax(weights, tokens, config, scale):
   hidden = weights['embed_tokens']['embedding'][tokens]
   for index in range(config.num_layers):
     layer = jax.tree.map(lambda leaf, index=index: leaf[index], weights['blocks'])
-    hidden += attend(layer['attention'], norm(layer['input_norm'], hidden))
-    x, mlp = norm(layer['post_attention_norm'], hidden), layer['mlp']
+    hidden += attend(layer['attention'], norm(layer['attention_norm'], hidden))
+    x, mlp = norm(layer['mlp_norm'], hidden), layer['mlp']
     gate = linear(mlp['gate_proj'], x)
     hidden += linear(mlp['down_proj'], gate * jax.nn.sigmoid(gate) * linear(mlp['up_proj'], x))
   hidden = norm(weights['final_norm'], hidden)

@@ -8,7 +8,9 @@ import pytest
 import transformers
 from flax import nnx
 
-from dpo_flax.model.config import PRESETS, Llama3Scaling, from_hf_config, from_preset, to_hf_config
+from dpo_flax.model.config import Llama3Scaling
+from dpo_flax.model.families import from_hf_config, to_hf_config
+from dpo_flax.model.presets import PRESETS, from_preset
 from dpo_flax.model.transformer import Transformer
 
 RUN = {'dtype': jnp.float32, 'weight_dtype': jnp.bfloat16, 'remat': 'full', 'attention': 'xla'}
