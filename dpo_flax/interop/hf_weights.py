@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dpo_flax.interop.named_arrays import Slot, gather, gather_slot, load_arrays, make_slots, match
-from dpo_flax.interop.names import HARMLESS, NAMES
+from dpo_flax.interop.names import HARMLESS, name_table
 from dpo_flax.interop.tensor_files import (
   DTYPES,
   TensorFile,
@@ -119,7 +119,7 @@ def save_merged(
   """
   base = nnx.state(model, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
   if checkpoint is None:
-    tensors, slots = None, make_slots(base, NAMES)
+    tensors, slots = None, make_slots(base, name_table(model.config.model_type))
     dtypes = dict.fromkeys(slots, np.dtype(model.config.float_dtype))
   else:
     tensors, slots = _matched(checkpoint, base)
@@ -186,7 +186,8 @@ def _matched(
   checkpoint: Checkpoint, base: nnx.State
 ) -> tuple[dict[str, TensorFile], dict[str, Slot]]:
   """Returns the checkpoint's tensors and their places, which fit one another."""
-  slots, tensors = make_slots(base, NAMES), dict(checkpoint.tensors)
+  table = name_table(checkpoint.config['model_type'])
+  slots, tensors = make_slots(base, table), dict(checkpoint.tensors)
   head, embedding = 'lm_head.weight', 'model.embed_tokens.weight'
   if head not in slots and head in tensors and embedding in tensors:
     # Some writers store a tied head again. An equal copy is harmless, another one is no tied head.

@@ -23,7 +23,7 @@ from dpo_flax.interop.tensor_files import (
   read_header,
   write_tensors,
 )
-from dpo_flax.model.families import check_fields
+from dpo_flax.model.fields import check_fields
 from dpo_flax.model.lora import LoraConfig
 from dpo_flax.model.transformer import Transformer
 

@@ -7,6 +7,13 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
+class LinearScaling:
+  """Positions divided by a factor (`rope_type: linear`)."""
+
+  factor: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
   """Llama 3.1's stretching of the rotary wavelengths (`rope_type: llama3`)."""
 
@@ -16,10 +23,42 @@ class Llama3Scaling:
   original_max_position_embeddings: int
 
 
+@dataclasses.dataclass(frozen=True)
+class LongScaling:
+  """Phi-3's stretching, a factor for each wavelength (`rope_type: longrope`, arXiv:2402.13753).
+
+  A sequence of at most the original length takes the short factors. Longer ones would take the
+  long factors, in all their positions; here they are refused.
+  """
+
+  short_factor: tuple[float, ...]
+  long_factor: tuple[float, ...]
+  attention_factor: float  # on both rotated queries and keys, whatever the length
+  original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+  """Rotary positions (arXiv:2104.09864)."""
+
+  theta: float
+  dim: int  # how much of each head is rotated, from its start
+  scaling: LinearScaling | Llama3Scaling | LongScaling | None
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionKind:
+  """What tells the attention of some layers from that of others."""
+
+  window: int | None  # keys are less than this many positions back; None: any number
+  rope: Rope | None  # None: no positions
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
   """Everything the network's code needs to know; no field has a default below the run's config."""
 
+  model_type: str  # whose config.json and tensor names its files have: see families.py
   vocab_size: int
   embed_dim: int
   mlp_dim: int
@@ -27,9 +66,19 @@ class ModelConfig:
   num_heads: int
   num_kv_heads: int
   head_dim: int
+  activation: str  # silu | gelu_tanh
+  fused_projections: bool  # qkv_proj and gate_up_proj are one matrix each
+  biases: frozenset[str]  # projections that have one
   rms_norm_eps: float
-  rope_theta: float
-  rope_scaling: Llama3Scaling | None
+  norm_offset: float  # what is added to the norms' scales
+  input_norms: bool  # attention and MLP are given normed inputs
+  output_norms: bool  # what they give is normed before it is added to the stream
+  qk_norm: str | None  # norms of queries and keys: over each `head`, or over `all` at once
+  attention_kinds: tuple[AttentionKind, ...]  # layers take these in turn
+  attention_scale: float  # of the scores
+  attention_softcap: float | None  # scores are softly kept below this
+  logits_softcap: float | None
+  embed_scale: float  # of the token embeddings, where they enter the first layer
   tie_word_embeddings: bool
   initializer_range: float  # standard deviation of random initial weights
   dtype: Any  # of activations and matrix products
@@ -44,5 +93,27 @@ class ModelConfig:
 
   @property
   def float_dtype(self) -> Any:
-    """The dtype of the base weights that are floats in any case: the norms' scales."""
+    """The dtype of the base weights that are floats in any case: norms' scales and biases."""
     return self.dtype if self.is_quantized else self.weight_dtype
+
+  @property
+  def kinds(self) -> tuple[AttentionKind, ...]:
+    """The different kinds of attention among the layers."""
+    return tuple(dict.fromkeys(self.attention_kinds[: self.num_layers]))
+
+  @property
+  def kind_of_layer(self) -> tuple[int, ...]:
+    """Which of `kinds` each layer has."""
+    turn = [self.kinds.index(kind) for kind in self.attention_kinds[: self.num_layers]]
+    return tuple(turn[layer % len(turn)] for layer in range(self.num_layers))
+
+  @property
+  def longest_sequence(self) -> int | None:
+    """The tokens of a sequence beyond which this is another function; None: no such bound."""
+    scalings = [kind.rope.scaling for kind in self.kinds if kind.rope]
+    lengths = [
+      scaling.original_max_position_embeddings
+      for scaling in scalings
+      if isinstance(scaling, LongScaling)
+    ]
+    return min(lengths, default=None)

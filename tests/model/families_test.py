@@ -8,7 +8,7 @@ import pytest
 import transformers
 from flax import nnx
 
-from dpo_flax.model.config import Llama3Scaling
+from dpo_flax.model.config import AttentionKind, Llama3Scaling, Rope
 from dpo_flax.model.families import from_hf_config, to_hf_config
 from dpo_flax.model.presets import PRESETS, from_preset
 from dpo_flax.model.transformer import Transformer
@@ -60,7 +60,8 @@ def test_every_field_arrives():
   assert (config.vocab_size, config.embed_dim, config.mlp_dim) == (320, 64, 160)
   assert (config.num_layers, config.num_heads, config.num_kv_heads) == (2, 8, 4)
   assert (config.head_dim, config.rms_norm_eps, config.initializer_range) == (8, 1e-5, 0.02)
-  assert (config.rope_theta, config.rope_scaling) == (10_000.0, None)
+  assert config.attention_kinds == (AttentionKind(None, Rope(10_000.0, dim=8, scaling=None)),)
+  assert (config.activation, config.attention_scale) == ('silu', 8**-0.5)
   assert not config.tie_word_embeddings
   assert {name: getattr(config, name) for name in RUN} == RUN
 
@@ -75,7 +76,7 @@ def test_fields_left_out_mean_what_they_mean_in_transformers():
   assert ours.rms_norm_eps == theirs.rms_norm_eps
   assert ours.tie_word_embeddings == theirs.tie_word_embeddings
   assert ours.initializer_range == theirs.initializer_range
-  assert ours.rope_theta == theirs.rope_parameters['rope_theta']
+  assert ours.attention_kinds[0].rope.theta == theirs.rope_parameters['rope_theta']
 
 
 @pytest.mark.parametrize(
@@ -89,8 +90,8 @@ def test_fields_left_out_mean_what_they_mean_in_transformers():
 )
 def test_rope_of_every_age_reads_alike(rope):
   config = read(with_changes(**rope))
-  assert config.rope_theta == 500_000.0
-  assert config.rope_scaling == Llama3Scaling(32.0, 1.0, 4.0, 8192)
+  scaling = Llama3Scaling(32.0, 1.0, 4.0, 8192)
+  assert config.attention_kinds[0].rope == Rope(500_000.0, dim=8, scaling=scaling)
 
 
 def test_what_transformers_writes_is_read():
@@ -112,14 +113,14 @@ def test_config_survives_the_round_trip(name):
     ('model_type', 'mamba'),
     ('model_type', 'absent'),
     ('hidden_act', 'gelu'),
-    ('attention_bias', True),
-    ('mlp_bias', True),
+    ('attention_bias', 1),
+    ('layer_types', ['full_attention', 'full_attention']),
     ('pretraining_tp', 2),
     ('attention_dropout', 0.1),
     ('sliding_window', 4096),
     ('quantization_config', {'quant_method': 'gptq'}),
     ('partial_rotary_factor', 0.5),
-    ('rope_scaling', {'type': 'linear', 'factor': 2.0}),
+    ('rope_scaling', {'type': 'linear'}),
     ('rope_scaling', {'rope_type': 'yarn', 'factor': 2.0}),
     ('rope_scaling', {'rope_type': 'llama3', 'factor': 2.0}),
     ('rope_scaling', {**LLAMA3, 'factor': 'eight'}),

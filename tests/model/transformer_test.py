@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dpo_flax.model.attention import make_mask
-from dpo_flax.model.layers import rope_angles
+from dpo_flax.model.attention import make_places
 from dpo_flax.model.lora import BLOCK_PROJECTIONS
 from dpo_flax.model.transformer import Transformer, run_streams
 
@@ -45,15 +44,14 @@ def test_scan_over_stacked_blocks_equals_the_blocks_one_by_one(
   models = make_models(make_model_config(), make_lora(dropout=dropout))
   policy, key = models.policy, jax.random.key(0)
   graphdef, layers = nnx.split(policy.blocks)
-  angles = rope_angles(batch['positions'], policy.config)
-  mask = make_mask(batch['visible_until'], 'xla')
+  (places,) = make_places(batch['positions'], batch['visible_until'], policy.config)
 
   @jax.jit
   def unrolled(layers, keys):
     hidden = policy.embed_tokens.embedding[...][batch['tokens']]
     for layer in range(policy.config.num_layers):
       block = nnx.merge(graphdef, jax.tree.map(operator.itemgetter(layer), layers))
-      hidden = block(hidden, angles, mask, keys[layer])
+      hidden = block(hidden, places, keys[layer])
     return policy.final_norm(hidden)
 
   outputs, _ = streams(models, batch, key)
