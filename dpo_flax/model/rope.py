@@ -72,7 +72,10 @@ def rope_fields(kinds: Mapping[str, Rope], family: Mapping[str, Any]) -> dict[st
   if rope.scaling is None:
     return fields
   kind = next(name for name, scaling in _SCALINGS.items() if isinstance(rope.scaling, scaling))
-  scaling = dataclasses.asdict(rope.scaling)
+  scaling = {
+    name: list(value) if isinstance(value, tuple) else value
+    for name, value in dataclasses.asdict(rope.scaling).items()
+  }
   fields['rope_scaling'] = {'rope_type': kind} | scaling
   if kind == 'llama3':
     stretched = scaling['factor'] * scaling['original_max_position_embeddings']
