@@ -251,7 +251,8 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     values['partial_rotary_factor'] = ropes[types[0]].dim / config.head_dim
   values |= {name: value for name, value in switches.items() if name in family.defaults}
   values |= family.fixed | rope_fields(ropes, family.defaults)
-  return values | {'torch_dtype': np.dtype(config.float_dtype).name}
+  # Unless told so, some families take padding to be a token of the published vocabulary.
+  return values | {'pad_token_id': None, 'torch_dtype': np.dtype(config.float_dtype).name}
 
 
 def _shape(given: Mapping[str, Any], where: str) -> dict[str, Any]:
