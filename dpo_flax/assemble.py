@@ -111,8 +111,27 @@ def make_model_config(config: ConfigDict, checkpoint: Checkpoint | None, mesh: M
     'attention': attention,
   }
   if checkpoint is None:
-    return from_preset(config.model.preset, **run)
-  return from_hf_config(checkpoint.config, where=str(checkpoint.directory / 'config.json'), **run)
+    model_config = from_preset(config.model.preset, **run)
+  else:
+    where = str(checkpoint.directory / 'config.json')
+    model_config = from_hf_config(checkpoint.config, where=where, **run)
+  _check_fit(model_config, config)
+  return model_config
+
+
+def _check_fit(model_config: ModelConfig, config: ConfigDict):
+  """Refuses rows and kernels that this architecture is not made for."""
+  longest, tokens = model_config.longest_sequence, config.batch.tokens
+  if longest is not None and tokens > longest:
+    raise ValueError(
+      f'batch.tokens={tokens}: this model (longrope) takes other positions for sequences of more '
+      f'than {longest} tokens, which is not supported: set batch.tokens to {longest} or less'
+    )
+  if model_config.attention == 'splash' and not model_config.has_plain_attention:
+    raise ValueError(
+      f'model.attention=splash has no sliding windows and softcaps, as {model_config.model_type} '
+      'has: set it to auto'
+    )
 
 
 def make_lora_config(config: ConfigDict, model_config: ModelConfig) -> LoraConfig:

@@ -37,15 +37,17 @@ def make_places(
   config: ModelConfig,
 ) -> list[Places]:
   """Returns the places for each of `config.kinds`; what two kinds share is the same array."""
-  windowed = any(kind.window for kind in config.kinds)
-  masks, rotations = {}, {}
-  for window, rope in ((kind.window, kind.rope) for kind in config.kinds):
-    if rope not in rotations:
-      rotations[rope] = make_rotation(positions, rope, config.head_dim)
-    if window not in masks:
-      seen = make_window(positions, window) if windowed else None
-      masks[window] = make_mask(visible_until, seen, config.attention)
-  return [Places(rotations[kind.rope], masks[kind.window]) for kind in config.kinds]
+  tokens, ropes = positions.shape[1], [kind.rope for kind in config.kinds]
+  # No two tokens of a row are further apart than it is long.
+  windows = [kind.window if (kind.window or tokens) < tokens else None for kind in config.kinds]
+  rotations = {
+    rope: make_rotation(positions, rope, config.head_dim) for rope in dict.fromkeys(ropes)
+  }
+  masks = {}
+  for size in dict.fromkeys(windows):
+    window = make_window(positions, size) if any(windows) else None
+    masks[size] = make_mask(visible_until, window, config.attention)
+  return [Places(rotations[rope], masks[size]) for rope, size in zip(ropes, windows, strict=True)]
 
 
 def choose(
@@ -56,8 +58,8 @@ def choose(
   if kind is None:
     return places[0]
   return jax.tree.map(
-    lambda first, *others: (
-      first if all(other is first for other in others) else jax.lax.select_n(kind, first, *others)
+    lambda *cases: (
+      cases[0] if all(case is cases[0] for case in cases) else jax.lax.select_n(kind, *cases)
     ),
     *places,
   )

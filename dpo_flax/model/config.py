@@ -108,6 +108,11 @@ class ModelConfig:
     return tuple(turn[layer % len(turn)] for layer in range(self.num_layers))
 
   @property
+  def has_plain_attention(self) -> bool:
+    """Whether scores have no cap, and queries see all that is before them in their sequence."""
+    return self.attention_softcap is None and not any(kind.window for kind in self.kinds)
+
+  @property
   def longest_sequence(self) -> int | None:
     """The tokens of a sequence beyond which this is another function; None: no such bound."""
     scalings = [kind.rope.scaling for kind in self.kinds if kind.rope]
