@@ -16,8 +16,10 @@ from dpo_flax.interop.hf_weights import Checkpoint, fingerprint, load_base, open
 from dpo_flax.learner.optimizer import make_optimizer
 from dpo_flax.learner.state import Models, TrainState, init_state, split_models
 from dpo_flax.learner.step import StepOptions
-from dpo_flax.model.config import ModelConfig, from_hf_config, from_preset
+from dpo_flax.model.config import ModelConfig
+from dpo_flax.model.families import from_hf_config
 from dpo_flax.model.lora import LoraConfig, resolve_targets
+from dpo_flax.model.presets import from_preset
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.objective.settings import SORTED, Objective, check_records
 from dpo_flax.reference_cache import with_reference_logps
@@ -109,8 +111,27 @@ def make_model_config(config: ConfigDict, checkpoint: Checkpoint | None, mesh: M
     'attention': attention,
   }
   if checkpoint is None:
-    return from_preset(config.model.preset, **run)
-  return from_hf_config(checkpoint.config, where=str(checkpoint.directory / 'config.json'), **run)
+    model_config = from_preset(config.model.preset, **run)
+  else:
+    where = str(checkpoint.directory / 'config.json')
+    model_config = from_hf_config(checkpoint.config, where=where, **run)
+  _check_fit(model_config, config)
+  return model_config
+
+
+def _check_fit(model_config: ModelConfig, config: ConfigDict):
+  """Refuses rows and kernels that this architecture is not made for."""
+  longest, tokens = model_config.longest_sequence, config.batch.tokens
+  if longest is not None and tokens > longest:
+    raise ValueError(
+      f'batch.tokens={tokens}: this model (longrope) takes other positions for sequences of more '
+      f'than {longest} tokens, which is not supported: set batch.tokens to {longest} or less'
+    )
+  if model_config.attention == 'splash' and not model_config.has_plain_attention:
+    raise ValueError(
+      f'model.attention=splash has no sliding windows and softcaps, as {model_config.model_type} '
+      'has: set it to auto'
+    )
 
 
 def make_lora_config(config: ConfigDict, model_config: ModelConfig) -> LoraConfig:

@@ -64,7 +64,7 @@ def default() -> ConfigDict:
 
 def _model() -> ConfigDict:
   model = ConfigDict()
-  model.preset = config_dict.placeholder(str)  # a name in model/config.py, for random weights
+  model.preset = config_dict.placeholder(str)  # a name in model/presets.py, for random weights
   model.dtype = 'bfloat16'  # of activations and matrix products: bfloat16 | float32
   # Of the frozen base weights in memory: bfloat16 | float32 | int8 (a scale for each channel).
   model.weight_dtype = 'bfloat16'

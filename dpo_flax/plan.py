@@ -10,6 +10,7 @@ that name, gives the shapes.
 
 import dataclasses
 import json
+import re
 import sys
 
 import jax
@@ -24,7 +25,8 @@ from dpo_flax.chips import Slice, make_slice
 from dpo_flax.data import loader, pack
 from dpo_flax.estimate import Estimate, Pairs, estimate, remedies
 from dpo_flax.interop.hf_weights import Checkpoint, open_checkpoint
-from dpo_flax.model.config import PRESETS
+from dpo_flax.model.families import from_hf_config
+from dpo_flax.model.presets import PRESETS, from_preset
 from dpo_flax.validation import validate
 
 _TOPOLOGY = flags.DEFINE_string('topology', None, 'Chips and their grid, such as v5e:4x4.')
@@ -78,7 +80,7 @@ def make_plan(
   if not (config.train.num_train_steps or config.train.num_epochs):
     config.train.num_epochs = 1.0
   config = validate(config)
-  vocab_size = base.config['vocab_size'] if base else PRESETS[config.model.preset]['vocab_size']
+  vocab_size = _vocab_size(base, config.model.preset)
   pairs = _measured_pairs(config, vocab_size) if measured else _given_pairs(config, lengths)
   return Plan(config, slice_, base, reference, pairs)
 
@@ -98,9 +100,17 @@ def _shapes(config: ConfigDict, preset: str | None) -> Checkpoint | None:
 
 def _published(path: str | None) -> str | None:
   """Returns the preset of a hub id: meta-llama/Llama-3.1-8B is llama3.1-8b."""
-  name = (path or '').rpartition('/')[2].lower().removesuffix('-instruct')
-  by_name = {preset.replace('llama', 'llama-'): preset for preset in PRESETS}
-  return by_name.get(name.removeprefix('meta-'))
+  name = (path or '').rpartition('/')[2].lower().removeprefix('meta-')
+  name = re.sub(r'-(instruct|it|pt|hf)$', '', name).replace('-', '')
+  return {preset.replace('-', ''): preset for preset in PRESETS}.get(name)
+
+
+def _vocab_size(base: Checkpoint | None, preset: str) -> int:
+  """Returns the rows of the embedding."""
+  run = {'dtype': 'float32', 'weight_dtype': 'float32', 'remat': 'none', 'attention': 'xla'}
+  if base is None:
+    return from_preset(preset, **run).vocab_size
+  return from_hf_config(base.config, where=str(base.directory / 'config.json'), **run).vocab_size
 
 
 def _measured_pairs(config: ConfigDict, vocab_size: int) -> Pairs:

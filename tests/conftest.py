@@ -26,7 +26,7 @@ from dpo_flax import config as config_lib
 from dpo_flax.data import pack
 from dpo_flax.learner.state import Models
 from dpo_flax.learner.step import StepOptions
-from dpo_flax.model.config import ModelConfig
+from dpo_flax.model.config import AttentionKind, ModelConfig, Rope
 from dpo_flax.model.lora import BLOCK_PROJECTIONS, LoraConfig
 from dpo_flax.objective.settings import Objective
 from dpo_flax.sharding import AXES, make_mesh
@@ -78,6 +78,7 @@ def make_model_config():
 
   def make(**changes) -> ModelConfig:
     values = {
+      'model_type': 'llama',
       'vocab_size': 97,
       'embed_dim': 32,
       'mlp_dim': 48,
@@ -85,9 +86,19 @@ def make_model_config():
       'num_heads': 4,
       'num_kv_heads': 2,
       'head_dim': 8,
+      'activation': 'silu',
+      'fused_projections': False,
+      'biases': frozenset(),
       'rms_norm_eps': 1e-5,
-      'rope_theta': 10_000.0,
-      'rope_scaling': None,
+      'norm_offset': 0.0,
+      'input_norms': True,
+      'output_norms': False,
+      'qk_norm': None,
+      'attention_kinds': (AttentionKind(None, Rope(10_000.0, dim=8, scaling=None)),),
+      'attention_scale': 8**-0.5,
+      'attention_softcap': None,
+      'logits_softcap': None,
+      'embed_scale': 1.0,
       'tie_word_embeddings': False,
       'initializer_range': 0.2,
       'dtype': jnp.dtype('float32'),

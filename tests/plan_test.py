@@ -172,7 +172,11 @@ def test_search_finds_the_most_rows_that_fit(fixed, full, dots, kept):
     ('meta-llama/Llama-3.1-8B', 'llama3.1-8b'),
     ('meta-llama/Meta-Llama-3-8B-Instruct', 'llama3-8b'),
     ('meta-llama/Llama-3.1-70B', 'llama3.1-70b'),
-    ('meta-llama/Llama-2-7b', 'llama2-7b'),
+    ('meta-llama/Llama-2-7b-hf', 'llama2-7b'),
+    ('mistralai/Mistral-7B-v0.3', 'mistral-7b-v0.3'),
+    ('Qwen/Qwen2.5-7B-Instruct', 'qwen2.5-7b'),
+    ('google/gemma-3-27b-it', 'gemma3-27b'),
+    ('microsoft/Phi-4-mini-instruct', 'phi4-mini'),
   ],
 )
 def test_published_model_needs_no_checkpoint(name, preset, monkeypatch):

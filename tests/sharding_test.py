@@ -103,7 +103,7 @@ def test_weights_lie_as_their_axes_say(abstract, make_mesh_of):
   }
   expected = {
     'embed_tokens.embedding': ('tensor', 'fsdp'),
-    'blocks.input_norm.scale': (None, None),
+    'blocks.attention_norm.scale': (None, None),
     'blocks.attention.q_proj.kernel': (None, 'fsdp', 'tensor'),
     'blocks.attention.q_proj.lora_a': (None, 'fsdp', None),
     'blocks.attention.q_proj.lora_b': (None, None, 'tensor'),

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dpo_flax.interop.named_arrays import Slot, gather, gather_slot, load_arrays, make_slots, match
+from dpo_flax.interop.names import HARMLESS, name_table
 from dpo_flax.interop.tensor_files import (
   DTYPES,
   TensorFile,
@@ -26,28 +27,9 @@ from dpo_flax.interop.tensor_files import (
   read_header,
   write_tensors,
 )
-from dpo_flax.model.config import to_hf_config
+from dpo_flax.model.families import to_hf_config
 from dpo_flax.model.quantization import scale_path
 from dpo_flax.model.transformer import Transformer
-
-# Ours -> (theirs, transposed): torch's linear layers store [out, in], our kernels are [in, out].
-NAMES = {
-  'embed_tokens.embedding': ('model.embed_tokens.weight', False),
-  'blocks.input_norm.scale': ('model.layers.{}.input_layernorm.weight', False),
-  'blocks.attention.q_proj.kernel': ('model.layers.{}.self_attn.q_proj.weight', True),
-  'blocks.attention.k_proj.kernel': ('model.layers.{}.self_attn.k_proj.weight', True),
-  'blocks.attention.v_proj.kernel': ('model.layers.{}.self_attn.v_proj.weight', True),
-  'blocks.attention.o_proj.kernel': ('model.layers.{}.self_attn.o_proj.weight', True),
-  'blocks.post_attention_norm.scale': ('model.layers.{}.post_attention_layernorm.weight', False),
-  'blocks.mlp.gate_proj.kernel': ('model.layers.{}.mlp.gate_proj.weight', True),
-  'blocks.mlp.up_proj.kernel': ('model.layers.{}.mlp.up_proj.weight', True),
-  'blocks.mlp.down_proj.kernel': ('model.layers.{}.mlp.down_proj.weight', True),
-  'final_norm.scale': ('model.norm.weight', False),
-  'lm_head.kernel': ('lm_head.weight', True),
-}
-
-# Old writers stored the rotary frequencies, which follow from config.json.
-HARMLESS = re.compile(r'model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq')
 
 COPIED_FILES = (
   'config.json',
@@ -137,7 +119,7 @@ def save_merged(
   """
   base = nnx.state(model, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
   if checkpoint is None:
-    tensors, slots = None, make_slots(base, NAMES)
+    tensors, slots = None, make_slots(base, name_table(model.config.model_type))
     dtypes = dict.fromkeys(slots, np.dtype(model.config.float_dtype))
   else:
     tensors, slots = _matched(checkpoint, base)
@@ -204,7 +186,8 @@ def _matched(
   checkpoint: Checkpoint, base: nnx.State
 ) -> tuple[dict[str, TensorFile], dict[str, Slot]]:
   """Returns the checkpoint's tensors and their places, which fit one another."""
-  slots, tensors = make_slots(base, NAMES), dict(checkpoint.tensors)
+  table = name_table(checkpoint.config['model_type'])
+  slots, tensors = make_slots(base, table), dict(checkpoint.tensors)
   head, embedding = 'lm_head.weight', 'model.embed_tokens.weight'
   if head not in slots and head in tensors and embedding in tensors:
     # Some writers store a tied head again. An equal copy is harmless, another one is no tied head.

@@ -14,8 +14,8 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from dpo_flax.interop.hf_weights import NAMES
 from dpo_flax.interop.named_arrays import gather_slot, load_arrays, make_slots, match
+from dpo_flax.interop.names import NAMES
 from dpo_flax.interop.tensor_files import (
   TensorFile,
   new_directory,
@@ -23,7 +23,7 @@ from dpo_flax.interop.tensor_files import (
   read_header,
   write_tensors,
 )
-from dpo_flax.model.config import check_fields
+from dpo_flax.model.fields import check_fields
 from dpo_flax.model.lora import LoraConfig
 from dpo_flax.model.transformer import Transformer
 

@@ -1,6 +1,7 @@
-"""Attention under the one mask rule: queries q see key t where t <= q < visible_until[t]."""
+"""Attention under one mask rule: see mask.py."""
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,10 +12,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_mask,
 )
 
-from dpo_flax.model import pallas_attention
 from dpo_flax.model.config import ModelConfig
-from dpo_flax.model.layers import apply_rope
+from dpo_flax.model.layers import RMSNorm, Rotation, make_rotation, rotate, softly_capped
 from dpo_flax.model.lora import LoraConfig, Projection
+from dpo_flax.model.mask import Mask, Window, make_mask, make_window
+from dpo_flax.model.pallas_attention import pallas_attention
 from dpo_flax.sharding import partition_spec
 
 # Queries per block: each block only meets the keys up to its own end, so half of all scores are
@@ -22,17 +24,45 @@ from dpo_flax.sharding import partition_spec
 QUERY_BLOCK = 256
 
 
-class Mask(NamedTuple):
-  """What each query may see, prepared once for all layers."""
+class Places(NamedTuple):
+  """Where a batch's tokens are, as attention knows it."""
 
-  visible_until: jax.Array  # [B, T] int32
-  plan: pallas_attention.BlockPlan | None  # of the Pallas kernel alone
+  rotation: Rotation
+  mask: Mask
 
 
-def make_mask(visible_until: jax.Array, backend: str) -> Mask:
-  """Returns the mask of a batch for one backend: xla | pallas | splash."""
-  pallas = backend == 'pallas'
-  return Mask(visible_until, pallas_attention.make_block_plan(visible_until) if pallas else None)
+def make_places(
+  positions: jax.Array,  # [B, T] int32
+  visible_until: jax.Array,  # [B, T] int32
+  config: ModelConfig,
+) -> list[Places]:
+  """Returns the places for each of `config.kinds`; what two kinds share is the same array."""
+  tokens, ropes = positions.shape[1], [kind.rope for kind in config.kinds]
+  # No two tokens of a row are further apart than it is long.
+  windows = [kind.window if (kind.window or tokens) < tokens else None for kind in config.kinds]
+  rotations = {
+    rope: make_rotation(positions, rope, config.head_dim) for rope in dict.fromkeys(ropes)
+  }
+  masks = {}
+  for size in dict.fromkeys(windows):
+    window = make_window(positions, size) if any(windows) else None
+    masks[size] = make_mask(visible_until, window, config.attention)
+  return [Places(rotations[rope], masks[size]) for rope, size in zip(ropes, windows, strict=True)]
+
+
+def choose(
+  places: Sequence[Places],
+  kind: jax.Array | None,  # [] int32; None: there is one alone
+) -> Places:
+  """Returns the places of one kind, which a scan over layers knows as a number."""
+  if kind is None:
+    return places[0]
+  return jax.tree.map(
+    lambda *cases: (
+      cases[0] if all(case is cases[0] for case in cases) else jax.lax.select_n(kind, *cases)
+    ),
+    *places,
+  )
 
 
 class Attention(nnx.Module):
@@ -42,30 +72,49 @@ class Attention(nnx.Module):
     def projection(name, features, axes):
       return Projection(name, features, axes, config=config, lora=lora, rngs=rngs)
 
-    self.head_dim, self.backend = config.head_dim, config.attention
-    heads, kv_heads = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
+    self.config = config
     embed = config.embed_dim
-    self.q_proj = projection('q_proj', (embed, heads), ('embed', 'heads'))
-    self.k_proj = projection('k_proj', (embed, kv_heads), ('embed', 'kv_heads'))
-    self.v_proj = projection('v_proj', (embed, kv_heads), ('embed', 'kv_heads'))
+    heads, kv_heads = self._features()
+    if config.fused_projections:
+      self.qkv_proj = projection('qkv_proj', (embed, heads + 2 * kv_heads), ('embed', 'heads'))
+    else:
+      self.q_proj = projection('q_proj', (embed, heads), ('embed', 'heads'))
+      self.k_proj = projection('k_proj', (embed, kv_heads), ('embed', 'kv_heads'))
+      self.v_proj = projection('v_proj', (embed, kv_heads), ('embed', 'kv_heads'))
     self.o_proj = projection('o_proj', (heads, embed), ('heads', 'embed'))
+    if config.qk_norm:
+      over_all = config.qk_norm == 'all'
+      self.q_norm = RMSNorm(config, heads if over_all else config.head_dim)
+      self.k_norm = RMSNorm(config, kv_heads if over_all else config.head_dim)
 
   def __call__(
     self,
     hidden: jax.Array,  # [B, T, D]
-    angles: jax.Array,  # [B, T, head_dim / 2]
-    mask: Mask,
+    places: Places,
     dropout_key: jax.Array | None = None,
   ) -> jax.Array:  # [B, T, D]
-    rows, tokens, _ = hidden.shape
+    queries, keys, values = self._project(hidden, dropout_key)
+    if self.config.qk_norm == 'all':
+      queries, keys = self.q_norm(queries), self.k_norm(keys)
+    queries, keys, values = (
+      array.reshape(*array.shape[:2], -1, self.config.head_dim) for array in (queries, keys, values)
+    )
+    if self.config.qk_norm == 'head':
+      queries, keys = self.q_norm(queries), self.k_norm(keys)
+    queries, keys = rotate(queries, places.rotation), rotate(keys, places.rotation)
+    mixed = attend(queries, keys, values, places.mask, config=self.config)
+    return self.o_proj(mixed.reshape(*hidden.shape[:2], -1), dropout_key)
 
-    def heads(projection):
-      return projection(hidden, dropout_key).reshape(rows, tokens, -1, self.head_dim)
+  def _features(self) -> tuple[int, int]:  # of all query heads, of all kv heads
+    config = self.config
+    return config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
-    queries = apply_rope(heads(self.q_proj), angles)
-    keys = apply_rope(heads(self.k_proj), angles)
-    mixed = attend(queries, keys, heads(self.v_proj), mask, self.backend)
-    return self.o_proj(mixed.reshape(rows, tokens, -1), dropout_key)
+  def _project(self, hidden: jax.Array, dropout_key: jax.Array | None) -> Sequence[jax.Array]:
+    if self.config.fused_projections:
+      heads, kv_heads = self._features()
+      return jnp.split(self.qkv_proj(hidden, dropout_key), (heads, heads + kv_heads), axis=-1)
+    projections = (self.q_proj, self.k_proj, self.v_proj)
+    return [projection(hidden, dropout_key) for projection in projections]
 
 
 def attend(
@@ -73,45 +122,49 @@ def attend(
   keys: jax.Array,  # [B, T, K, head_dim]
   values: jax.Array,  # [B, T, K, head_dim]
   mask: Mask,
-  backend: str,  # xla | pallas | splash
+  *,
+  config: ModelConfig,
 ) -> jax.Array:  # [B, T, H, head_dim]
   """Softmax attention under the mask, by the backend the mask was made for.
 
-  splash serves the separate layout alone, where visible_until is constant inside a sequence.
+  splash serves the separate layout alone, where visible_until is constant inside a sequence, and
+  no windows or softcaps.
   """
-  if backend == 'xla':
-    return xla_attention(queries, keys, values, mask.visible_until)
-  queries = (queries * queries.shape[-1] ** -0.5).astype(queries.dtype)
+  scale, softcap = config.attention_scale, config.attention_softcap
+  if config.attention == 'xla':
+    return xla_attention(queries, keys, values, mask, scale=scale, softcap=softcap)
+  queries = (queries * scale).astype(queries.dtype)
   heads_first = (array.swapaxes(1, 2) for array in (queries, keys, values))
   # The compiler cannot split a kernel: each device runs it on its own rows and heads.
-  rows, split = partition_spec('rows'), partition_spec('rows', 'heads')
+  split = partition_spec('rows', 'heads')
   kernel = jax.shard_map(
-    {'pallas': pallas_attention.pallas_attention, 'splash': splash_attention}[backend],
-    in_specs=(split, split, split, rows, rows),
+    splash_attention
+    if config.attention == 'splash'
+    else lambda *inputs: pallas_attention(*inputs, softcap),
+    in_specs=(split, split, split, partition_spec('rows')),
     out_specs=split,
     check_vma=False,
   )
-  return kernel(*heads_first, *mask).swapaxes(1, 2)
+  return kernel(*heads_first, mask).swapaxes(1, 2)
 
 
 def splash_attention(
   queries: jax.Array,  # [B, H, T, head_dim], scaled
   keys: jax.Array,  # [B, K, T, head_dim]
   values: jax.Array,  # [B, K, T, head_dim]
-  visible_until: jax.Array,  # [B, T] int32, constant inside a sequence
-  _: None = None,
+  mask: Mask,  # visible_until constant inside a sequence
   interpret: bool = False,  # True: run on a CPU, to test
 ) -> jax.Array:  # [B, H, T, head_dim]
   """JAX's splash kernel, a group of query heads and its kv head at a time."""
   rows, heads, tokens, head_dim = queries.shape
   kv_heads = keys.shape[1]
   group = heads // kv_heads
-  mask = splash_attention_mask.MultiHeadMask(
+  causal = splash_attention_mask.MultiHeadMask(
     [splash_attention_mask.CausalMask((tokens, tokens))] * group
   )
-  kernel = splash_attention_kernel.make_splash_mqa_single_device(mask, interpret=interpret)
+  kernel = splash_attention_kernel.make_splash_mqa_single_device(causal, interpret=interpret)
   # Where a sequence ends tells it from the others of its row.
-  segments = splash_attention_kernel.SegmentIds(q=visible_until, kv=visible_until)
+  segments = splash_attention_kernel.SegmentIds(q=mask.visible_until, kv=mask.visible_until)
   over_kv_heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
   grouped = queries.reshape(rows, kv_heads, group, tokens, head_dim)
   return jax.vmap(over_kv_heads)(grouped, keys, values, segments).reshape(queries.shape)
@@ -121,18 +174,25 @@ def xla_attention(
   queries: jax.Array,  # [B, T, H, head_dim]
   keys: jax.Array,  # [B, T, K, head_dim]
   values: jax.Array,  # [B, T, K, head_dim]
-  visible_until: jax.Array,  # [B, T] int32
+  mask: Mask,
+  *,
+  scale: float,
+  softcap: float | None,
 ) -> jax.Array:  # [B, T, H, head_dim]
   """Softmax attention in plain XLA, one block of queries after the other, scores in float32."""
   tokens = queries.shape[1]
   blocks = []
   for start in range(0, tokens, QUERY_BLOCK):
     end = min(start + QUERY_BLOCK, tokens)
-    block = functools.partial(_attend, start=start)
+    block = functools.partial(_attend, start=start, scale=scale, softcap=softcap)
     # Recomputing the scores in backward is what keeps only one block of them alive.
     blocks.append(
       jax.checkpoint(block)(
-        queries[:, start:end], keys[:, :end], values[:, :end], visible_until[:, :end]
+        queries[:, start:end],
+        keys[:, :end],
+        values[:, :end],
+        mask.visible_until[:, :end],
+        mask.window and Window(mask.window.positions[:, :end], mask.window.floor[:, start:end]),
       )
     )
   return jnp.concatenate(blocks, axis=1)
@@ -143,15 +203,21 @@ def _attend(
   keys: jax.Array,  # [B, S, K, head_dim]
   values: jax.Array,  # [B, S, K, head_dim]
   visible_until: jax.Array,  # [B, S]
+  window: Window | None,  # positions [B, S], floor [B, Q]
   *,
   start: int,
+  scale: float,
+  softcap: float | None,
 ) -> jax.Array:  # [B, Q, H, head_dim]
   rows, length, heads, head_dim = queries.shape
   span, kv_heads = keys.shape[1:3]
   grouped = queries.reshape(rows, length, kv_heads, heads // kv_heads, head_dim)
   scores = jnp.einsum('bqkgd,bskd->bkgqs', grouped, keys, preferred_element_type=jnp.float32)
+  scores = softly_capped(scores * scale, softcap)
   query = (start + jnp.arange(length))[None, :, None]
   visible = (jnp.arange(span)[None, None] <= query) & (query < visible_until[:, None])
-  scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, -jnp.inf)
+  if window is not None:
+    visible &= window.positions[:, None] > window.floor[:, :, None]
+  scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
   weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
   return jnp.einsum('bkgqs,bskd->bqkgd', weights, values).reshape(queries.shape)

@@ -1,11 +1,16 @@
-"""The architecture of a model, from a Hugging Face config.json or a preset."""
+"""The architecture of a model: everything that the network's code needs to know."""
 
 import dataclasses
-import difflib
-from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearScaling:
+  """Positions divided by a factor (`rope_type: linear`)."""
+
+  factor: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,10 +23,42 @@ class Llama3Scaling:
   original_max_position_embeddings: int
 
 
+@dataclasses.dataclass(frozen=True)
+class LongScaling:
+  """Phi-3's stretching, a factor for each wavelength (`rope_type: longrope`, arXiv:2402.13753).
+
+  A sequence of at most the original length takes the short factors. Longer ones would take the
+  long factors, in all their positions; here they are refused.
+  """
+
+  short_factor: tuple[float, ...]
+  long_factor: tuple[float, ...]
+  attention_factor: float  # on both rotated queries and keys, whatever the length
+  original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+  """Rotary positions (arXiv:2104.09864)."""
+
+  theta: float
+  dim: int  # how much of each head is rotated, from its start
+  scaling: LinearScaling | Llama3Scaling | LongScaling | None
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionKind:
+  """What tells the attention of some layers from that of others."""
+
+  window: int | None  # keys are less than this many positions back; None: any number
+  rope: Rope | None  # None: no positions
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
   """Everything the network's code needs to know; no field has a default below the run's config."""
 
+  model_type: str  # whose config.json and tensor names its files have: see families.py
   vocab_size: int
   embed_dim: int
   mlp_dim: int
@@ -29,9 +66,19 @@ class ModelConfig:
   num_heads: int
   num_kv_heads: int
   head_dim: int
+  activation: str  # silu | gelu_tanh
+  fused_projections: bool  # qkv_proj and gate_up_proj are one matrix each
+  biases: frozenset[str]  # projections that have one
   rms_norm_eps: float
-  rope_theta: float
-  rope_scaling: Llama3Scaling | None
+  norm_offset: float  # what is added to the norms' scales
+  input_norms: bool  # attention and MLP are given normed inputs
+  output_norms: bool  # what they give is normed before it is added to the stream
+  qk_norm: str | None  # norms of queries and keys: over each `head`, or over `all` at once
+  attention_kinds: tuple[AttentionKind, ...]  # layers take these in turn
+  attention_scale: float  # of the scores
+  attention_softcap: float | None  # scores are softly kept below this
+  logits_softcap: float | None
+  embed_scale: float  # of the token embeddings, where they enter the first layer
   tie_word_embeddings: bool
   initializer_range: float  # standard deviation of random initial weights
   dtype: Any  # of activations and matrix products
@@ -46,267 +93,32 @@ class ModelConfig:
 
   @property
   def float_dtype(self) -> Any:
-    """The dtype of the base weights that are floats in any case: the norms' scales."""
+    """The dtype of the base weights that are floats in any case: norms' scales and biases."""
     return self.dtype if self.is_quantized else self.weight_dtype
 
+  @property
+  def kinds(self) -> tuple[AttentionKind, ...]:
+    """The different kinds of attention among the layers."""
+    return tuple(dict.fromkeys(self.attention_kinds[: self.num_layers]))
 
-@dataclasses.dataclass(frozen=True)
-class Family:
-  """How the config.json of one `model_type` maps to a ModelConfig."""
+  @property
+  def kind_of_layer(self) -> tuple[int, ...]:
+    """Which of `kinds` each layer has."""
+    turn = [self.kinds.index(kind) for kind in self.attention_kinds[: self.num_layers]]
+    return tuple(turn[layer % len(turn)] for layer in range(self.num_layers))
 
-  architecture: str  # transformers' class
-  fields: Mapping[str, str]  # a field of config.json -> ours
-  defaults: Mapping[str, Any]  # transformers' values of fields that config.json may leave out
-  fixed: Mapping[str, Any]  # fields whose only value here is this one: another changes the maths
+  @property
+  def has_plain_attention(self) -> bool:
+    """Whether scores have no cap, and queries see all that is before them in their sequence."""
+    return self.attention_softcap is None and not any(kind.window for kind in self.kinds)
 
-
-FAMILIES = {
-  'llama': Family(
-    architecture='LlamaForCausalLM',
-    fields={
-      'vocab_size': 'vocab_size',
-      'hidden_size': 'embed_dim',
-      'intermediate_size': 'mlp_dim',
-      'num_hidden_layers': 'num_layers',
-      'num_attention_heads': 'num_heads',
-      'num_key_value_heads': 'num_kv_heads',
-      'head_dim': 'head_dim',
-      'rms_norm_eps': 'rms_norm_eps',
-      'tie_word_embeddings': 'tie_word_embeddings',
-      'initializer_range': 'initializer_range',
-    },
-    defaults={
-      'rms_norm_eps': 1e-6,
-      'tie_word_embeddings': False,
-      'initializer_range': 0.02,
-      'rope_theta': 10_000.0,
-    },
-    fixed={
-      'hidden_act': 'silu',
-      'attention_bias': False,
-      'mlp_bias': False,
-      'attention_dropout': 0.0,
-      'pretraining_tp': 1,
-    },
-  ),
-}
-
-ROPE_FIELDS = ('rope_parameters', 'rope_theta', 'rope_scaling')
-
-# Fields of any config.json that say nothing about log-probs.
-HARMLESS_FIELDS = frozenset().union(
-  ['model_type', 'architectures', '_name_or_path', 'name_or_path', 'transformers_version'],
-  ['dtype', 'torch_dtype', 'use_cache', 'return_dict', 'max_position_embeddings'],
-  ['bos_token_id', 'eos_token_id', 'pad_token_id', 'max_length', 'problem_type'],
-  ['id2label', 'label2id', 'chunk_size_feed_forward', 'unsloth_fixed', 'unsloth_version'],
-)
-
-_LLAMA3 = {
-  'model_type': 'llama',
-  'vocab_size': 128_256,
-  'hidden_size': 4096,
-  'intermediate_size': 14_336,
-  'num_hidden_layers': 32,
-  'num_attention_heads': 32,
-  'num_key_value_heads': 8,
-  'rms_norm_eps': 1e-5,
-  'rope_theta': 500_000.0,
-  'max_position_embeddings': 8192,
-}
-
-
-def _stretched(factor: float) -> dict[str, Any]:
-  """Returns the positions of Llama 3.1 and later: 8,192 stretched to 131,072."""
-  scaling = {'low_freq_factor': 1.0, 'high_freq_factor': 4.0}
-  scaling |= {'rope_type': 'llama3', 'factor': factor, 'original_max_position_embeddings': 8192}
-  return {'rope_scaling': scaling, 'max_position_embeddings': 131_072}
-
-
-# Published config.json files, and `tiny`, which trains on a laptop.
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-  'tiny': {
-    'model_type': 'llama',
-    'vocab_size': 512,
-    'hidden_size': 128,
-    'intermediate_size': 384,
-    'num_hidden_layers': 4,
-    'num_attention_heads': 4,
-    'num_key_value_heads': 2,
-    'rms_norm_eps': 1e-5,
-    'initializer_range': 0.08,
-  },
-  'llama2-7b': {
-    'model_type': 'llama',
-    'vocab_size': 32_000,
-    'hidden_size': 4096,
-    'intermediate_size': 11_008,
-    'num_hidden_layers': 32,
-    'num_attention_heads': 32,
-    'rms_norm_eps': 1e-5,
-    'max_position_embeddings': 4096,
-  },
-  'llama3-8b': _LLAMA3,
-  'llama3.1-8b': _LLAMA3 | _stretched(8.0),
-  'llama3.1-70b': _LLAMA3
-  | _stretched(8.0)
-  | {
-    'hidden_size': 8192,
-    'intermediate_size': 28_672,
-    'num_hidden_layers': 80,
-    'num_attention_heads': 64,
-  },
-  'llama3.2-1b': _LLAMA3
-  | _stretched(32.0)
-  | {
-    'hidden_size': 2048,
-    'intermediate_size': 8192,
-    'num_hidden_layers': 16,
-    'head_dim': 64,
-    'tie_word_embeddings': True,
-  },
-  'llama3.2-3b': _LLAMA3
-  | _stretched(32.0)
-  | {
-    'hidden_size': 3072,
-    'intermediate_size': 8192,
-    'num_hidden_layers': 28,
-    'num_attention_heads': 24,
-    'head_dim': 128,
-    'tie_word_embeddings': True,
-  },
-}
-
-
-def from_preset(
-  name: str, *, dtype: Any, weight_dtype: Any, remat: str, attention: str
-) -> ModelConfig:
-  """Returns the architecture of a name in PRESETS; the other fields are the run's.
-
-  Raises:
-    ValueError: there is no such preset.
-  """
-  if name not in PRESETS:
-    near = difflib.get_close_matches(name, PRESETS, n=1)
-    hint = f'did you mean {near[0]!r}?' if near else f'there are {", ".join(sorted(PRESETS))}'
-    raise ValueError(f'no preset is called {name!r}: {hint}')
-  return from_hf_config(
-    PRESETS[name],
-    dtype=dtype,
-    weight_dtype=weight_dtype,
-    remat=remat,
-    attention=attention,
-    where=f'preset {name}',
-  )
-
-
-def from_hf_config(
-  values: Mapping[str, Any],
-  *,
-  dtype: Any,
-  weight_dtype: Any,
-  remat: str,
-  attention: str,
-  where: str,  # the file, for messages
-) -> ModelConfig:
-  """Returns the architecture that a config.json describes; the other fields are the run's.
-
-  Fields are used, known to be harmless, or refused: none is ignored.
-
-  Raises:
-    ValueError: a field is missing, malformed, or asks for something this network does not do.
-  """
-  family = FAMILIES.get(str(values.get('model_type')))
-  if family is None:
-    raise ValueError(
-      f'{where}: model_type is {values.get("model_type")!r}; supported: {", ".join(FAMILIES)}'
-    )
-  known = HARMLESS_FIELDS.union(family.fields, ROPE_FIELDS)
-  check_fields(values, known=known, fixed=family.fixed, where=where)
-  given = family.defaults | {name: value for name, value in values.items() if value is not None}
-  theta, scaling = _rope(given, where)
-  ours = {new: _typed(given, old, new, where) for old, new in family.fields.items() if old in given}
-  ours.setdefault('num_kv_heads', ours.get('num_heads'))
-  if ours.get('num_heads'):
-    ours.setdefault('head_dim', ours.get('embed_dim', 0) // ours['num_heads'])
-  missing = [old for old, new in family.fields.items() if ours.get(new) is None]
-  if missing:
-    raise ValueError(f'{where}: missing {", ".join(missing)}')
-  if ours['num_heads'] % ours['num_kv_heads'] or ours['head_dim'] % 2:
-    raise ValueError(
-      f'{where}: {ours["num_heads"]} attention heads must be a multiple of'
-      f' {ours["num_kv_heads"]} key-value heads, and head_dim {ours["head_dim"]} even'
-    )
-  rope = {'rope_theta': theta, 'rope_scaling': scaling}
-  run = {'dtype': dtype, 'weight_dtype': weight_dtype, 'remat': remat, 'attention': attention}
-  return ModelConfig(**ours, **rope, **run)
-
-
-def to_hf_config(config: ModelConfig) -> dict[str, Any]:
-  """Returns the config.json of a model that had none, readable by old and new transformers."""
-  family = FAMILIES['llama']
-  values = {'architectures': [family.architecture], 'model_type': 'llama'}
-  values |= {old: getattr(config, new) for old, new in family.fields.items()}
-  values |= family.fixed | {'rope_theta': config.rope_theta}
-  values['torch_dtype'] = np.dtype(config.float_dtype).name
-  if config.rope_scaling is not None:
-    scaling = dataclasses.asdict(config.rope_scaling)
-    values['rope_scaling'] = {'rope_type': 'llama3', **scaling}
-    stretched = scaling['factor'] * scaling['original_max_position_embeddings']
-    values['max_position_embeddings'] = int(stretched)
-  return values
-
-
-def check_fields(
-  values: Mapping[str, Any], *, known: Collection[str], fixed: Mapping[str, Any], where: str
-) -> None:
-  """Refuses every field that is not known, not at its fixed value and not switched off.
-
-  Raises:
-    ValueError: names each such field with its value.
-  """
-  refused = []
-  for name, value in values.items():
-    # None, False and empty containers are how a config.json says that it lacks a feature.
-    off = value is None or value is False or value in ([], {})
-    if name in fixed and value is not None and value != fixed[name]:
-      refused.append(f'{name}={value!r} (supported: {fixed[name]!r})')
-    elif name not in known and name not in fixed and not off:
-      refused.append(f'{name}={value!r} (unknown)')
-  if refused:
-    raise ValueError(f'{where}: these fields may change the result: {", ".join(refused)}')
-
-
-def _typed(values: Mapping[str, Any], name: str, field: str, where: str) -> Any:
-  """Returns values[name], checked against the type of ModelConfig's `field`."""
-  kind = ModelConfig.__annotations__[field]
-  value = values[name]
-  right = isinstance(value, (int, float) if kind is float else kind)
-  if not right or (kind is not bool and (isinstance(value, bool) or value <= 0)):
-    expected = 'true or false' if kind is bool else f'a positive {kind.__name__}'
-    raise ValueError(f'{where}: {name} is {value!r}, not {expected}')
-  return kind(value)
-
-
-def _rope(values: Mapping[str, Any], where: str) -> tuple[float, Llama3Scaling | None]:
-  """Reads `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before)."""
-  scalings = [values[name] for name in ('rope_parameters', 'rope_scaling') if values.get(name)]
-  if len(scalings) > 1 or not all(isinstance(scaling, Mapping) for scaling in scalings):
-    raise ValueError(f'{where}: expected one object, rope_parameters or rope_scaling: {scalings}')
-  rope = dict(scalings[0]) if scalings else {}
-  # Writers of old changed `type` to `rope_type`, and some wrote both.
-  kinds = {rope.pop(name) for name in ('rope_type', 'type') if name in rope} or {'default'}
-  theta = _typed(values | rope, 'rope_theta', 'rope_theta', where)
-  rope.pop('rope_theta', None)
-  if kinds == {'default'} and not rope:
-    return theta, None
-  if kinds != {'llama3'}:
-    raise ValueError(
-      f'{where}: rotary positions of type {sorted(map(str, kinds))} with {rope};'
-      ' supported: default (without parameters), llama3'
-    )
-  expected = Llama3Scaling.__annotations__
-  if set(rope) != set(expected):
-    raise ValueError(f'{where}: llama3 rotary scaling has {sorted(rope)}, not {sorted(expected)}')
-  if not all(isinstance(rope[name], (int, float)) and rope[name] > 0 for name in expected):
-    raise ValueError(f'{where}: llama3 rotary scaling is not all positive numbers: {rope}')
-  return theta, Llama3Scaling(**{name: kind(rope[name]) for name, kind in expected.items()})
+  @property
+  def longest_sequence(self) -> int | None:
+    """The tokens of a sequence beyond which this is another function; None: no such bound."""
+    scalings = [kind.rope.scaling for kind in self.kinds if kind.rope]
+    lengths = [
+      scaling.original_max_position_embeddings
+      for scaling in scalings
+      if isinstance(scaling, LongScaling)
+    ]
+    return min(lengths, default=None)

@@ -1,69 +1,122 @@
 """The small parts of a block: RMSNorm, rotary positions, the gated MLP."""
 
+import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dpo_flax.model.config import Llama3Scaling, ModelConfig
+from dpo_flax.model.config import (
+  LinearScaling,
+  Llama3Scaling,
+  LongScaling,
+  ModelConfig,
+  Rope,
+)
 from dpo_flax.model.lora import LoraConfig, Projection
+
+ACTIVATIONS = {
+  'silu': jax.nn.silu,
+  'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 class RMSNorm(nnx.Module):
-  """Root-mean-square normalisation (arXiv:1910.07467), computed in float32."""
+  """Root-mean-square normalisation (arXiv:1910.07467), computed in float32 and rounded once."""
 
-  def __init__(self, config: ModelConfig):
-    self.epsilon = config.rms_norm_eps
+  def __init__(self, config: ModelConfig, size: int):
+    self.epsilon, self.offset = config.rms_norm_eps, config.norm_offset
     self.scale = nnx.Param(
-      jnp.ones(config.embed_dim, config.float_dtype), out_sharding=('norm',), eager_sharding=False
+      jnp.full(size, 1 - self.offset, config.float_dtype),
+      out_sharding=('norm',),
+      eager_sharding=False,
     )
 
-  def __call__(self, hidden: jax.Array) -> jax.Array:  # [B, T, D] -> [B, T, D]
+  def __call__(self, hidden: jax.Array) -> jax.Array:  # [..., size] -> [..., size]
     wide = hidden.astype(jnp.float32)
     variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    normed = (wide * jax.lax.rsqrt(variance + self.epsilon)).astype(hidden.dtype)
-    return normed * self.scale[...].astype(hidden.dtype)[None, None]
+    scale = self.scale[...].astype(jnp.float32) + self.offset
+    normed = wide * jax.lax.rsqrt(variance + self.epsilon)
+    return (normed * jnp.expand_dims(scale, range(hidden.ndim - 1))).astype(hidden.dtype)
 
 
 class MLP(nnx.Module):
-  """The gated feed-forward layer: down(silu(gate(x)) * up(x))."""
+  """The gated feed-forward layer: down(activation(gate(x)) * up(x))."""
 
   def __init__(self, config: ModelConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
     def projection(name, features, axes):
       return Projection(name, features, axes, config=config, lora=lora, rngs=rngs)
 
     embed, mlp = config.embed_dim, config.mlp_dim
-    self.gate_proj = projection('gate_proj', (embed, mlp), ('embed', 'mlp'))
-    self.up_proj = projection('up_proj', (embed, mlp), ('embed', 'mlp'))
+    self.activation = config.activation
+    self.fused = config.fused_projections
+    if self.fused:
+      self.gate_up_proj = projection('gate_up_proj', (embed, 2 * mlp), ('embed', 'mlp'))
+    else:
+      self.gate_proj = projection('gate_proj', (embed, mlp), ('embed', 'mlp'))
+      self.up_proj = projection('up_proj', (embed, mlp), ('embed', 'mlp'))
     self.down_proj = projection('down_proj', (mlp, embed), ('mlp', 'embed'))
 
   def __call__(self, hidden: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-    gate = jax.nn.silu(self.gate_proj(hidden, dropout_key))
-    return self.down_proj(gate * self.up_proj(hidden, dropout_key), dropout_key)
+    if self.fused:
+      gate, up = jnp.split(self.gate_up_proj(hidden, dropout_key), 2, axis=-1)
+    else:
+      gate, up = self.gate_proj(hidden, dropout_key), self.up_proj(hidden, dropout_key)
+    return self.down_proj(ACTIVATIONS[self.activation](gate) * up, dropout_key)
 
 
-def rope_angles(
+class Rotation(NamedTuple):
+  """By what the heads of each token are rotated; float32 [B, T, 1, rope.dim / 2]."""
+
+  cos: jax.Array
+  sin: jax.Array
+
+
+def make_rotation(
   positions: jax.Array,  # [B, T] int32
-  config: ModelConfig,
-) -> jax.Array:
-  """Returns the rotary angles [B, T, head_dim / 2], float32 radians (arXiv:2104.09864)."""
-  exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-  frequencies = 1.0 / config.rope_theta**exponent
-  if config.rope_scaling is not None:
-    frequencies = _llama3_frequencies(frequencies, config.rope_scaling)
-  return positions[..., None].astype(jnp.float32) * frequencies[None, None]
+  rope: Rope | None,  # None: no rotation
+  dim: int,  # of the rotation, where there is none
+) -> Rotation:
+  """Returns the rotations of each token, computed once for all layers of a kind."""
+  if rope is None:
+    zeros = jnp.zeros((*positions.shape, 1, dim // 2))
+    return Rotation(zeros + 1, zeros)
+  frequencies, magnitude = _frequencies(rope)
+  angles = positions[..., None, None].astype(jnp.float32) * frequencies[None, None, None]
+  return Rotation(jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude)
 
 
-def apply_rope(
+def rotate(
   heads: jax.Array,  # [B, T, H, head_dim]
-  angles: jax.Array,  # [B, T, head_dim / 2]
+  rotation: Rotation,
 ) -> jax.Array:
-  """Rotates each head's (first half, second half) pairs by `angles`, in float32."""
-  cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-  first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
-  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-  return rotated.astype(heads.dtype)
+  """Rotates the (first half, second half) pairs of each head's rotated part, in float32."""
+  half = rotation.cos.shape[-1]
+  first, second, rest = jnp.split(heads.astype(jnp.float32), (half, 2 * half), axis=-1)
+  cos, sin = rotation
+  turned = [first * cos - second * sin, second * cos + first * sin, rest]
+  return jnp.concatenate(turned, axis=-1).astype(heads.dtype)
+
+
+def softly_capped(values: jax.Array, cap: float | None) -> jax.Array:
+  """Keeps values inside +-cap, near 0 as they are (Gemma 2, arXiv:2408.00118)."""
+  return values if cap is None else cap * jnp.tanh(values / cap)
+
+
+def _frequencies(rope: Rope) -> tuple[jax.Array, float]:
+  """Returns radians per position [rope.dim / 2], and the magnitude of the rotated parts."""
+  exponent = jnp.arange(0, rope.dim, 2, dtype=jnp.float32) / rope.dim
+  frequencies = 1.0 / rope.theta**exponent
+  match rope.scaling:
+    case LinearScaling(factor):
+      return frequencies / factor, 1.0
+    case Llama3Scaling():
+      return _llama3_frequencies(frequencies, rope.scaling), 1.0
+    case LongScaling(short_factor=factors, attention_factor=magnitude):
+      return frequencies / jnp.asarray(factors, jnp.float32), magnitude
+  return frequencies, 1.0
 
 
 def _llama3_frequencies(frequencies: jax.Array, scaling: Llama3Scaling) -> jax.Array:

@@ -24,6 +24,12 @@ BLOCK_PROJECTIONS = {
   'up_proj': 'mlp.up_proj',
   'down_proj': 'mlp.down_proj',
 }
+FUSED_PROJECTIONS = {
+  'qkv_proj': 'self_attn.qkv_proj',
+  'o_proj': 'self_attn.o_proj',
+  'gate_up_proj': 'mlp.gate_up_proj',
+  'down_proj': 'mlp.down_proj',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +49,7 @@ class LoraConfig:
 
 
 class Projection(nnx.Module):
-  """y = x W + scale * (x A) B, where A and B are there only for adapted projections.
+  """y = x W + bias + scale * (x A) B: A and B only where adapted, a bias where the family has it.
 
   `nnx.view(module, adapted=False)` is the same projection without its adapter: the reference.
   B starts at zero, so that the two agree until the first update.
@@ -71,6 +77,9 @@ class Projection(nnx.Module):
       scale = ChannelScale(scale, out_sharding=axes[1:], eager_sharding=False)
     self.kernel = nnx.Param(kernel, out_sharding=axes, eager_sharding=False)
     self.kernel_scale = scale  # [out]; None: the kernel is of floats
+    zeros = jnp.zeros(features[1], config.float_dtype)
+    bias = nnx.Param(zeros, out_sharding=axes[1:], eager_sharding=False)
+    self.bias = bias if name in config.biases else None
     if self.adapted:
       self.scale, self.dropout = lora.scale, lora.dropout
       # PEFT's start for A: uniform in +-1/sqrt(in).
@@ -99,6 +108,8 @@ class Projection(nnx.Module):
     dropout_key: jax.Array | None = None,  # None: no dropout
   ) -> jax.Array:  # [..., out]
     outputs = scale_channels(self._matmul(inputs, self.kernel), self.kernel_scale)
+    if self.bias is not None:
+      outputs += jnp.expand_dims(self.bias[...].astype(outputs.dtype), range(outputs.ndim - 1))
     if not self.adapted:
       return outputs
     if self.dropout and dropout_key is not None:
@@ -136,7 +147,7 @@ def resolve_targets(
   """
   modules = _module_names(config)
   everything = target_modules is None or target_modules == 'all-linear'
-  chosen = frozenset(BLOCK_PROJECTIONS)
+  chosen = frozenset(block_projections(config))
   if not everything:
     chosen = _matching(target_modules, modules, 'lora.target_modules')
   excluded = _matching(exclude_modules, modules, 'lora.exclude_modules')
@@ -148,12 +159,17 @@ def resolve_targets(
   return chosen - excluded
 
 
+def block_projections(config: ModelConfig) -> dict[str, str]:
+  """Returns the projections of a layer, and where Hugging Face puts them."""
+  return FUSED_PROJECTIONS if config.fused_projections else BLOCK_PROJECTIONS
+
+
 def _module_names(config: ModelConfig) -> dict[str, list[str]]:
   """Projection -> its module names in a Hugging Face model, one per layer."""
   layers = range(config.num_layers)
   modules = {
     name: [f'model.layers.{layer}.{place}' for layer in layers]
-    for name, place in BLOCK_PROJECTIONS.items()
+    for name, place in block_projections(config).items()
   }
   return modules if config.tie_word_embeddings else modules | {'lm_head': ['lm_head']}
 

@@ -4,7 +4,7 @@
 layer's weights are gathered once for both.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import jax
@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from dpo_flax.model.attention import Attention, Mask, make_mask
+from dpo_flax.model.attention import Attention, Places, choose, make_places
 from dpo_flax.model.config import ModelConfig
-from dpo_flax.model.layers import MLP, RMSNorm, rope_angles
+from dpo_flax.model.layers import MLP, RMSNorm, softly_capped
 from dpo_flax.model.lora import LoraConfig, Projection
 from dpo_flax.model.quantization import ChannelScale, quantize, scale_channels
 from dpo_flax.sharding import constrain
@@ -23,24 +23,32 @@ _LAYER_INPUT = 'layer_input'
 
 
 class Block(nnx.Module):
-  """One pre-norm layer: attention, then the MLP, each added to the stream."""
+  """One layer: attention, then the MLP, each normed where the family does, added to the stream."""
 
   def __init__(self, config: ModelConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
-    self.input_norm = RMSNorm(config)
+    def norm(present: bool):
+      return RMSNorm(config, config.embed_dim) if present else None
+
+    self.attention_norm = norm(config.input_norms)
     self.attention = Attention(config, lora, rngs)
-    self.post_attention_norm = RMSNorm(config)
+    self.attention_output_norm = norm(config.output_norms)
+    self.mlp_norm = norm(config.input_norms)
     self.mlp = MLP(config, lora, rngs)
+    self.mlp_output_norm = norm(config.output_norms)
 
   def __call__(
     self,
     hidden: jax.Array,  # [B, T, D]
-    angles: jax.Array,  # [B, T, head_dim / 2]
-    mask: Mask,
+    places: Places,
     dropout_key: jax.Array | None = None,
   ) -> jax.Array:  # [B, T, D]
-    normed = self.input_norm(hidden)
-    hidden = hidden + self.attention(normed, angles, mask, dropout_key)
-    hidden = hidden + self.mlp(self.post_attention_norm(hidden), dropout_key)
+    def normed(norm, array):
+      return array if norm is None else norm(array)
+
+    mixed = self.attention(normed(self.attention_norm, hidden), places, dropout_key)
+    hidden = hidden + normed(self.attention_output_norm, mixed)
+    fed = self.mlp(normed(self.mlp_norm, hidden), dropout_key)
+    hidden = hidden + normed(self.mlp_output_norm, fed)
     return constrain(hidden, 'rows', 'tokens', 'activation')
 
 
@@ -72,7 +80,7 @@ class Embedding(nnx.Module):
 
 
 class Transformer(nnx.Module):
-  """A Llama-class decoder; its blocks are stacked along a leading `layers` axis."""
+  """A decoder of any of our families; its blocks are stacked along a leading `layers` axis."""
 
   def __init__(self, config: ModelConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
     self.config = config
@@ -81,7 +89,7 @@ class Transformer(nnx.Module):
       lambda layer_rngs: Block(config, lora, layer_rngs), in_axes=0, out_axes=0, partition='layers'
     )
     self.blocks = jax.vmap(stack)(rngs.split(config.num_layers))
-    self.final_norm = RMSNorm(config)
+    self.final_norm = RMSNorm(config, config.embed_dim)
     if not config.tie_word_embeddings:
       # Logits leave the matrix unit in float32: bfloat16 would cost log-probs two digits.
       self.lm_head = Projection(
@@ -94,11 +102,16 @@ class Transformer(nnx.Module):
         output_dtype=jnp.float32,
       )
 
+  def embed(self, tokens: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
+    """Returns what enters the first layer."""
+    hidden = self.embed_tokens(tokens) * self.config.embed_scale
+    return constrain(hidden, 'rows', 'tokens', 'activation')
+
   def logits(self, hidden: jax.Array) -> jax.Array:  # [..., D] -> [..., V], float32
     """Applies the head to final hidden states."""
-    if self.config.tie_word_embeddings:
-      return self.embed_tokens.attend(hidden)
-    return self.lm_head(hidden)
+    tied = self.config.tie_word_embeddings
+    logits = self.embed_tokens.attend(hidden) if tied else self.lm_head(hidden)
+    return softly_capped(logits, self.config.logits_softcap)
 
 
 def run_streams(
@@ -115,34 +128,47 @@ def run_streams(
   rematerialised function.
   """
   config = policy.config
-  mask = make_mask(batch['visible_until'], config.attention)
   models = (policy,) if reference is None else (policy, reference)
-  angles = [rope_angles(batch['positions'], model.config) for model in models]
+  places = _places_of(models, batch)
   # Splitting both at once keeps one copy of a variable that both hold.
   graphdef, layers = nnx.split(tuple(model.blocks for model in models))
+  kinds = [_kinds(model.config) for model in models]
   keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
 
-  def policy_layer(block, hidden, key):
-    return block(checkpoint_name(hidden, _LAYER_INPUT), angles[0], mask, key)
+  def policy_layer(block, hidden, kind, key):
+    # Chosen in here, because what enters is kept for backward, once for every layer.
+    return block(checkpoint_name(hidden, _LAYER_INPUT), choose(places[0], kind), key)
 
   def layer(streams, inputs):
-    layer_state, key = inputs
+    layer_state, kinds, key = inputs
     blocks = nnx.merge(graphdef, layer_state)
-    hidden = _rematerialised(policy_layer, config.remat)(blocks[0], streams[0], key)
+    hidden = _rematerialised(policy_layer, config.remat)(blocks[0], streams[0], kinds[0], key)
     others = [
-      jax.lax.stop_gradient(block(stream, its_angles, mask))
-      for block, stream, its_angles in zip(blocks[1:], streams[1:], angles[1:], strict=True)
+      jax.lax.stop_gradient(block(stream, choose(its_places, kind)))
+      for block, stream, its_places, kind in zip(
+        blocks[1:], streams[1:], places[1:], kinds[1:], strict=True
+      )
     ]
     return (hidden, *others), None
 
-  streams = tuple(_embed(model, batch['tokens']) for model in models)
-  streams, _ = jax.lax.scan(layer, streams, (layers, keys))
+  streams = tuple(model.embed(batch['tokens']) for model in models)
+  streams, _ = jax.lax.scan(layer, streams, (layers, kinds, keys))
   normed = [model.final_norm(stream) for model, stream in zip(models, streams, strict=True)]
   return normed[0], None if reference is None else jax.lax.stop_gradient(normed[1])
 
 
-def _embed(model: Transformer, tokens: jax.Array) -> jax.Array:
-  return constrain(model.embed_tokens(tokens), 'rows', 'tokens', 'activation')
+def _places_of(models: Sequence[Transformer], batch: Mapping[str, jax.Array]) -> list[list[Places]]:
+  """Returns the places of each model's kinds of layers; models alike share them."""
+  made = {}
+  for config in (model.config for model in models):
+    if config not in made:
+      made[config] = make_places(batch['positions'], batch['visible_until'], config)
+  return [made[model.config] for model in models]
+
+
+def _kinds(config: ModelConfig) -> jax.Array | None:
+  """Returns which kind each layer is [L]; None where all are one."""
+  return jnp.array(config.kind_of_layer) if len(config.kinds) > 1 else None
 
 
 def _rematerialised(function, remat: str):

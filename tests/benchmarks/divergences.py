@@ -34,7 +34,7 @@ from dpo_flax import config as config_lib
 from dpo_flax.data import pack
 from dpo_flax.learner.state import Models, init_state, split_models
 from dpo_flax.learner.step import StepOptions, make_eval_step, make_train_step
-from dpo_flax.model.config import ModelConfig
+from dpo_flax.model.families import from_hf_config
 from dpo_flax.model.lora import LoraConfig, resolve_targets
 from dpo_flax.model.transformer import Transformer, run_streams
 from dpo_flax.objective.metrics import summarize
@@ -59,24 +59,18 @@ CACHE = pathlib.Path(__file__).parent.parent.parent / '.cache' / 'jax'
 
 def make_models() -> Models:
   """Returns the reference and a policy that starts as it."""
-  config = ModelConfig(
-    vocab_size=VOCABULARY,
-    embed_dim=64,
-    mlp_dim=128,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    rms_norm_eps=1e-5,
-    rope_theta=10_000.0,
-    rope_scaling=None,
-    tie_word_embeddings=False,
-    initializer_range=0.125,
-    dtype=jnp.float32,
-    weight_dtype=jnp.float32,
-    remat='none',
-    attention='xla',
-  )
+  architecture = {
+    'model_type': 'llama',
+    'vocab_size': VOCABULARY,
+    'hidden_size': 64,
+    'intermediate_size': 128,
+    'num_hidden_layers': 2,
+    'num_attention_heads': 4,
+    'num_key_value_heads': 2,
+    'initializer_range': 0.125,
+  }
+  run = {'dtype': jnp.float32, 'weight_dtype': jnp.float32, 'remat': 'none', 'attention': 'xla'}
+  config = from_hf_config(architecture, where='architecture', **run)
   targets = resolve_targets(None, (), config=config)
   lora = LoraConfig(r=16, alpha=32.0, dropout=0.0, rslora=False, targets=targets)
   policy = Transformer(config, lora, nnx.Rngs(params=0, lora=1))

@@ -24,7 +24,7 @@ from dpo_flax import config as config_lib
 from dpo_flax.data import pack
 from dpo_flax.learner.state import Models, init_state, split_models
 from dpo_flax.learner.step import StepOptions, make_train_step
-from dpo_flax.model.config import ModelConfig
+from dpo_flax.model.families import from_hf_config
 from dpo_flax.model.lora import LoraConfig, resolve_targets
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.objective.settings import Objective
@@ -73,24 +73,17 @@ def make_batches(pairs: list[pack.PackedPair], rows: int, tokens: int) -> list[p
 
 def make_step():
   """Returns (train_step, state, frozen)."""
-  config = ModelConfig(
-    vocab_size=VOCABULARY,
-    embed_dim=256,
-    mlp_dim=768,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=64,
-    rms_norm_eps=1e-5,
-    rope_theta=500_000.0,
-    rope_scaling=None,
-    tie_word_embeddings=False,
-    initializer_range=0.02,
-    dtype=jnp.float32,
-    weight_dtype=jnp.float32,
-    remat='none',
-    attention='xla',
-  )
+  architecture = {
+    'model_type': 'llama',
+    'vocab_size': VOCABULARY,
+    'hidden_size': 256,
+    'intermediate_size': 768,
+    'num_hidden_layers': 4,
+    'num_attention_heads': 4,
+    'num_key_value_heads': 2,
+  }
+  run = {'dtype': jnp.float32, 'weight_dtype': jnp.float32, 'remat': 'none', 'attention': 'xla'}
+  config = from_hf_config(architecture, where='architecture', **run)
   targets = resolve_targets(None, (), config=config)
   lora = LoraConfig(r=8, alpha=16.0, dropout=0.0, rslora=False, targets=targets)
   policy = Transformer(config, lora, nnx.Rngs(params=0, lora=1))

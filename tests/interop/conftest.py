@@ -11,7 +11,7 @@ import transformers
 from flax import nnx
 
 from dpo_flax.interop.hf_weights import load_base, open_checkpoint
-from dpo_flax.model.config import from_hf_config
+from dpo_flax.model.families import from_hf_config
 from dpo_flax.model.lora import LoraConfig
 from dpo_flax.model.transformer import Transformer, run_streams
 from dpo_flax.sharding import make_mesh
@@ -26,24 +26,31 @@ ROPE_LLAMA3 = {
   'original_max_position_embeddings': 16,
 }
 
+SMALL = {
+  'vocab_size': 96,
+  'hidden_size': 32,
+  'intermediate_size': 48,
+  'num_hidden_layers': 3,
+  'num_attention_heads': 4,
+  'num_key_value_heads': 2,
+}
+
 
 def write_llama(directory, *, dtype=torch.float32, max_shard_size='5GB', **changes):
-  """Saves a LlamaForCausalLM whose every weight, norms too, is random; returns it."""
-  values = {
-    'vocab_size': 96,
-    'hidden_size': 32,
-    'intermediate_size': 48,
-    'num_hidden_layers': 3,
-    'num_attention_heads': 4,
-    'num_key_value_heads': 2,
-  }
-  config = transformers.LlamaConfig(**values | changes)
-  model = transformers.LlamaForCausalLM(config).eval()
+  """Saves a small LlamaForCausalLM whose every weight is random; returns it."""
+  config = transformers.LlamaConfig(**SMALL | changes)
+  return write_model(directory, config, dtype=dtype, max_shard_size=max_shard_size)
+
+
+def write_model(directory, config, *, dtype=torch.float32, max_shard_size='5GB'):
+  """Saves a model of any family whose every weight, norms and biases too, is random; returns it."""
+  # The attention that knows softcaps; others leave them out.
+  model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation='eager').eval()
   generator = torch.Generator().manual_seed(0)
   with torch.no_grad():
     for name, weight in model.named_parameters():
       noise = torch.randn(weight.shape, generator=generator)
-      weight.copy_(1 + 0.3 * noise if 'norm' in name else 0.2 * noise)
+      weight.copy_(weight + 0.3 * noise if 'norm' in name else 0.2 * noise)
   model = model.to(dtype)
   model.save_pretrained(directory, max_shard_size=max_shard_size)
   return model
@@ -97,6 +104,8 @@ def llama():
   """The functions above."""
   return types.SimpleNamespace(
     write=write_llama,
+    write_model=write_model,
+    small=SMALL,
     read=read_llama,
     lora=make_lora,
     split_abstract=split_abstract,

@@ -14,7 +14,7 @@ from flax import nnx
 
 from dpo_flax.interop import hf_weights, named_arrays
 from dpo_flax.interop.hf_weights import open_checkpoint, save_merged
-from dpo_flax.model.config import from_preset
+from dpo_flax.model.presets import from_preset
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.sharding import make_mesh
 

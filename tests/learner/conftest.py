@@ -28,7 +28,7 @@ def log_softmax(weights, tokens, config, scale):
   def rotate(x):
     first, second = jnp.split(x, 2, axis=-1)
     half = config.head_dim // 2
-    angles = np.arange(x.shape[1])[:, None] / config.rope_theta ** (np.arange(half) / half)
+    angles = np.arange(x.shape[1])[:, None] / config.kinds[0].rope.theta ** (np.arange(half) / half)
     turned = (first + 1j * second) * np.exp(1j * angles)[None, :, None].astype(np.complex64)
     return jnp.concatenate([turned.real, turned.imag], axis=-1)
 
@@ -48,8 +48,8 @@ def log_softmax(weights, tokens, config, scale):
   hidden = weights['embed_tokens']['embedding'][tokens]
   for index in range(config.num_layers):
     layer = jax.tree.map(lambda leaf, index=index: leaf[index], weights['blocks'])
-    hidden += attend(layer['attention'], norm(layer['input_norm'], hidden))
-    x, mlp = norm(layer['post_attention_norm'], hidden), layer['mlp']
+    hidden += attend(layer['attention'], norm(layer['attention_norm'], hidden))
+    x, mlp = norm(layer['mlp_norm'], hidden), layer['mlp']
     gate = linear(mlp['gate_proj'], x)
     hidden += linear(mlp['down_proj'], gate * jax.nn.sigmoid(gate) * linear(mlp['up_proj'], x))
   hidden = norm(weights['final_norm'], hidden)

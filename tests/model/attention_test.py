@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dpo_flax.model import attention
-from dpo_flax.model.attention import QUERY_BLOCK, xla_attention
+from dpo_flax.model.attention import QUERY_BLOCK
+from dpo_flax.model.mask import Mask
 
 LAYOUTS = ('shared', 'separate')
 
@@ -19,6 +20,13 @@ def plain_attention(queries, keys, values, visible):
   weights = jnp.exp(scores) * visible[:, None]
   weights /= weights.sum(axis=-1, keepdims=True)
   return jnp.einsum('bhqk,bkhd->bqhd', weights, values)
+
+
+def xla_attention(queries, keys, values, visible_until):
+  """Without window and softcap, scaled as usual."""
+  mask = Mask(visible_until, None, None)
+  scale = queries.shape[-1] ** -0.5
+  return attention.xla_attention(queries, keys, values, mask, scale=scale, softcap=None)
 
 
 def drawn_mask(pairs, layout, tokens):
@@ -56,7 +64,7 @@ def test_splash_equals_xla_attention_in_the_separate_layout(draw_pairs, fill_bat
 
   def splash(queries, keys, values):
     inputs = (array.swapaxes(1, 2) for array in (queries * 128**-0.5, keys, values))
-    outputs = attention.splash_attention(*inputs, batch['visible_until'], interpret=True)
+    outputs = attention.splash_attention(*inputs, Mask(batch['visible_until'], None, None), True)
     return outputs.swapaxes(1, 2)
 
   ours, our_pullback = jax.vjp(splash, *heads)

@@ -11,8 +11,8 @@ import transformers
 from flax import nnx
 from transformers.models.llama import modeling_llama
 
-from dpo_flax.model.config import Llama3Scaling
-from dpo_flax.model.layers import MLP, RMSNorm, apply_rope, rope_angles
+from dpo_flax.model.config import Llama3Scaling, Rope
+from dpo_flax.model.layers import MLP, RMSNorm, make_rotation, rotate
 
 SCALING = Llama3Scaling(
   factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
@@ -26,7 +26,7 @@ def normal(*shape, seed=0):
 @pytest.mark.parametrize('epsilon', [1e-6, 0.1])
 def test_rms_norm_equals_transformers(make_model_config, epsilon):
   hidden, scale = normal(2, 5, 32), normal(32, seed=1)
-  ours = RMSNorm(make_model_config(rms_norm_eps=epsilon))
+  ours = RMSNorm(make_model_config(rms_norm_eps=epsilon), 32)
   ours.scale[...] = jnp.asarray(scale)
   theirs = modeling_llama.LlamaRMSNorm(32, eps=epsilon)
   theirs.weight.data = torch.tensor(scale)
@@ -36,9 +36,9 @@ def test_rms_norm_equals_transformers(make_model_config, epsilon):
 
 def test_rms_norm_of_bfloat16_is_taken_in_float32(make_model_config):
   """Rounded once, at the end: nearly every number is the float32 one's nearest."""
-  config = make_model_config(embed_dim=4096, dtype=jnp.bfloat16, weight_dtype=jnp.bfloat16)
+  config = make_model_config(dtype=jnp.bfloat16, weight_dtype=jnp.bfloat16)
   hidden = jnp.asarray(normal(1, 1, 4096), jnp.bfloat16)
-  normed = RMSNorm(config)(hidden)
+  normed = RMSNorm(config, 4096)(hidden)
   wide = np.asarray(hidden, np.float32)
   expected = jnp.asarray(wide / np.sqrt((wide**2).mean()), jnp.bfloat16)
   assert normed.dtype == jnp.bfloat16
@@ -46,11 +46,11 @@ def test_rms_norm_of_bfloat16_is_taken_in_float32(make_model_config):
 
 
 @pytest.mark.parametrize('scaling', [None, SCALING], ids=['plain', 'llama3'])
-def test_rotation_equals_transformers(make_model_config, scaling):
-  config = make_model_config(head_dim=16, rope_theta=500_000.0, rope_scaling=scaling)
+def test_rotation_equals_transformers(scaling):
+  rope = Rope(500_000.0, dim=16, scaling=scaling)
   positions = np.array([[0, 1, 2, 63, 64], [7, 7, 500, 8000, 8001]])
   heads = normal(2, 5, 3, 16)
-  parameters = {'rope_type': 'default', 'rope_theta': config.rope_theta}
+  parameters = {'rope_type': 'default', 'rope_theta': rope.theta}
   if scaling is not None:
     parameters |= {'rope_type': 'llama3'} | dataclasses.asdict(scaling)
   theirs = modeling_llama.LlamaRotaryEmbedding(
@@ -62,19 +62,19 @@ def test_rotation_equals_transformers(make_model_config, scaling):
   expected, _ = modeling_llama.apply_rotary_pos_emb(
     torch.tensor(heads), torch.tensor(heads), cos, sin, unsqueeze_dim=2
   )
-  ours = apply_rope(jnp.asarray(heads), rope_angles(jnp.asarray(positions), config))
+  ours = rotate(jnp.asarray(heads), make_rotation(jnp.asarray(positions), rope, 16))
   # A float32 angle of 8,000 radians is right to 5e-4.
   np.testing.assert_allclose(ours, expected.numpy(), atol=2e-3)
   np.testing.assert_allclose(ours[0], expected.numpy()[0], atol=2e-5)
 
 
-def test_rotated_products_depend_on_the_distance_alone(make_model_config):
-  config = make_model_config(head_dim=16)
+def test_rotated_products_depend_on_the_distance_alone():
+  rope = Rope(10_000.0, dim=16, scaling=None)
   query, key = jnp.asarray(normal(1, 1, 1, 16)), jnp.asarray(normal(1, 1, 1, 16, seed=1))
 
   def product(query_at, key_at):
     turned = [
-      apply_rope(heads, rope_angles(jnp.array([[at]]), config))
+      rotate(heads, make_rotation(jnp.array([[at]]), rope, 16))
       for heads, at in ((query, query_at), (key, key_at))
     ]
     return float(jnp.sum(turned[0] * turned[1]))
@@ -83,14 +83,21 @@ def test_rotated_products_depend_on_the_distance_alone(make_model_config):
   assert product(9, 4) != pytest.approx(product(9, 5), abs=1e-2)
 
 
-def test_angles_stay_float32_under_bfloat16(make_model_config):
+def test_rotations_of_bfloat16_heads_are_float32():
   """In bfloat16, positions 1000 and 1001 would be the same."""
-  config = make_model_config(dtype=jnp.bfloat16)
-  angles = rope_angles(jnp.array([[1000, 1001]]), config)
-  assert angles.dtype == jnp.float32
-  assert float(angles[0, 1, 0] - angles[0, 0, 0]) == 1.0
-  heads = jnp.ones((1, 2, 1, config.head_dim), jnp.bfloat16)
-  assert apply_rope(heads, angles).dtype == jnp.bfloat16
+  rotation = make_rotation(jnp.array([[1000, 1001]]), Rope(10_000.0, dim=8, scaling=None), 8)
+  angles = np.unwrap(np.arctan2(rotation.sin, rotation.cos)[0, :, 0, 0])
+  np.testing.assert_allclose(angles[1] - angles[0], 1.0, atol=1e-3)
+  assert rotate(jnp.ones((1, 2, 1, 8), jnp.bfloat16), rotation).dtype == jnp.bfloat16
+
+
+def test_what_is_not_rotated_stays():
+  """The rest of a head behind a partial rotation, and heads that have no positions."""
+  heads, positions = jnp.asarray(normal(1, 3, 2, 16)), jnp.array([[0, 5, 9]])
+  part = rotate(heads, make_rotation(positions, Rope(10_000.0, dim=12, scaling=None), 16))
+  np.testing.assert_array_equal(part[..., 12:], heads[..., 12:])
+  assert np.abs(part - heads)[:, 1:, :, :12].min() > 0
+  np.testing.assert_array_equal(rotate(heads, make_rotation(positions, None, 16)), heads)
 
 
 def test_mlp_equals_its_formula(make_model_config):

@@ -1,5 +1,6 @@
 """Laws of the TPU kernel: it is XLA's attention, it works where something is seen, it compiles."""
 
+import functools
 import importlib.util
 import os
 
@@ -14,14 +15,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpo_flax.data import pack
 from dpo_flax.model.attention import xla_attention
-from dpo_flax.model.pallas_attention import block_size, make_block_plan, pallas_attention
+from dpo_flax.model.mask import make_mask, make_window
+from dpo_flax.model.pallas_attention import pallas_attention
 
 TOKENS = 384  # three blocks of 128
 
 
 @st.composite
 def packings(draw):
-  """visible_until [2, TOKENS] of random rows of pairs."""
+  """visible_until and positions [2, TOKENS] of random rows of pairs."""
   random = np.random.default_rng(draw(st.integers(0, 2**32)))
   longest = draw(st.sampled_from([8, 60, 200]))
   layout = draw(st.sampled_from(['shared', 'separate']))
@@ -36,7 +38,7 @@ def packings(draw):
       row.append(pack.PackedPair(0, *(np.ones(n, np.int32) for n in lengths)))
     rows.append(row)
   batch = pack.fill_batch(rows, tokens=TOKENS, pairs_per_row=TOKENS // 3, layout=layout)
-  return jnp.asarray(batch['visible_until'])
+  return [jnp.asarray(batch[name]) for name in ('visible_until', 'positions')]
 
 
 def random_heads(head_dim, heads=4, kv_heads=2):
@@ -46,63 +48,56 @@ def random_heads(head_dim, heads=4, kv_heads=2):
   return [jnp.asarray(random.standard_normal(shape, np.float32)) for shape in shapes]
 
 
-def interpreted(queries, keys, values, visible_until):
+def interpreted(queries, keys, values, mask, softcap):
   scaled = queries * queries.shape[-1] ** -0.5
   inputs = (array.swapaxes(1, 2) for array in (scaled, keys, values))
-  plan = make_block_plan(visible_until)
-  return pallas_attention(*inputs, visible_until, plan, True).swapaxes(1, 2)
+  return pallas_attention(*inputs, mask, softcap, True).swapaxes(1, 2)
 
 
-@jax.jit
-def outputs_and_gradients(queries, keys, values, cotangent, visible_until):
+def by_xla(queries, keys, values, mask, softcap):
+  scale = queries.shape[-1] ** -0.5
+  return xla_attention(queries, keys, values, mask, scale=scale, softcap=softcap)
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def outputs_and_gradients(queries, keys, values, cotangent, packing, window, softcap):
+  visible_until, positions = packing
+  seen = None if window is None else make_window(positions, window)
+  mask = make_mask(visible_until, seen, 'pallas')
   found = []
-  for attention in (interpreted, xla_attention):
+  for attention in (interpreted, by_xla):
     outputs, pullback = jax.vjp(
-      lambda *heads, attention=attention: attention(*heads, visible_until), queries, keys, values
+      lambda *heads, attention=attention: attention(*heads, mask, softcap), queries, keys, values
     )
     found.append((outputs, pullback(cotangent)))
   return found
 
 
-@pytest.mark.parametrize('head_dim', [64, 128])
-@hypothesis.given(visible_until=packings())
+@pytest.mark.parametrize(
+  ('head_dim', 'window', 'softcap'),
+  [(64, None, None), (128, None, None), (64, 50, None), (64, None, 2.0), (128, 50, 2.0)],
+)
+@hypothesis.given(packing=packings())
 @hypothesis.settings(max_examples=8)
-def test_kernel_equals_xla_attention_forward_and_backward(head_dim, visible_until):
-  ours, theirs = outputs_and_gradients(*random_heads(head_dim), visible_until)
+def test_kernel_equals_xla_attention_forward_and_backward(head_dim, window, softcap, packing):
+  heads = random_heads(head_dim)
+  ours, theirs = outputs_and_gradients(*heads, packing, window, softcap)
   np.testing.assert_allclose(ours[0], theirs[0], atol=1e-5)
   for gradient, expected in zip(ours[1], theirs[1], strict=True):
     np.testing.assert_allclose(gradient, expected, atol=1e-4)
-
-
-@hypothesis.given(visible_until=packings())
-def test_plan_lists_exactly_the_blocks_in_which_something_is_visible(visible_until):
-  size = block_size(TOKENS)
-  plan = make_block_plan(visible_until)
-  until = np.asarray(visible_until)
-  key, query = np.arange(TOKENS)[None], np.arange(TOKENS)[:, None]
-  for row in range(2):
-    visible = (key <= query) & (query < until[row][None])
-    blocks = visible.reshape(TOKENS // size, size, TOKENS // size, size).any(axis=(1, 3))
-    for lists, counts, seen in (
-      (plan.keys, plan.key_counts, blocks),
-      (plan.queries, plan.query_counts, blocks.T),
-    ):
-      for block, expected in enumerate(seen):
-        listed = lists[row, block, : counts[row, block]]
-        np.testing.assert_array_equal(listed, np.flatnonzero(expected))
-
-
-def test_rows_that_no_block_divides_are_refused():
-  with pytest.raises(ValueError, match=r'batch\.tokens=200'):
-    block_size(200)
 
 
 @pytest.mark.usefixtures('without_compilation_cache')
 @pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs the tpu extra')
 @pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'])
 @pytest.mark.parametrize('tokens', [4096, 8192])
-@pytest.mark.parametrize('head_dim', [64, 128, 256])
-def test_kernel_compiles_for_tpu_without_a_mask_in_memory(topology, tokens, head_dim):
+@pytest.mark.parametrize(
+  ('head_dim', 'window', 'softcap'),
+  [(64, None, None), (128, None, None), (256, None, None), (128, 1024, None), (256, 1024, 50.0)],
+)
+def test_kernel_compiles_for_tpu_without_a_mask_in_memory(
+  topology, tokens, head_dim, window, softcap
+):
   os.environ['TPU_SKIP_MDS_QUERY'] = '1'  # no TPU to ask
   devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
   mesh = Mesh(devices[:1], ('one',))
@@ -111,13 +106,15 @@ def test_kernel_compiles_for_tpu_without_a_mask_in_memory(topology, tokens, head
   def shape(*sizes, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(sizes, dtype, sharding=everywhere)
 
-  def total(queries, keys, values, visible_until):
-    plan = make_block_plan(visible_until)
-    return pallas_attention(queries, keys, values, visible_until, plan).astype(jnp.float32).sum()
+  def total(queries, keys, values, visible_until, positions):
+    seen = None if window is None else make_window(positions, window)
+    mask = make_mask(visible_until, seen, 'pallas')
+    return pallas_attention(queries, keys, values, mask, softcap).astype(jnp.float32).sum()
 
   heads = [shape(1, n, tokens, head_dim) for n in (32, 8, 8)]
+  places = [shape(1, tokens, dtype=jnp.int32)] * 2
   with jax.set_mesh(mesh):
-    lowered = jax.jit(jax.grad(total, (0, 1, 2))).lower(*heads, shape(1, tokens, dtype=jnp.int32))
+    lowered = jax.jit(jax.grad(total, (0, 1, 2))).lower(*heads, *places)
   temporaries = lowered.compile().memory_analysis().temp_size_in_bytes
   # Outputs and gradients may be temporaries (heads fill a register's 128 lanes), scores may not.
   assert temporaries < 4 * 32 * tokens * max(head_dim, 128) * 2

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dpo_flax.model.attention import make_mask
-from dpo_flax.model.layers import rope_angles
+from dpo_flax.model.attention import make_places
+from dpo_flax.model.config import AttentionKind, Rope
 from dpo_flax.model.lora import BLOCK_PROJECTIONS
 from dpo_flax.model.transformer import Transformer, run_streams
 
@@ -37,28 +37,51 @@ def stream(model, batch):
   return run_streams(model, None, batch)[0]
 
 
-@pytest.mark.parametrize('dropout', [0.0, 0.5])
+# Layers of three kinds: a window, other frequencies and no positions, no window.
+KINDS = (
+  AttentionKind(5, Rope(100.0, dim=8, scaling=None)),
+  AttentionKind(5, None),
+  AttentionKind(None, Rope(10_000.0, dim=8, scaling=None)),
+)
+
+
+@pytest.mark.parametrize(
+  ('dropout', 'kinds'), [(0.0, {}), (0.5, {}), (0.0, {'attention_kinds': KINDS, 'num_layers': 5})]
+)
 def test_scan_over_stacked_blocks_equals_the_blocks_one_by_one(
-  make_models, make_model_config, make_lora, batch, dropout
+  make_models, make_model_config, make_lora, batch, dropout, kinds
 ):
-  """Each layer has its own weights, and its own dropout."""
-  models = make_models(make_model_config(), make_lora(dropout=dropout))
+  """Each layer has its own weights, its own dropout and its own kind of attention."""
+  models = make_models(make_model_config(**kinds), make_lora(dropout=dropout))
   policy, key = models.policy, jax.random.key(0)
   graphdef, layers = nnx.split(policy.blocks)
-  angles = rope_angles(batch['positions'], policy.config)
-  mask = make_mask(batch['visible_until'], 'xla')
+  places = make_places(batch['positions'], batch['visible_until'], policy.config)
 
   @jax.jit
   def unrolled(layers, keys):
     hidden = policy.embed_tokens.embedding[...][batch['tokens']]
     for layer in range(policy.config.num_layers):
       block = nnx.merge(graphdef, jax.tree.map(operator.itemgetter(layer), layers))
-      hidden = block(hidden, angles, mask, keys[layer])
+      hidden = block(hidden, places[layer % len(places)], keys[layer])
     return policy.final_norm(hidden)
 
   outputs, _ = streams(models, batch, key)
   expected = unrolled(layers, jax.random.split(key, policy.config.num_layers))
   np.testing.assert_allclose(outputs, expected, atol=1e-5)
+
+
+def test_kinds_that_differ_in_nothing_a_row_can_show_share_their_places(make_model_config, batch):
+  """Rows shorter than a window know of none, and select nothing."""
+  rope = Rope(10_000.0, dim=8, scaling=None)
+  kinds = (AttentionKind(96, rope), AttentionKind(None, rope))
+  config = make_model_config(attention_kinds=kinds)
+  first, second = make_places(batch['positions'], batch['visible_until'], config)
+  assert first.mask.window is None
+  leaves = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+  assert all(one is other for one, other in leaves)
+  narrower = make_model_config(attention_kinds=(AttentionKind(95, rope), kinds[1]))
+  places = make_places(batch['positions'], batch['visible_until'], narrower)
+  assert all(place.mask.window is not None for place in places)
 
 
 def test_layers_start_different(make_model_config, make_lora):
@@ -145,7 +168,10 @@ def gradient(models, batch, *, key=None):
 def test_remat_changes_no_gradient(make_models, make_model_config, make_lora, batch):
   gradients = [
     gradient(
-      make_models(make_model_config(remat=remat, tie_word_embeddings=True), make_lora(dropout=0.2)),
+      make_models(
+        make_model_config(remat=remat, tie_word_embeddings=True, attention_kinds=KINDS[1:]),
+        make_lora(dropout=0.2),
+      ),
       batch,
       key=jax.random.key(3),
     )

@@ -1,0 +1,32 @@
+"""What a run refuses before it makes a model."""
+
+import types
+
+import numpy as np
+import pytest
+
+from dpo_flax import assemble, config
+
+
+def make(preset, changes, *, platform='cpu'):
+  """Returns the architecture of a preset on devices of which the platform alone counts."""
+  settings = config.default()
+  settings.model.preset = preset
+  settings.update_from_flattened_dict(changes)
+  devices = np.array([types.SimpleNamespace(platform=platform)])
+  return assemble.make_model_config(settings, None, types.SimpleNamespace(devices=devices))
+
+
+def test_rows_beyond_the_short_factors_of_longrope_are_refused():
+  assert make('phi4-mini', {'batch.tokens': 4096}).longest_sequence == 4096
+  with pytest.raises(ValueError, match=r'batch\.tokens=8192: .*longrope.*4096'):
+    make('phi4-mini', {'batch.tokens': 8192})
+  assert make('phi4', {'batch.tokens': 16_384}).longest_sequence is None
+
+
+@pytest.mark.parametrize('preset', ['mistral-7b-v0.1', 'gemma2-2b', 'gemma3-1b'])
+def test_splash_is_refused_where_it_would_leave_something_out(preset):
+  separate = {'model.attention': 'splash', 'data.layout': 'separate'}
+  with pytest.raises(ValueError, match=r'model\.attention=splash has no sliding windows'):
+    make(preset, separate, platform='tpu')
+  assert make('llama3-8b', separate, platform='tpu').attention == 'splash'
