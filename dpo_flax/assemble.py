@@ -17,7 +17,7 @@ from dpo_flax.learner.optimizer import make_optimizer
 from dpo_flax.learner.state import Models, TrainState, init_state, split_models
 from dpo_flax.learner.step import StepOptions
 from dpo_flax.model.config import ModelConfig
-from dpo_flax.model.families import from_hf_config
+from dpo_flax.model.hf_config import from_hf_config
 from dpo_flax.model.lora import LoraConfig, resolve_targets
 from dpo_flax.model.presets import from_preset
 from dpo_flax.model.transformer import Transformer

@@ -20,7 +20,7 @@ from dpo_flax import command
 from dpo_flax.data import loader
 from dpo_flax.data.reports import examples, page, statistics, text
 from dpo_flax.interop.hf_weights import open_checkpoint
-from dpo_flax.model.families import from_hf_config
+from dpo_flax.model.hf_config import from_hf_config
 from dpo_flax.model.presets import from_preset
 from dpo_flax.validation import validate
 

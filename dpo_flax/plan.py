@@ -25,7 +25,7 @@ from dpo_flax.chips import Slice, make_slice
 from dpo_flax.data import loader, pack
 from dpo_flax.estimate import Estimate, Pairs, estimate, remedies
 from dpo_flax.interop.hf_weights import Checkpoint, open_checkpoint
-from dpo_flax.model.families import from_hf_config
+from dpo_flax.model.hf_config import from_hf_config
 from dpo_flax.model.presets import PRESETS, from_preset
 from dpo_flax.validation import validate
 

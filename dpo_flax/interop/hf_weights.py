@@ -17,6 +17,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from dpo_flax.interop.language_model import has_language_model, language_model
 from dpo_flax.interop.named_arrays import Slot, gather, gather_slot, load_arrays, make_slots, match
 from dpo_flax.interop.names import HARMLESS, name_table
 from dpo_flax.interop.tensor_files import (
@@ -27,7 +28,7 @@ from dpo_flax.interop.tensor_files import (
   read_header,
   write_tensors,
 )
-from dpo_flax.model.families import to_hf_config
+from dpo_flax.model.hf_config import to_hf_config
 from dpo_flax.model.quantization import scale_path
 from dpo_flax.model.transformer import Transformer
 
@@ -55,7 +56,7 @@ class Checkpoint:
   """A directory in Hugging Face layout; its tensors are still on disk."""
 
   directory: epath.Path
-  config: Mapping[str, Any]  # of config.json
+  config: Mapping[str, Any]  # of config.json, or what it says of the language model inside
   tensors: Mapping[str, TensorFile]
 
 
@@ -71,7 +72,10 @@ def open_checkpoint(path: str) -> Checkpoint:
   config = directory / 'config.json'
   if not config.exists():
     raise ValueError(f'{directory} has no config.json: no checkpoint in Hugging Face layout')
-  return Checkpoint(directory, parse_json(config.read_bytes(), config), _open_tensors(directory))
+  values, tensors = parse_json(config.read_bytes(), config), _open_tensors(directory)
+  if has_language_model(values):
+    values, tensors = language_model(values, tensors, str(directory))
+  return Checkpoint(directory, values, tensors)
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -263,10 +267,12 @@ def _write_shards(
 
 def _write_sidecars(directory: epath.Path, model: Transformer, checkpoint: Checkpoint | None):
   """Copies everything beside the weights byte for byte, or describes a model that had none."""
+  config = directory / 'config.json'
   if checkpoint is None:
-    text = json.dumps(to_hf_config(model.config), indent=2)
-    (directory / 'config.json').write_text(text)
+    config.write_text(json.dumps(to_hf_config(model.config), indent=2))
     return
   for name in COPIED_FILES:
     if (checkpoint.directory / name).exists():
       (directory / name).write_bytes((checkpoint.directory / name).read_bytes())
+  if has_language_model(parse_json(config.read_bytes(), config)):
+    config.write_text(json.dumps(checkpoint.config, indent=2))

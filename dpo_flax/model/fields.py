@@ -32,8 +32,8 @@ def typed(values: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
   """
   value = values[name]
   right = isinstance(value, (int, float) if kind is float else kind)
-  # A NaN is no number greater than 0, and nothing here is infinite.
-  if not right or (kind is not bool and (isinstance(value, bool) or not 0 < value < 1e12)):
+  limit = 10**7 if kind is int else 1e12  # no model comes near; NaN is not below it
+  if not right or (kind is not bool and (isinstance(value, bool) or not 0 < value < limit)):
     expected = 'true or false' if kind is bool else f'a positive {kind.__name__}'
     raise ValueError(f'{where}: {name} is {value!r}, not {expected}')
   return kind(value)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_flax.model.config import ModelConfig
-from dpo_flax.model.families import from_hf_config
+from dpo_flax.model.hf_config import from_hf_config
 
 _LLAMA3 = {
   'model_type': 'llama',

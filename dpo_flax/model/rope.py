@@ -33,7 +33,7 @@ def read_rope(
   """
   parameters, theta = _parameters(values, layer_type, where)
   # Writers of old changed `type` to `rope_type`, and some wrote both.
-  kinds = {parameters.pop(name) for name in ('rope_type', 'type') if name in parameters}
+  kinds = {str(parameters.pop(name)) for name in ('rope_type', 'type') if name in parameters}
   kinds = {_RENAMED.get(kind, kind) for kind in kinds} or {'default'}
   theta = typed({'rope_theta': theta} | parameters, 'rope_theta', float, where)
   parameters.pop('rope_theta', None)
@@ -50,7 +50,7 @@ def read_rope(
   (kind, *others) = kinds
   if others or kind not in scalings:
     raise ValueError(
-      f'{where}: rotary positions of type {sorted(map(str, kinds))} with {parameters}; supported: '
+      f'{where}: rotary positions of type {sorted(kinds)} with {parameters}; supported: '
       f'default (without parameters), {", ".join(scalings)}'
     )
   if kind == 'longrope':

@@ -34,7 +34,7 @@ from dpo_flax import config as config_lib
 from dpo_flax.data import pack
 from dpo_flax.learner.state import Models, init_state, split_models
 from dpo_flax.learner.step import StepOptions, make_eval_step, make_train_step
-from dpo_flax.model.families import from_hf_config
+from dpo_flax.model.hf_config import from_hf_config
 from dpo_flax.model.lora import LoraConfig, resolve_targets
 from dpo_flax.model.transformer import Transformer, run_streams
 from dpo_flax.objective.metrics import summarize

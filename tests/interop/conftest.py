@@ -11,7 +11,7 @@ import transformers
 from flax import nnx
 
 from dpo_flax.interop.hf_weights import load_base, open_checkpoint
-from dpo_flax.model.families import from_hf_config
+from dpo_flax.model.hf_config import from_hf_config
 from dpo_flax.model.lora import LoraConfig
 from dpo_flax.model.transformer import Transformer, run_streams
 from dpo_flax.sharding import make_mesh

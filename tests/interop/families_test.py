@@ -11,7 +11,7 @@ from flax import nnx
 from dpo_flax.data import pack
 from dpo_flax.interop.hf_weights import open_checkpoint, save_merged
 from dpo_flax.interop.peft import load_adapter, open_adapter, save_adapter
-from dpo_flax.model.families import from_hf_config
+from dpo_flax.model.hf_config import from_hf_config
 from dpo_flax.model.lora import block_projections
 from dpo_flax.model.transformer import run_streams
 from dpo_flax.sharding import make_mesh
@@ -135,6 +135,23 @@ def test_config_made_for_a_model_that_had_none_means_the_same(llama, tokens, tmp
   save_merged(llama.read(tmp_path / 'base'), None, tmp_path / 'model')
   written = llama.their_logits(load(tmp_path / 'model'), tokens)
   np.testing.assert_allclose(written, llama.their_logits(theirs, tokens), atol=1e-5)
+
+
+def test_language_model_beside_one_of_images_is_read_and_written_alone(llama, tokens, tmp_path):
+  """As Gemma 3 is published from 4B on: `language_model.` before every name."""
+  text = make_config(llama, 'gemma3').to_dict()
+  images = {'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 1}
+  images |= {'num_attention_heads': 2, 'image_size': 28, 'patch_size': 14}
+  config = transformers.Gemma3Config(text_config=text, vision_config=images, image_token_index=95)
+  both = llama.write_model(tmp_path / 'both', config)
+  tokens = np.minimum(tokens, 94)
+  checkpoint = open_checkpoint(str(tmp_path / 'both'))
+  model = llama.read(tmp_path / 'both')
+  equal(llama.our_logits(model, tokens), llama.their_logits(both, tokens))
+  save_merged(model, checkpoint, tmp_path / 'alone')
+  alone = load(tmp_path / 'alone')
+  assert type(alone) is transformers.Gemma3ForCausalLM
+  equal(llama.their_logits(alone, tokens), llama.their_logits(both, tokens))
 
 
 @pytest.mark.parametrize('case', ['qwen2', 'gemma3', 'phi3', 'olmo2'])

@@ -8,7 +8,8 @@ import pytest
 import transformers
 from flax import nnx
 
-from dpo_flax.model.families import FAMILIES, from_hf_config, to_hf_config
+from dpo_flax.model.families import FAMILIES
+from dpo_flax.model.hf_config import from_hf_config, to_hf_config
 from dpo_flax.model.presets import PRESETS, from_preset
 from dpo_flax.model.transformer import Transformer
 
