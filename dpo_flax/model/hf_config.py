@@ -191,11 +191,8 @@ def _rotated_layers(given: Mapping[str, Any], num_layers: int, where: str) -> Se
   rotated = given['no_rope_layers']
   if not rotated:
     return [int((layer + 1) % every != 0) for layer in range(num_layers)]
-  if (
-    not isinstance(rotated, list)
-    or len(rotated) < num_layers
-    or set(map(str, rotated)) - {'0', '1'}
-  ):
+  right = isinstance(rotated, list) and all(turned in (0, 1) for turned in rotated)
+  if not right or len(rotated) < num_layers:
     raise ValueError(
       f'{where}: no_rope_layers is {rotated}, not 0 or 1 for each of {num_layers} layers'
     )
