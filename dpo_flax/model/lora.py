@@ -77,9 +77,11 @@ class Projection(nnx.Module):
       scale = ChannelScale(scale, out_sharding=axes[1:], eager_sharding=False)
     self.kernel = nnx.Param(kernel, out_sharding=axes, eager_sharding=False)
     self.kernel_scale = scale  # [out]; None: the kernel is of floats
-    zeros = jnp.zeros(features[1], config.float_dtype)
-    bias = nnx.Param(zeros, out_sharding=axes[1:], eager_sharding=False)
-    self.bias = bias if name in config.biases else None
+    bias = None
+    if name in config.biases:
+      zeros = jnp.zeros(features[1], config.float_dtype)
+      bias = nnx.Param(zeros, out_sharding=axes[1:], eager_sharding=False)
+    self.bias = bias  # [out]
     if self.adapted:
       self.scale, self.dropout = lora.scale, lora.dropout
       # PEFT's start for A: uniform in +-1/sqrt(in).

@@ -67,6 +67,7 @@ def make_models() -> Models:
     'num_hidden_layers': 2,
     'num_attention_heads': 4,
     'num_key_value_heads': 2,
+    'rms_norm_eps': 1e-5,
     'initializer_range': 0.125,
   }
   run = {'dtype': jnp.float32, 'weight_dtype': jnp.float32, 'remat': 'none', 'attention': 'xla'}

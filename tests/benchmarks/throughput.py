@@ -81,6 +81,8 @@ def make_step():
     'num_hidden_layers': 4,
     'num_attention_heads': 4,
     'num_key_value_heads': 2,
+    'rms_norm_eps': 1e-5,
+    'rope_theta': 500_000.0,
   }
   run = {'dtype': jnp.float32, 'weight_dtype': jnp.float32, 'remat': 'none', 'attention': 'xla'}
   config = from_hf_config(architecture, where='architecture', **run)
