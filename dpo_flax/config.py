@@ -143,7 +143,8 @@ def _data() -> ConfigDict:
   data.completions = 'best_vs_random'
   data.tokenizer = config_dict.placeholder(str)  # default: beside the weights
   data.chat_template = config_dict.placeholder(str)  # a file or the template itself
-  # What the template is given besides the messages: {'enable_thinking': False}.
+  # What the template is given besides the messages: {'enable_thinking': False}. strftime_now is the
+  # date that it takes for today; unset: 2024-07-26, so that ids do not depend on the day.
   data.template_variables = config_dict.placeholder(object)
   # exact | rendered: whether a template may leave things out of earlier turns, as those of thinking
   # models do. `exact` refuses it; `rendered` trains on what the model will see.

@@ -98,7 +98,10 @@ class Tokenizer:
       raise RecordError(
         'chat template rewrites the prompt', 'its text before chosen and before rejected differs'
       )
-    return self._split(chosen, renderings, self._ids)
+    pair = self._split(chosen, renderings, self._ids)
+    if pair.prompt[:2] == [self.bos_id] * 2:
+      raise RecordError('BOS twice', 'the chat template writes it twice: take one out')
+    return pair
 
   def _split(
     self, prompt: str, renderings: list[Rendering], encode: Callable[[str], list[int]]
@@ -155,7 +158,7 @@ def load_tokenizer(
   content = file.read_bytes()
   json_file = file.name.endswith('.json')
   try:
-    backend = TokenizersBackend(content) if json_file else SentencePieceBackend(content, settings)
+    backend = (TokenizersBackend if json_file else SentencePieceBackend)(content, settings)
   except Exception as error:  # both libraries raise bare Exceptions
     kind = 'tokenizers file' if json_file else 'SentencePiece model'
     raise ValueError(f'{file} cannot be read as a {kind}: {error}') from None

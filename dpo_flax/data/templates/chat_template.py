@@ -17,6 +17,7 @@ from dpo_flax.data.encoding.child import Child, ChildDied
 from dpo_flax.data.reading.fields import shared_length
 from dpo_flax.data.reading.preference import Message, Preference, Span
 from dpo_flax.data.reading.records import RecordError
+from dpo_flax.data.templates.kept import check_kept, check_tools
 from dpo_flax.data.templates.template_process import END_SPAN, SECONDS, SPAN, WALL_SECONDS
 
 # Unicode noncharacters: no text for interchange holds them, and none is let in.
@@ -97,18 +98,21 @@ class ChatTemplate:
     tools = self._mark(preference.tools)
     chats = [(prompt, True), *((prompt + response, False) for response in responses)]
     (prefix, _), *rendered = self._render(chats, tools)
+    if tools:
+      ((without, _),) = self._render(chats[:1], None)
+      check_tools(tools, prefix, without)
     renderings = []
     for response, (text, blocks) in zip(responses, rendered, strict=True):
       _check_prefix(prefix, text)
       chat = _Chat(prompt, response, tools, prefix, text)
       spans = [self._extend(text, span) for span in blocks if span[0] >= len(prefix)]
       spans = spans or self._find_spans(chat)
-      _check_kept(response, text[spans[0][0] :], 'response')
+      check_kept(response, text[spans[0][0] :], 'response')
       closing = self._closing(text, spans[-1])
       closed = closing is not None and not text[closing : spans[-1][1]].strip()
       renderings.append(Rendering(text, spans, closed))
     if self._history == 'exact':
-      _check_kept(prompt, prefix, 'history')
+      check_kept(prompt, prefix, 'history')
     return renderings
 
   def pieces(self, text: str) -> Iterator[tuple[str, bool]]:
@@ -260,26 +264,3 @@ def _check_prefix(prefix: str, text: str) -> str:
       f'{prefix[same : same + 40]!r} becomes {text[same : same + 40]!r} once a response follows',
     )
   return prefix
-
-
-def _check_kept(messages: list[Message], text: str, part: str) -> None:
-  """Refuses a rendering that lacks something the messages say; white space does not count."""
-  squeezed = ''.join(text.split())
-  for message in messages:
-    if message['role'] == 'tool':  # what tools return may be quoted or escaped
-      continue
-    lost = next((t for t in _texts(message) if ''.join(t.split()) not in squeezed), None)
-    if lost is not None:
-      raise RecordError(
-        f'chat template rewrites the {part}',
-        f'what the {message["role"]} says, {lost[:40]!r}, is not in the rendered chat as it stands'
-        + ('; data.history=rendered trains on what the template makes' * (part == 'history')),
-      )
-
-
-def _texts(message: Message) -> list[str]:
-  content = message.get('content') or []
-  if isinstance(content, str):
-    return [content]
-  texts = (item.get('text') for item in content if isinstance(item, dict))
-  return [text for text in texts if isinstance(text, str)]

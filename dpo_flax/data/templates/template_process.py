@@ -24,6 +24,9 @@ SECONDS = 1.0  # of processor time for one request
 WALL_SECONDS = 60.0  # for one request, on however busy a machine
 SPAN, END_SPAN = '\ufdd2', '\ufdd3'  # noncharacters around what {% generation %} holds
 _TEXT = 1 << 24  # characters a template may make
+# What templates take for today, so that token ids do not depend on the day they are made. It is the
+# date that Llama 3.1's template falls back to; the variable strftime_now sets another.
+_TODAY = '2024-07-26'
 
 
 class _Generation(ext.Extension):
@@ -47,7 +50,6 @@ def _environment() -> sandbox.ImmutableSandboxedEnvironment:
   )
   environment.filters['tojson'] = _to_json
   environment.globals['raise_exception'] = _raise
-  environment.globals['strftime_now'] = lambda form: datetime.datetime.now().strftime(form)
   return environment
 
 
@@ -85,13 +87,14 @@ def _answer(request: bytes) -> bytes:
 def _render(source: str, variables: dict[str, Any], chats: list[list[Any]]) -> list[str]:
   """Renders each of [messages, tools, add_generation_prompt]."""
   template, texts = _compile(source), []
+  today = datetime.datetime.fromisoformat(variables.get('strftime_now', _TODAY))
   for messages, tools, header in chats:
     text = template.render(
       messages=messages,
       tools=tools,
       documents=None,
       add_generation_prompt=header,
-      **variables,
+      **variables | {'strftime_now': today.strftime},
     )
     if len(text) > _TEXT:
       raise OverflowError(f'it makes {len(text)} characters')
