@@ -24,7 +24,7 @@ from dpo_flax.data.source import RecordSource
 from dpo_flax.data.token_cache import TokenCache, local_directory
 from dpo_flax.data.tokenizer import Tokenizer
 
-VERSION = 3  # of the files and of the code that decides token ids
+VERSION = 4  # of the files and of the code that decides token ids
 _CHUNK = 256  # records that go to a process at once; divides cache_files.RECORDS
 
 

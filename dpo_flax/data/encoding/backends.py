@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import re
 from typing import Any, Protocol
 
@@ -14,6 +15,8 @@ from dpo_flax.data.templates.chat_template import ChatTemplate
 # SentencePiece writes a space as \u2581.
 _WORD = re.compile('\u2581*[^\u2581]+|\u2581+')
 _ACROSS = re.compile('[^\u2581]\u2581')
+# How control tokens are written; other pieces defined by the user are HTML tags and line breaks.
+_CONTROL = re.compile(r'<\|.*\|>|<(start|end)_of_\w+>|<unused\d+>|\[/?[A-Z_]+\]')
 _KNOWN, _SHORT = 1 << 18, 64  # words remembered, and the characters of the longest
 
 
@@ -38,7 +41,8 @@ class SentencePieceBackend:
   """A SentencePiece model. It never makes a control token from text: chats are split at them.
 
   Gemma's models hold <start_of_turn> as a piece `defined by the user`, which they would find in any
-  text; such pieces are made controls where the settings beside the model call them special.
+  text; such pieces are made controls where the settings beside the model call them special, or
+  where they are written as control tokens are.
   """
 
   def __init__(self, model: bytes, settings: dict[str, Any]):
@@ -84,9 +88,13 @@ class SentencePieceBackend:
 
 
 class TokenizersBackend:
-  """A tokenizer.json. Its special tokens are matched in a rendered chat, never in a text."""
+  """A tokenizer.json. Its special tokens are matched in a rendered chat, never in a text.
 
-  def __init__(self, content: bytes):
+  Special are those that the file itself or the settings beside it call so.
+  """
+
+  def __init__(self, content: bytes, settings: dict[str, Any]):
+    content = _with_special(content, _special_tokens(settings))
     self._chat, self._text = _load_tokenizer_json(content), _load_tokenizer_json(content)
     self._text.encode_special_tokens = True
     added = self._chat.get_added_tokens_decoder()
@@ -157,8 +165,25 @@ def _special_tokens(settings: dict[str, Any]) -> set[str]:
 
 def _make_controls(proto: sentencepiece_model_pb2.ModelProto, names: set[str]) -> None:
   for piece in proto.pieces:
-    if piece.type == piece.USER_DEFINED and piece.piece in names:
+    named = piece.piece in names or _CONTROL.fullmatch(piece.piece)
+    if piece.type == piece.USER_DEFINED and named:
       piece.type = piece.CONTROL
+
+
+def _with_special(content: bytes, names: set[str]) -> bytes:
+  """Returns a tokenizer.json in which every token of `names` that it has is special."""
+  values = json.loads(content)
+  tokens = values['added_tokens']
+  known = tokenizers.Tokenizer.from_buffer(content)
+  for name in names - {token['content'] for token in tokens}:
+    if (i := known.token_to_id(name)) is not None:
+      plain = dict.fromkeys(['single_word', 'lstrip', 'rstrip', 'normalized'], False)
+      tokens.append({'id': i, 'content': name, **plain})
+  values['added_tokens'] = [
+    token | {'special': token.get('special', False) or token['content'] in names}
+    for token in sorted(tokens, key=lambda token: token['id'])
+  ]
+  return json.dumps(values).encode()
 
 
 def _load_sentencepiece(
