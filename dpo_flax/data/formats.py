@@ -7,7 +7,8 @@ Every format is one function from a record's dict to a Preference:
   messages  {messages, rejected}: a whole chat, and another answer in place of its last turn
   hh        {chosen, rejected}: two transcripts '\n\nHuman: ... \n\nAssistant: ...'
 
-published.py holds those of single data sets: shp, webgpt, binarized, ultrafeedback, orca.
+A key `system` beside any of these is the chat's system turn. published.py holds those of single
+data sets: shp, webgpt, binarized, ultrafeedback, orca.
 """
 
 import dataclasses
@@ -45,6 +46,8 @@ def to_preferences(record: dict[str, Any], options: FormatOptions) -> tuple[list
     preferences = published.ultrafeedback(record, options.completions)
   else:
     preferences = [FORMATS[name](record)]
+  if record.get('system') and name in _WITHOUT_SYSTEM:
+    preferences = [_with_system(preference, record) for preference in preferences]
   preferences = [with_extras(preference, record) for preference in preferences]
   for preference in preferences:
     check(preference)
@@ -94,6 +97,29 @@ _SIGNATURES: tuple[tuple[str, dict[str, type | tuple[type, ...]]], ...] = (
 )
 
 
+_WITHOUT_SYSTEM = ('explicit', 'implicit', 'messages', 'hh')  # formats that have no such key
+_ECHO = 20  # characters: a shorter prompt may well be how an answer begins
+
+
+def _with_system(preference: Preference, record: dict[str, Any]) -> Preference:
+  """Returns the preference as a chat that begins with the record's `system`."""
+  turn = {'role': 'system', 'content': get_text(record, 'system')}
+  if isinstance(preference.prompt, list):
+    if preference.prompt[:1] == [turn]:
+      return preference
+    if any(message.get('role') == 'system' for message in preference.prompt):
+      raise RecordError('two system turns', 'the chat has one, and the key "system" holds another')
+    return dataclasses.replace(preference, prompt=[turn, *preference.prompt])
+  if preference.chosen_context or preference.rejected_context or _ASSISTANT in preference.prompt:
+    raise RecordError('system beside a transcript', 'there is no place for the key "system" in it')
+  return Preference(
+    [turn, {'role': 'user', 'content': preference.prompt}],
+    *(
+      [{'role': 'assistant', 'content': text}] for text in (preference.chosen, preference.rejected)
+    ),
+  )
+
+
 def explicit(record: dict[str, Any]) -> Preference:
   """{prompt, chosen, rejected}, all strings or all chats."""
   prompt, chosen, rejected = (get(record, key) for key in ('prompt', 'chosen', 'rejected'))
@@ -104,7 +130,17 @@ def explicit(record: dict[str, Any]) -> Preference:
       'wrong type',
       f'prompt, chosen, rejected are {names}; they must be three strings or three chats',
     )
+  if isinstance(prompt, str) and len(prompt.strip()) >= _ECHO and _begin(prompt, chosen, rejected):
+    raise RecordError(
+      'prompt inside the responses',
+      'chosen and rejected both begin with the whole prompt, which would be scored as their text: '
+      'take it off them',
+    )
   return Preference(prompt, chosen, rejected)
+
+
+def _begin(prompt: str, *responses: str) -> bool:
+  return all(response.startswith(prompt) for response in responses)
 
 
 def implicit(record: dict[str, Any]) -> Preference:

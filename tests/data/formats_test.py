@@ -153,3 +153,32 @@ def test_records_that_are_no_comparison_are_refused(record, reason):
 def test_a_format_that_was_set_is_not_guessed():
   with pytest.raises(RecordError, match="'prompt' is not among"):
     to_preference({'chosen': 'a', 'rejected': 'b'}, 'explicit')
+
+
+def test_a_system_key_becomes_the_system_turn():
+  system = {'role': 'system', 'content': 'Be brief.'}
+  texts = {'system': 'Be brief.', 'prompt': 'Why?', 'chosen': 'So.', 'rejected': 'No.'}
+  (preference,), _ = to_preferences(texts, FormatOptions())
+  assert preference.prompt == [system, {'role': 'user', 'content': 'Why?'}]
+  assert preference.chosen == [{'role': 'assistant', 'content': 'So.'}]
+  user = {'role': 'user', 'content': 'Why?'}
+  chat = texts | {'prompt': [user]}
+  chat |= {name: [{'role': 'assistant', 'content': texts[name]}] for name in ('chosen', 'rejected')}
+  for prompt in ([user], [system, user]):
+    (preference,), _ = to_preferences(chat | {'prompt': prompt}, FormatOptions())
+    assert preference.prompt == [system, user]
+  other = {'role': 'system', 'content': 'Be long.'}
+  with pytest.raises(RecordError, match='two system turns'):
+    to_preferences(chat | {'prompt': [other, user]}, FormatOptions())
+  transcript = {name: f'\n\nHuman: Why?\n\nAssistant: {name}' for name in ('chosen', 'rejected')}
+  with pytest.raises(RecordError, match='system beside a transcript'):
+    to_preferences(transcript | {'system': 'Be brief.'}, FormatOptions())
+
+
+def test_a_prompt_repeated_in_its_responses_is_refused():
+  prompt = 'What is the capital of France?'
+  whole = {'prompt': prompt, 'chosen': f'{prompt} Paris.', 'rejected': f'{prompt} London.'}
+  with pytest.raises(RecordError, match='prompt inside the responses'):
+    to_preferences(whole, FormatOptions())
+  hello = {'prompt': 'Hello', 'chosen': 'Hello! What is new?', 'rejected': 'Hello there.'}
+  to_preferences(hello, FormatOptions())
