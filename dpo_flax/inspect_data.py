@@ -34,14 +34,41 @@ _JSON = flags.DEFINE_bool(
 def inspect(config: ConfigDict, count: int) -> tuple[dict, list[examples.Example]]:
   """Prepares the data as training would; returns its statistics and some pairs of it.
 
+  Records that training would refuse are left out and counted, so that all of them are seen at once.
+
   Raises:
     ValueError: the config or the data are unfit.
   """
   config = validate(config)
+  config.data.bad_record = 'skip'
+  if config.data.too_long == 'raise':
+    config.data.too_long = 'drop'
   prepared = loader.prepare(config, vocab_size=_vocab_size(config))
   found = statistics.describe(prepared, config)
   shown = examples.pick(prepared.train, prepared.tokenizer, count, seed=config.seed)
   return found, shown
+
+
+def refusals(found: dict, config: ConfigDict) -> list[str]:
+  """Returns why training under this config would not start on what was found."""
+  sides = [found, found['validation']] if 'validation' in found else [found]
+  # Held-out pairs are of the same files, unless they have their own.
+  read = sides if config.data.validation else sides[:1]
+  bad = [place for side in read for places in side['examples'].values() for place in places]
+  long = [place for side in sides for place in side['too_long_examples']]
+  reasons = []
+  if bad and config.data.bad_record == 'raise':
+    count = sum(side['dropped'] for side in read)
+    reasons.append(
+      f'{count:,} bad records, such as {bad[0]} (data.bad_record=skip leaves them out)'
+    )
+  if long and config.data.too_long == 'raise':
+    count = sum(side['too_long'] for side in sides)
+    reasons.append(
+      f'{count:,} pairs longer than batch.tokens={config.batch.tokens}, such as {long[0]} '
+      '(data.too_long=drop leaves them out, truncate_prompt cuts their prompts)'
+    )
+  return reasons
 
 
 def _vocab_size(config: ConfigDict) -> int:
@@ -54,14 +81,28 @@ def _vocab_size(config: ConfigDict) -> int:
 
 
 def show(config: ConfigDict):
-  """Prints what was found, as text or JSON, and writes the page that --html asks for."""
+  """Prints what was found, as text or JSON, and writes the page that --html asks for.
+
+  Raises:
+    ValueError: training would refuse these data; raised after all is printed.
+  """
+  if _HTML.value and not epath.Path(_HTML.value).parent.is_dir():
+    raise ValueError(f'--html={_HTML.value}: there is no folder {epath.Path(_HTML.value).parent}')
   found, shown = inspect(config, _EXAMPLES.value)
+  reasons = refusals(found, config)
+  found['refused'] = reasons
   if _HTML.value:
     epath.Path(_HTML.value).write_text(page.render(found, shown))
   if _JSON.value:
     lines = json.dumps(found, indent=1)
   else:
     lines = text.render(found, shown, colour=sys.stdout.isatty())
+  _print(lines)
+  if reasons:
+    raise ValueError(f'training with this config would refuse {" and ".join(reasons)}')
+
+
+def _print(lines: str):
   with contextlib.suppress(BrokenPipeError):  # of a pager that was left
     print(lines, flush=True)
     return

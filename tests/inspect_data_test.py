@@ -123,7 +123,26 @@ def test_the_command_prints_one_json_object(config, tmp_path):
   )
   assert json.loads(done.stdout)['read'] == len(RECORDS)
   assert page.read_text().startswith('<!doctype html>')
+
+
+def test_what_training_would_refuse_is_shown_and_then_said(config, tmp_path):
+  command = [sys.executable, '-m', 'dpo_flax.inspect_data', f'--config={TINY}', '--json']
+  command += [f'--config.workdir={tmp_path}', f'--config.data.train={config.data.train}']
+  command += ['--config.batch.tokens=28']
   done = subprocess.run(command, capture_output=True, check=False, text=True)
+  found = json.loads(done.stdout)
+  assert (found['read'], found['dropped']) == (len(RECORDS), 1)
+  assert found['too_long'] + found['validation']['too_long'] > 0
+  assert len(found['refused']) == 2
   assert done.returncode == 2
   assert 'pairs.jsonl:5: empty response' in done.stderr
+  assert 'batch.tokens=28' in done.stderr
   assert 'Traceback' not in done.stderr
+
+
+def test_a_page_in_no_folder_is_refused_first(config, monkeypatch, tmp_path):
+  page = type('Flag', (), {'value': str(tmp_path / 'none' / 'page.html')})
+  monkeypatch.setattr(inspect_data, '_HTML', page)
+  monkeypatch.setattr(inspect_data, 'inspect', None)
+  with pytest.raises(ValueError, match='there is no folder'):
+    inspect_data.show(config)
