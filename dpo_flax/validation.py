@@ -58,6 +58,8 @@ _POSITIVE = (
   'optimizer.eps',
 )
 
+_SHORTEST_PAIR = 4  # tokens: one of a prompt before one of a response, twice
+
 # Above this, LoRA under DPO tends to leave the reference faster than the loss can tell.
 _LORA_LEARNING_RATE = 5e-5
 
@@ -79,6 +81,7 @@ def validate(config: ConfigDict) -> ConfigDict:
     if not 0 < get(config, field) < math.inf:
       raise ValueError(f'{field}={get(config, field)}: must be greater than 0, and finite')
   _check_required(config)
+  _check_pairs_per_row(config)
   if config.batch.rows % config.batch.microbatches:
     raise ValueError(
       f'batch.rows={config.batch.rows} is not a multiple of '
@@ -131,6 +134,19 @@ def _check_range(field: str, value: float, low: float | None, high: float | None
   if not (inside and math.isfinite(value)):
     bounds = f'at least {low}' if high is None else f'between {low} and {high}'
     raise ValueError(f'{field}={value}: must be {bounds}')
+
+
+def _check_pairs_per_row(config: ConfigDict):
+  slots, most = config.batch.pairs_per_row, config.batch.tokens // _SHORTEST_PAIR
+  if slots > most:
+    raise ValueError(
+      f'batch.pairs_per_row={slots}: a row of batch.tokens={config.batch.tokens} holds at most '
+      f'{most} pairs; 0 takes as many as the data need'
+    )
+  if slots > 1 and not config.data.pack:
+    raise ValueError(
+      f'batch.pairs_per_row={slots}: with data.pack=False a row holds one pair; set it to 0'
+    )
 
 
 def _check_required(config: ConfigDict):

@@ -89,6 +89,8 @@ def test_a_number_out_of_range_is_refused(config, set_field, field, value, bound
     ({'data.tokenizer': None}, 'data.tokenizer is not set'),
     ({'train.num_train_steps': 0}, 'length of the run exactly once'),
     ({'train.num_epochs': 1.0}, 'length of the run exactly once.*10.*1.0'),
+    ({'batch.pairs_per_row': 1025, 'batch.tokens': 4096}, 'pairs_per_row=1025.*at most 1024 pairs'),
+    ({'batch.pairs_per_row': 2, 'data.pack': False}, 'pairs_per_row=2.*pack=False'),
     ({'batch.rows': 6, 'batch.microbatches': 4}, 'batch.rows=6 is not a multiple .*microbatches=4'),
   ],
 )

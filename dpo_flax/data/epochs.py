@@ -56,11 +56,16 @@ class Epochs:
     return self.plan(epoch)[i - self.start(epoch)]
 
   def _make_plan(self, epoch: int) -> pack.RowPlan:
+    order = self._mixture.epoch(epoch, seed=self._seed, shuffle=self._shuffle)
+    if not len(order):
+      raise ValueError(
+        f'data.train: the weights of the mixture leave no pair for epoch {epoch + 1}: raise them.'
+      )
     plan = pack.plan_rows(
       pack.row_lengths(self._lengths, self._layout),
       tokens=self._tokens,
       pairs_per_row=self.pairs_per_row,
-      order=self._mixture.epoch(epoch, seed=self._seed, shuffle=self._shuffle),
+      order=order,
       window=self._window,
     )
     if self._shuffle:

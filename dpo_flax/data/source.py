@@ -14,6 +14,7 @@ from dpo_flax.data.reading import readers
 from dpo_flax.data.reading.records import RecordError, parse
 
 _CHUNK = 1 << 20  # bytes read at once when hashing
+_LEAST, _MOST = 0.001, 1000  # passes over a part of a mixture in an epoch
 
 Paths = str | Sequence[str] | NamedValues
 
@@ -106,10 +107,14 @@ def _parts(paths: Paths) -> list[tuple[float, list[str]]]:
       )
     return [(1.0, list(patterns))]
   for path, weight in mixture.items():
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e6:
+    if (
+      isinstance(weight, bool)
+      or not isinstance(weight, int | float)
+      or not _LEAST <= weight <= _MOST
+    ):
       raise ValueError(
         f'data.train gives {path} the weight {weight!r}: it is the number of passes over the file '
-        'in an epoch, such as 1, 2 or 0.5.'
+        f'in an epoch, such as 1, 2 or 0.5, from {_LEAST} to {_MOST}.'
       )
   return [(float(weight), [path]) for path, weight in mixture.items()]
 
@@ -120,7 +125,8 @@ def _expand(pattern: str) -> list[str]:
   if path.exists():
     return readers.table_files(path) if path.is_dir() else [pattern]
   if not glob.has_magic(pattern):
-    raise ValueError(f'{pattern} does not exist.')
+    several = ': give several paths as a tuple, not one text with commas' if ',' in pattern else ''
+    raise ValueError(f'{pattern} does not exist{several}.')
   if '**' in pattern:
     raise ValueError(f'{pattern}: ** is not supported, as it may list a whole bucket. Use *.')
   parts = pattern.split('/')  # not path.parts, which lose the // of gs://

@@ -68,7 +68,7 @@ def test_weights_make_each_path_a_part_of_a_mixture(tmp_path):
   alike = RecordSource([f'{tmp_path}/a*.jsonl', f'{tmp_path}/b.jsonl'])
   assert (alike.weights, alike.parts) == ([1.0], [0, 0, 0])
   assert mixture.fingerprint == alike.fingerprint
-  for weight in (0, -1, True, 'x', float('nan')):
+  for weight in (0, -1, True, 'x', float('nan'), 1e-7, 1e9):
     with pytest.raises(ValueError, match='number of passes'):
       RecordSource({f'{tmp_path}/b.jsonl': weight})
 
@@ -100,3 +100,8 @@ def test_fingerprint_is_of_the_content_and_kind_and_not_of_the_name(tmp_path):
   packed.write_bytes((tmp_path / 'one.jsonl').read_bytes())
   assert RecordSource(one).fingerprint == RecordSource(same).fingerprint
   assert len({RecordSource(path).fingerprint for path in (one, other, kind, str(packed))}) == 4
+
+
+def test_paths_with_commas_are_told_from_a_missing_file(tmp_path):
+  with pytest.raises(ValueError, match='does not exist: give several paths as a tuple'):
+    RecordSource(f'{tmp_path}/a.jsonl,{tmp_path}/b.jsonl')
