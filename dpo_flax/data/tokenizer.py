@@ -8,6 +8,7 @@ response is predicted by its loss.
 """
 
 import dataclasses
+import datetime
 import hashlib
 import itertools
 import json
@@ -151,8 +152,11 @@ def load_tokenizer(
     history: exact | rendered, as ChatTemplate says.
 
   Raises:
-    ValueError: files that are missing or broken, or an EOS that is nowhere defined.
+    ValueError: files that are missing or broken, an EOS that is nowhere defined, or a variable
+      strftime_now that is no date.
   """
+  if variables and 'strftime_now' in variables:
+    _check_date(variables['strftime_now'])
   file = _find(epath.Path(path))
   settings = _read_settings(file.parent)
   content = file.read_bytes()
@@ -189,6 +193,15 @@ def _load(
   path: str, chat_template: str | None, variables: dict[str, Any], history: str
 ) -> Tokenizer:
   return load_tokenizer(path, chat_template, variables=variables, history=history)
+
+
+def _check_date(date: Any) -> None:
+  try:
+    datetime.date.fromisoformat(date)
+  except (TypeError, ValueError):
+    raise ValueError(
+      f"data.template_variables: strftime_now is {date!r}, not a date such as '2024-07-26'."
+    ) from None
 
 
 def _find(path: epath.Path) -> epath.Path:

@@ -33,8 +33,10 @@ def check_kept(messages: list[Message], text: str, part: str) -> None:
     squeezed = squeezed.replace(_squeeze(saying), '\0', 1)
   for message in messages:
     for quoted in _quoted(message):
-      if not any(_letters(form) in plain for form in (quoted, json.dumps(quoted))):
-        raise _lost(message, quoted, part)
+      form = next((form for form in map(_letters, _forms(quoted)) if form in plain), None)
+      if form is None:
+        raise _lost(message, _spelt(quoted), part)
+      plain = plain.replace(form, '\0', 1)
 
 
 def check_tools(tools: list[Any], text: str, text_without: str) -> None:
@@ -60,7 +62,7 @@ def _sayings(message: Message) -> Iterator[str]:
     yield from filter(str.strip, _texts(message.get(key)))
 
 
-def _quoted(message: Message) -> Iterator[str]:
+def _quoted(message: Message) -> Iterator[Any]:
   """Yields what a template may quote, escape or spell as JSON or XML: only its letters count."""
   if message['role'] == 'tool':
     yield from _texts(message.get('content'))
@@ -69,9 +71,16 @@ def _quoted(message: Message) -> Iterator[str]:
     yield str(function.get('name', ''))
     arguments = function.get('arguments')
     if isinstance(arguments, dict):
-      yield from (f'{name} {_spelt(value)}' for name, value in arguments.items())
+      yield from ({name: value} for name, value in arguments.items())
     elif arguments is not None:
-      yield _spelt(arguments)
+      yield arguments
+
+
+def _forms(value: Any) -> Iterator[str]:
+  """Yields the ways to write a value."""
+  yield _spelt(value)
+  yield json.dumps(value)
+  yield json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
 def _function(item: Any) -> dict[str, Any]:

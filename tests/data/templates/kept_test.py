@@ -79,3 +79,6 @@ def test_ids_do_not_depend_on_the_day(json_directory):
   other = load_tokenizer(str(json_directory), dated, variables=today)
   assert '01 Mar 2026' in other.template.render_prompt(preference().prompt)
   assert other.fingerprint != tokenizer.fingerprint
+  for wrong in ('26 Jul 2024', 20240726):
+    with pytest.raises(ValueError, match='not a date such as'):
+      load_tokenizer(str(json_directory), dated, variables={'strftime_now': wrong})
