@@ -24,19 +24,20 @@ def check_kept(messages: list[Message], text: str, part: str) -> None:
   Raises:
     RecordError: something is not there, or not as it stands.
   """
-  squeezed, plain = _squeeze(text), _letters(text)
+  squeezed = _squeeze(text)
   said = [(message, saying) for message in messages for saying in _sayings(message)]
   # The longest first: what another one contains must not take its place.
   for message, saying in sorted(said, key=lambda item: -len(item[1])):
     if _squeeze(saying) not in squeezed:
       raise _lost(message, saying, part)
     squeezed = squeezed.replace(_squeeze(saying), '\0', 1)
-  for message in messages:
-    for quoted in _quoted(message):
-      form = next((form for form in map(_letters, _forms(quoted)) if form in plain), None)
-      if form is None:
-        raise _lost(message, _spelt(quoted), part)
-      plain = plain.replace(form, '\0', 1)
+  quoted = [(message, value) for message in messages for value in _quoted(message)]
+  plain = _letters(text) if quoted else ''
+  for message, value in quoted:
+    form = next((form for form in map(_letters, _forms(value)) if form in plain), None)
+    if form is None:
+      raise _lost(message, _spelt(value), part)
+    plain = plain.replace(form, '\0', 1)
 
 
 def check_tools(tools: list[Any], text: str, text_without: str) -> None:
