@@ -76,6 +76,8 @@ CASES = {
   'olmo2': ('Olmo2', {}),
   'smollm3': ('SmolLM3', {'num_hidden_layers': 4, 'pad_token_id': 0}),
 }
+VARIANTS = {'mistral_without_window', 'qwen2_with_windows', 'phi3_long'}
+ONE_OF_EACH = [case for case in CASES if case not in VARIANTS]
 
 
 def make_config(llama, case):
@@ -104,7 +106,7 @@ def test_pairs_packed_in_a_row_score_as_each_response_does_in_transformers(
       equal(logits[sequence_ids == 2 * slot + branch], expected)
 
 
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case', ONE_OF_EACH)
 def test_adapters_give_our_logits_through_peft_and_merged(llama, tokens, tmp_path, case):
   base = llama.write_model(tmp_path / 'base', make_config(llama, case))
   plain = llama.their_logits(base, tokens)
