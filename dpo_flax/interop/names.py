@@ -3,6 +3,7 @@
 import functools
 import re
 
+import jax
 from flax import nnx
 
 from dpo_flax.interop.named_arrays import Table
@@ -59,8 +60,8 @@ HARMLESS = re.compile(r'model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq')
 @functools.cache
 def names_of(config: ModelConfig) -> Table:
   """Returns the names of the parameters that a model of this architecture has."""
-  model = nnx.eval_shape(lambda: Transformer(config, None, nnx.Rngs(0)))
-  state = nnx.state(model, nnx.All(nnx.Param, nnx.Not(ChannelScale)))
+  weights = nnx.All(nnx.Param, nnx.Not(ChannelScale))
+  state = jax.eval_shape(lambda: nnx.state(Transformer(config, None, nnx.Rngs(0)), weights))
   table = name_table(config.model_type)
   return {name: table[name] for name in map('.'.join, dict(nnx.to_flat_state(state)))}
 

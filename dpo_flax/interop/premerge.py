@@ -4,6 +4,7 @@ import collections
 import dataclasses
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -86,9 +87,9 @@ def merge_adapter(checkpoint: Checkpoint, adapter: Adapter, config: ModelConfig)
   def make():
     model = Transformer(config, lora, nnx.Rngs(0, lora=1))
     train_whole(model, lora.saved)
-    return model
+    return nnx.split(model)
 
-  model = nnx.eval_shape(make)
+  model = nnx.merge(*jax.eval_shape(make))
   check_mergeable(model)
   parts = make_parts(nnx.state(model, TRAINABLE), lora, adapter.names)
   match(adapter.tensors, parts, harmless=HARMLESS, where=str(adapter.directory))
