@@ -8,16 +8,19 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dpo_flax import assemble
+from dpo_flax.assemble import make_step_options, runs_reference
 from dpo_flax.compiler_options import compiler_options
 from dpo_flax.data import pack
 from dpo_flax.interop.hf_weights import Checkpoint
 from dpo_flax.learner.optimizer import make_optimizer
-from dpo_flax.learner.state import Models, TrainState, init_state, split_models
+from dpo_flax.learner.state import TrainState, init_state, split_models
 from dpo_flax.learner.step import make_train_step
 from dpo_flax.model.transformer import Transformer
+from dpo_flax.models import pair_models
 from dpo_flax.objective.settings import Objective
 from dpo_flax.sharding import named_shardings, row_parts, row_sharding
+from dpo_flax.sources import make_sources
+from dpo_flax.tuning import make_lora_config
 from dpo_flax.validation import validate_rows
 
 _STEPS = 1000  # of a run whose length is not given: the program does not depend on it
@@ -39,17 +42,20 @@ def abstract_train_step(
     ValueError: the config is unfit.
   """
   validate_rows(config, row_parts(mesh))
-  model_config = assemble.make_model_config(config, base, mesh)
-  lora = assemble.make_lora_config(config, model_config)
-  options = assemble.make_step_options(config, Objective.from_config(config.objective), lora)
+  objective = Objective.from_config(config.objective)
+  sources = make_sources(config, base, reference, mesh)
+  lora = make_lora_config(
+    config, sources.model, start=sources.adapter, reference=sources.reference_adapter
+  )
+  options = make_step_options(config, objective, lora)
   optimizer = make_optimizer(config.optimizer, config.train.num_train_steps or _STEPS)
 
   def make_models():
-    policy = Transformer(model_config, lora, nnx.Rngs(params=0, lora=1))
-    if reference is None:
-      return split_models(Models(policy, nnx.view(policy, adapted=False)))
-    other = assemble.make_model_config(config, reference, mesh)
-    return split_models(Models(policy, Transformer(other, None, nnx.Rngs(params=0))))
+    policy, other = Transformer(sources.model, lora, nnx.Rngs(params=0, lora=1)), None
+    if sources.reference_model is not None:
+      other = Transformer(sources.reference_model, None, nnx.Rngs(params=0))
+    keeps = runs_reference(config, objective)
+    return split_models(pair_models(policy, lora, other=other, keeps_reference=keeps))
 
   with jax.set_mesh(mesh):
     graphdef, trainable, frozen = jax.eval_shape(make_models)

@@ -2,8 +2,6 @@
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -12,18 +10,17 @@ from ml_collections import ConfigDict
 from dpo_flax import config as config_lib
 from dpo_flax.checkpoint import RunIdentity
 from dpo_flax.data.loader import PreparedData, prepare, steps_for_epochs
-from dpo_flax.interop.hf_weights import Checkpoint, fingerprint, load_base, open_checkpoint
+from dpo_flax.interop.hf_weights import Checkpoint, open_checkpoint
 from dpo_flax.learner.optimizer import make_optimizer
-from dpo_flax.learner.state import Models, TrainState, init_state, split_models
+from dpo_flax.learner.state import TrainState, init_state, split_models
 from dpo_flax.learner.step import StepOptions
-from dpo_flax.model.config import ModelConfig
-from dpo_flax.model.hf_config import from_hf_config
-from dpo_flax.model.lora import LoraConfig, resolve_targets
-from dpo_flax.model.presets import from_preset
-from dpo_flax.model.transformer import Transformer
+from dpo_flax.model.lora import LoraConfig
+from dpo_flax.models import load_models
 from dpo_flax.objective.settings import SORTED, Objective, check_records
 from dpo_flax.reference_cache import with_reference_logps
-from dpo_flax.sharding import named_shardings, row_parts
+from dpo_flax.sharding import row_parts
+from dpo_flax.sources import make_sources, reference_fingerprint
+from dpo_flax.tuning import make_lora_config
 from dpo_flax.validation import validate_rows
 
 
@@ -35,13 +32,14 @@ class Run:
   mesh: Mesh
   data: PreparedData
   num_steps: int
-  lora: LoraConfig
+  lora: LoraConfig | None  # None: the whole policy learns
   base: Checkpoint | None  # None: random weights
   graphdef: nnx.GraphDef
   frozen: nnx.State
   optimizer: optax.GradientTransformation
   options: StepOptions
   identity: RunIdentity
+  starts_as_reference: bool  # policy and reference are one before the first step
 
 
 def build(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
@@ -56,19 +54,25 @@ def build(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     open_checkpoint(path) if path else None
     for path in (config.initialize_from_hf, config.reference_model_path)
   )
-  model_config = make_model_config(config, base, mesh)
-  lora = make_lora_config(config, model_config)
+  sources = make_sources(config, base, other, mesh)
+  lora = make_lora_config(
+    config, sources.model, start=sources.adapter, reference=sources.reference_adapter
+  )
   if base and not config.data.tokenizer:
     config.data.tokenizer = str(base.directory)
   options = make_step_options(config, objective, lora)
-  data = prepare(config, vocab_size=model_config.vocab_size)
+  data = prepare(config, vocab_size=sources.model.vocab_size)
   for pairs in (data.train, data.validation):
     check_records(pairs.columns if pairs else (), objective)
   num_steps = config.train.num_train_steps or steps_for_epochs(data, config)
-  models = load_models(config, model_config, lora, base=base, reference=other, mesh=mesh)
+  models = load_models(
+    config, sources, lora, keeps_reference=runs_reference(config, objective), mesh=mesh
+  )
   if config.reference.source == 'cache':
-    weights = make_fingerprint(config, other or base)
-    data = with_reference_logps(data, models.reference, config, fingerprint=weights, mesh=mesh)
+    # Without a reference of its own, the policy still is it.
+    reference = models.reference or models.policy
+    weights = reference_fingerprint(config, sources)
+    data = with_reference_logps(data, reference, config, fingerprint=weights, mesh=mesh)
   graphdef, trainable, frozen = split_models(models)
   optimizer = make_optimizer(config.optimizer, num_steps)
   run = Run(
@@ -77,78 +81,29 @@ def build(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     data=data,
     num_steps=num_steps,
     lora=lora,
-    base=base,
+    base=sources.base,
     graphdef=graphdef,
     frozen=frozen,
     optimizer=optimizer,
     options=options,
-    identity=make_identity(config, data, base, other),
+    identity=RunIdentity(
+      config_lib.identity(config), {'data': data.fingerprint, **sources.fingerprints()}
+    ),
+    starts_as_reference=sources.starts_as_reference(),
   )
   return run, init_state(trainable, optimizer, mesh)
 
 
-def make_model_config(config: ConfigDict, checkpoint: Checkpoint | None, mesh: Mesh) -> ModelConfig:
-  """Returns the architecture of `checkpoint`, or of `config.model.preset` without one.
-
-  Raises:
-    ValueError: the architecture is none of ours, or the attention is not for these devices.
-  """
-  platform = mesh.devices.flat[0].platform
-  attention = config.model.attention
-  if attention == 'auto':
-    attention = 'pallas' if platform == 'tpu' else 'xla'
-  if attention in {'pallas', 'splash'} and platform != 'tpu':
-    raise ValueError(f'model.attention={attention} runs on TPU, not on {platform}: set it to auto')
-  if attention == 'splash' and config.data.layout != 'separate':
-    raise ValueError(
-      f'model.attention=splash cannot share prompts (data.layout={config.data.layout}): set it to '
-      'auto, or data.layout to separate'
-    )
-  run = {
-    'dtype': jnp.dtype(config.model.dtype),
-    'weight_dtype': jnp.dtype(config.model.weight_dtype),
-    'remat': config.model.remat,
-    'attention': attention,
-  }
-  if checkpoint is None:
-    model_config = from_preset(config.model.preset, **run)
-  else:
-    where = str(checkpoint.directory / 'config.json')
-    model_config = from_hf_config(checkpoint.config, where=where, **run)
-  _check_fit(model_config, config)
-  return model_config
+def runs_reference(config: ConfigDict, objective: Objective) -> bool:
+  """Whether the step runs the reference, so that its weights must stay."""
+  return objective.needs_reference and config.reference.source == 'live'
 
 
-def _check_fit(model_config: ModelConfig, config: ConfigDict):
-  """Refuses rows and kernels that this architecture is not made for."""
-  longest, tokens = model_config.longest_sequence, config.batch.tokens
-  if longest is not None and tokens > longest:
-    raise ValueError(
-      f'batch.tokens={tokens}: this model (longrope) takes other positions for sequences of more '
-      f'than {longest} tokens, which is not supported: set batch.tokens to {longest} or less'
-    )
-  if model_config.attention == 'splash' and not model_config.has_plain_attention:
-    raise ValueError(
-      f'model.attention=splash has no sliding windows and softcaps, as {model_config.model_type} '
-      'has: set it to auto'
-    )
-
-
-def make_lora_config(config: ConfigDict, model_config: ModelConfig) -> LoraConfig:
-  """Returns the adapters that `config.lora` asks of this model."""
-  lora = config.lora
-  targets = resolve_targets(lora.target_modules, lora.exclude_modules, config=model_config)
-  if lora.dropout and 'lm_head' in targets:
-    raise ValueError(
-      f'lora.dropout={lora.dropout} would not reach the adapter of lm_head: set it to 0, or take '
-      'lm_head out of lora.target_modules'
-    )
-  return LoraConfig(
-    r=lora.r, alpha=lora.alpha, dropout=lora.dropout, rslora=lora.rslora, targets=targets
-  )
-
-
-def make_step_options(config: ConfigDict, objective: Objective, lora: LoraConfig) -> StepOptions:
+def make_step_options(
+  config: ConfigDict,
+  objective: Objective,
+  lora: LoraConfig | None,  # None: the whole policy learns
+) -> StepOptions:
   """Returns what the step needs to know.
 
   Raises:
@@ -161,11 +116,14 @@ def make_step_options(config: ConfigDict, objective: Objective, lora: LoraConfig
       f'objective.loss={objective.loss} needs none, or kl_penalty_weight, token_statistics or '
       'ld_alpha need those of the tokens: set reference.source to live'
     )
-  if config.reference_model_path and not objective.needs_reference:
-    raise ValueError(
-      f'reference_model_path={config.reference_model_path}: objective.loss={objective.loss} needs '
-      'no reference; unset it'
-    )
+  # On top of a reference's adapter, the policy has it too.
+  fields = ['reference_model_path']
+  fields += ['reference_adapter_path'] if config.initialize_from_adapter else []
+  for field in fields:
+    if config[field] and not objective.needs_reference:
+      raise ValueError(
+        f'{field}={config[field]}: objective.loss={objective.loss} needs no reference; unset it'
+      )
   if SORTED.intersection(objective.loss) and config.batch.microbatches > 1:
     raise ValueError(
       f'objective.loss={objective.loss} sorts the pairs of the whole batch, so '
@@ -175,85 +133,6 @@ def make_step_options(config: ConfigDict, objective: Objective, lora: LoraConfig
     objective=objective,
     logits_chunk=config.model.logits_chunk,
     microbatches=config.batch.microbatches,
-    head_is_trained='lm_head' in lora.targets,
-    dropout_seed=config.seed if config.lora.dropout else None,
+    head_is_trained=lora is None or lora.tied or 'lm_head' in lora.targets | lora.saved,
+    dropout_seed=config.seed if lora is not None and lora.dropout else None,
   )
-
-
-def make_fingerprint(config: ConfigDict, checkpoint: Checkpoint | None) -> str:
-  """Returns what tells base weights from others: a checkpoint's content, or a preset and seed."""
-  return fingerprint(checkpoint) if checkpoint else f'{config.model.preset} {config.seed}'
-
-
-def make_identity(
-  config: ConfigDict, data: PreparedData, base: Checkpoint | None, reference: Checkpoint | None
-) -> RunIdentity:
-  """Returns what a checkpoint of this run may be continued under."""
-  fingerprints = {
-    'data': data.fingerprint,
-    'initialize_from_hf': base and fingerprint(base),
-    'reference_model_path': reference and fingerprint(reference),
-  }
-  return RunIdentity(config_lib.identity(config), fingerprints)
-
-
-def load_models(
-  config: ConfigDict,
-  model_config: ModelConfig,
-  lora: LoraConfig,
-  *,
-  base: Checkpoint | None,  # None: random weights
-  reference: Checkpoint | None,  # None: the policy's own base
-  mesh: Mesh,
-) -> Models:
-  """Returns the policy with fresh adapters, and its reference.
-
-  The reference is the policy with its adapters off: the same variables, not a copy. Only another
-  `reference` is loaded beside it.
-
-  Raises:
-    ValueError: the two models differ in vocabulary or depth; nothing is loaded then.
-  """
-
-  def load_policy():
-    return load_model(model_config, lora, checkpoint=base, mesh=mesh, seed=config.seed)
-
-  if reference is None:
-    policy = load_policy()
-    return Models(policy, nnx.view(policy, adapted=False))
-  other = make_model_config(config, reference, mesh)
-  for field in ('vocab_size', 'num_layers'):
-    theirs, ours = getattr(other, field), getattr(model_config, field)
-    if theirs != ours:
-      raise ValueError(
-        f'reference_model_path={config.reference_model_path}: its {field} is {theirs}, the '
-        f"policy's is {ours}"
-      )
-  return Models(load_policy(), load_model(other, None, checkpoint=reference, mesh=mesh, seed=0))
-
-
-def load_model(
-  model_config: ModelConfig,
-  lora: LoraConfig | None,
-  *,
-  checkpoint: Checkpoint | None,
-  mesh: Mesh,
-  seed: int,
-) -> Transformer:
-  """Returns a model whose every array is made or read straight into its shards."""
-
-  def make():
-    return nnx.split(Transformer(model_config, lora, nnx.Rngs(params=seed, lora=seed + 1)))
-
-  graphdef, abstract = jax.eval_shape(make)
-
-  def init(kind):
-    shardings = named_shardings(nnx.filter_state(abstract, kind), mesh)
-    # Whatever the state leaves out, the compiler does not compute.
-    return jax.jit(lambda: nnx.filter_state(make()[1], kind), out_shardings=shardings)()
-
-  if checkpoint is None:
-    return nnx.merge(graphdef, init(...))
-  adapters, base = nnx.split_state(abstract, nnx.LoRAParam, ...)
-  adapters = init(nnx.LoRAParam) if adapters else adapters
-  return nnx.merge(graphdef, adapters, load_base(checkpoint, base, mesh))

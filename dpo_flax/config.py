@@ -17,6 +17,9 @@ _FREE_ON_RESUME = (
   'workdir',
   'initialize_from_hf',
   'reference_model_path',
+  'merge_adapter_path',
+  'initialize_from_adapter',
+  'reference_adapter_path',
   'data.train',
   'data.validation',
   'data.tokenizer',
@@ -46,11 +49,20 @@ def default() -> ConfigDict:
   config.initialize_from_hf = config_dict.placeholder(str)
   # Base weights of the reference, where they differ from the policy's.
   config.reference_model_path = config_dict.placeholder(str)
+  # PEFT adapters. Merged into the base as it is loaded, and from then on part of it:
+  config.merge_adapter_path = config_dict.placeholder(str)
+  # what the policy's adapters start as; ranks, alphas and targets are this one's, not lora's:
+  config.initialize_from_adapter = config_dict.placeholder(str)
+  # what the reference has on the base (an SFT adapter). The policy starts on top of it with a new
+  # adapter, and the two are exported as one; or, with initialize_from_adapter, from that alone.
+  config.reference_adapter_path = config_dict.placeholder(str)
   config.peft_save_path = config_dict.placeholder(str)  # default: workdir/peft
-  config.merged_hf_save_path = config_dict.placeholder(str)  # unset: no merged export
+  # unset: no merged export; of tuning.method=full: workdir/merged
+  config.merged_hf_save_path = config_dict.placeholder(str)
   config.hf_save_steps = 0  # steps between exports; 0: at the end only
 
   config.model = _model()
+  config.tuning = _tuning()
   config.lora = _lora()
   config.objective = _objective()
   config.reference = _reference()
@@ -76,6 +88,14 @@ def _model() -> ConfigDict:
   return model
 
 
+def _tuning() -> ConfigDict:
+  tuning = ConfigDict()
+  # What of the policy learns. lora: low-rank adapters; dora: they, and the length of each output
+  # channel (arXiv:2402.09353); full: every weight, in float32 beside a frozen copy.
+  tuning.method = 'lora'
+  return tuning
+
+
 def _lora() -> ConfigDict:
   lora = ConfigDict()
   lora.r = 64  # rank (Hu et al. 2021, arXiv:2106.09685)
@@ -83,9 +103,18 @@ def _lora() -> ConfigDict:
   lora.dropout = 0.0  # on the adapter's input, policy stream only
   lora.zero_init_b = True  # kept True: otherwise policy and reference differ at step 0
   lora.rslora = False  # scale by alpha / sqrt(r) instead (arXiv:2312.03732)
-  # None: every linear layer of the blocks. A list of names, or a regex over module names.
+  # None: every linear layer of the blocks. A list of names, or a regex over module names; also
+  # embed_tokens and lm_head.
   lora.target_modules = config_dict.placeholder(object)
-  lora.exclude_modules = ()  # names taken out of the above
+  lora.exclude_modules = config_dict.FieldReference((), field_type=object)  # out of the above
+  lora.layers_to_transform = config_dict.placeholder(object)  # these layers alone: a number or list
+  # Other ranks and alphas for modules that a name or regex matches: {'down_proj': 32}; names with
+  # dots as pairs: (('layers.0.mlp.down_proj', 32),).
+  lora.rank_pattern = config_dict.placeholder(object)
+  lora.alpha_pattern = config_dict.placeholder(object)
+  lora.modules_to_save = ()  # names of modules that learn whole, beside the adapters
+  # Where the head is tied to the token table, what one of them learns is the other's too.
+  lora.ensure_weight_tying = False
   return lora
 
 

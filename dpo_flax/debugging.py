@@ -48,7 +48,7 @@ def separate_and_packed_losses(
   Returns:
     For each pair, in order: pair_index; separate and packed, its losses without a KL penalty; and
     separate_with_kl and packed_with_kl, with the objective's weight of the penalty, 1.0 where it
-    has none. With `reference_free` there is no KL, and the last two are left out.
+    has none. With `reference_free`, or no reference, there is no KL, and they are left out.
 
   Raises:
     ValueError: a pair is longer than `tokens`.
@@ -75,7 +75,7 @@ def separate_and_packed_losses(
   )
   place = np.argsort(plan.pairs)  # of each pair among the slots of the packed rows
   table = {'pair_index': [pair.index for pair in pairs]}
-  for suffix, penalised in _with_and_without_kl(options):
+  for suffix, penalised in _with_and_without_kl(options, models.reference is not None):
     table['separate' + suffix] = _losses(models, separate, penalised)
     table['packed' + suffix] = _losses(models, packed, penalised)[place]
   return _rows(table)
@@ -134,10 +134,12 @@ def _columns(pairs: Sequence[pack.PackedPair]) -> tuple[str, ...]:
   )
 
 
-def _with_and_without_kl(options: StepOptions) -> Iterator[tuple[str, StepOptions]]:
+def _with_and_without_kl(
+  options: StepOptions, has_reference: bool
+) -> Iterator[tuple[str, StepOptions]]:
   objective = options.objective
   weights = {'': None, '_with_kl': objective.kl_penalty_weight or 1.0}
-  if objective.reference_free:
+  if objective.reference_free or not has_reference:
     del weights['_with_kl']
   for suffix, weight in weights.items():
     changed = dataclasses.replace(objective, kl_penalty_weight=weight)

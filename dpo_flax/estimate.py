@@ -180,7 +180,9 @@ def remedies(found: Estimate, config: ConfigDict, slice_: Slice) -> list[str]:
   changes = []
   if found.argument_bytes < found.hbm_capacity_bytes:
     changes += _smaller_temporaries(config, slice_)
-  if config.model.weight_dtype != 'int8':
+  if config.tuning.method == 'full':
+    changes.append('config.tuning.method=lora: one frozen copy of the weights, no moments of them')
+  elif config.model.weight_dtype != 'int8':
     changes.append('config.model.weight_dtype=int8: base weights of one byte, rounded')
   if config.mesh.data > 1:
     changes.append('config.mesh.data=1 and config.mesh.fsdp=-1: weights split over all chips')

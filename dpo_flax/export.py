@@ -10,16 +10,21 @@ from dpo_flax.model.transformer import Transformer
 
 
 def export(
-  config: ConfigDict, policy: Transformer, lora: LoraConfig, checkpoint: Checkpoint | None
+  config: ConfigDict,
+  policy: Transformer,
+  lora: LoraConfig | None,  # None: the whole policy learned
+  checkpoint: Checkpoint | None,
 ) -> list[epath.Path]:
   """Writes the PEFT adapter and, if `merged_hf_save_path` is set, the merged model.
 
-  An earlier export in the same place is replaced in one rename. Returns where they are.
+  Of a policy that learned whole there is no adapter, and always the merged model. An earlier export
+  in the same place is replaced in one rename. Returns where they are.
   """
-  adapter = epath.Path(config.peft_save_path or f'{config.workdir}/peft')
-  save_adapter(policy, lora, base_name=config.initialize_from_hf or '', output=adapter)
-  if not config.merged_hf_save_path:
-    return [adapter]
-  merged = epath.Path(config.merged_hf_save_path)
-  save_merged(policy, checkpoint, merged)
-  return [adapter, merged]
+  written = []
+  if lora is not None:
+    written.append(epath.Path(config.peft_save_path or f'{config.workdir}/peft'))
+    save_adapter(policy, lora, base_name=config.initialize_from_hf or '', output=written[-1])
+  if config.merged_hf_save_path or lora is None:
+    written.append(epath.Path(config.merged_hf_save_path or f'{config.workdir}/merged'))
+    save_merged(policy, checkpoint, written[-1])
+  return written

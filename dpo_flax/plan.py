@@ -94,7 +94,8 @@ def _shapes(config: ConfigDict, preset: str | None) -> Checkpoint | None:
   if name not in PRESETS:
     given = f'{name!r} is not one' if name else f'initialize_from_hf={path!r} is no directory'
     raise ValueError(f'give --preset, one of {", ".join(sorted(PRESETS))}: {given}')
-  config.initialize_from_hf, config.model.preset = None, name
+  # What is merged into weights changes no shape.
+  config.initialize_from_hf, config.merge_adapter_path, config.model.preset = None, None, name
   return None
 
 
@@ -178,8 +179,10 @@ def _introduction(plan: Plan) -> list[str]:
   batch, model = config.batch, config.model
   weights = config.initialize_from_hf or model.preset
   parts = f', in {batch.microbatches} parts' if batch.microbatches > 1 else ''
+  method = config.tuning.method
+  learns = 'every weight learns' if method == 'full' else f'{method} r={config.lora.r}'
   return [
-    f'{weights} ({model.weight_dtype}, LoRA r={config.lora.r}) on {plan.slice.chip.name}, {chips} '
+    f'{weights} ({model.weight_dtype}, {learns}) on {plan.slice.chip.name}, {chips} '
     f'chip{"s" if chips > 1 else ""}',
     f'{batch.rows} x {batch.tokens} tokens a step{parts}, remat {model.remat}; pairs a row: '
     f'{plan.pairs.mean:.1f} ({plan.pairs.source})',

@@ -22,7 +22,7 @@ from dpo_flax.export import export
 from dpo_flax.learner.optimizer import make_schedule
 from dpo_flax.learner.state import TrainState
 from dpo_flax.learner.step import make_eval_step, make_train_step
-from dpo_flax.model.quantization import ChannelScale
+from dpo_flax.models import count_parameters
 from dpo_flax.objective.metrics import displacement
 from dpo_flax.reporting import Monitor, Reporter, displacement_warning, summarize
 from dpo_flax.sharding import make_mesh, row_shard, shard_batch
@@ -130,11 +130,11 @@ def held_out_metrics(run: Run, state: TrainState, eval_step) -> dict[str, float]
 
 
 def check_start(run: Run, state: TrainState, eval_step):
-  """Stops a run whose policy is not its reference before the first update.
+  """Stops a run whose policy is to start as its reference, and does not.
 
-  With B = 0 the two are the same function, so every log-ratio is 0 and DPO's loss is ln 2.
+  Where the two are the same function, every log-ratio is 0 and DPO's loss is ln 2.
   """
-  if run.config.reference_model_path or not run.options.objective.needs_reference:
+  if not (run.starts_as_reference and run.options.objective.needs_reference):
     return
   with contextlib.closing(train_batches(run, 0)) as batches:
     sums = eval_step(state, run.frozen, shard_batch(next(batches), run.mesh))
@@ -149,8 +149,8 @@ def check_start(run: Run, state: TrainState, eval_step):
   if not (drift <= rounding and off <= rounding):
     raise ValueError(
       f'before the first step dpo_loss is {metrics["dpo_loss"]:.6f}, and policy and reference '
-      f'differ by {drift:.2g} nats per token, where LoRA with B = 0 makes them equal (ln 2 = '
-      '0.693147 for the sigmoid loss). Their adapters or weights disagree; no step was made.'
+      f'differ by {drift:.2g} nats per token, where they are to be equal (ln 2 = 0.693147 for the '
+      'sigmoid loss). Their adapters or weights disagree; no step was made.'
     )
 
 
@@ -184,11 +184,8 @@ def save_exports(run: Run, state: TrainState) -> list[epath.Path]:
 
 def introduce(run: Run, state: TrainState, start_step: int, reporter: Reporter):
   """Says what is about to run."""
-  trainable, frozen = (
-    sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-    for tree in (state.trainable, nnx.filter_state(run.frozen, nnx.Not(ChannelScale)))
-  )
-  total = trainable + frozen
+  policy = nnx.merge(run.graphdef, state.trainable, run.frozen).policy
+  total, trainable = count_parameters(policy)
   if start_step == 0:
     counts = {
       'parameter_count': total,

@@ -1,13 +1,15 @@
 """What is wrong with a config: illegal values, and fields that contradict each other."""
 
 import math
+from collections.abc import Sequence
 
 from absl import logging
 from ml_collections import ConfigDict
 
-from dpo_flax.config import get
+from dpo_flax.config import default, get
 
 _CHOICES = {
+  'tuning.method': ('lora', 'dora', 'full'),
   'model.dtype': ('bfloat16', 'float32'),
   'model.weight_dtype': ('bfloat16', 'float32', 'int8'),
   'model.remat': ('full', 'offload', 'dots', 'none'),
@@ -60,8 +62,11 @@ _POSITIVE = (
 
 _SHORTEST_PAIR = 4  # tokens: one of a prompt before one of a response, twice
 
-# Above this, LoRA under DPO tends to leave the reference faster than the loss can tell.
-_LORA_LEARNING_RATE = 5e-5
+# Above this, DPO tends to leave the reference faster than the loss can tell.
+_HIGH_LEARNING_RATES = {'lora': 5e-5, 'dora': 5e-5, 'full': 5e-6}
+
+# Of the lora section, what an adapter to start from leaves to the run.
+_FREE_OF_ADAPTERS = ('dropout', 'zero_init_b')
 
 
 def validate(config: ConfigDict) -> ConfigDict:
@@ -82,6 +87,7 @@ def validate(config: ConfigDict) -> ConfigDict:
       raise ValueError(f'{field}={get(config, field)}: must be greater than 0, and finite')
   _check_required(config)
   _check_pairs_per_row(config)
+  _check_tuning(config)
   if config.batch.rows % config.batch.microbatches:
     raise ValueError(
       f'batch.rows={config.batch.rows} is not a multiple of '
@@ -93,11 +99,13 @@ def validate(config: ConfigDict) -> ConfigDict:
       'reference before the first step'
     )
     config.lora.zero_init_b = True
-  if config.optimizer.learning_rate > _LORA_LEARNING_RATE:
+  highest = _HIGH_LEARNING_RATES[config.tuning.method]
+  if config.optimizer.learning_rate > highest:
     logging.warning(
-      'optimizer.learning_rate=%g is high for DPO with LoRA; runs above %g often degrade',
+      'optimizer.learning_rate=%g is high for DPO with method %s; above %g runs often degrade',
       config.optimizer.learning_rate,
-      _LORA_LEARNING_RATE,
+      config.tuning.method,
+      highest,
     )
   return config
 
@@ -119,7 +127,10 @@ def validate_rows(config: ConfigDict, shards: int):
 
 def _check_names(config: ConfigDict):
   """Refuses the mappings that a config cannot be copied with."""
-  for field in ('data.train', 'data.validation', 'data.fields', 'data.template_variables'):
+  for field in (
+    *('data.train', 'data.validation', 'data.fields', 'data.template_variables'),
+    *('lora.rank_pattern', 'lora.alpha_pattern'),
+  ):
     value = get(config, field)
     if isinstance(value, dict) and any('.' in str(name) for name in value):
       pairs = ', '.join(f'({name!r}, {item!r})' for name, item in value.items())
@@ -147,6 +158,38 @@ def _check_pairs_per_row(config: ConfigDict):
     raise ValueError(
       f'batch.pairs_per_row={slots}: with data.pack=False a row holds one pair; set it to 0'
     )
+
+
+def _check_tuning(config: ConfigDict):
+  """Refuses what one way of tuning would ignore of another's."""
+  method, start = config.tuning.method, config.initialize_from_adapter
+  if method == 'full':
+    _check_unset(config, ('peft_save_path', 'initialize_from_adapter', 'reference_adapter_path'))
+    if config.model.weight_dtype == 'int8':
+      raise ValueError('model.weight_dtype=int8: such weights cannot learn (tuning.method=full)')
+  if method == 'full' or start:
+    why = 'tuning.method=full has no adapters' if method == 'full' else f'those of {start} are kept'
+    free = _FREE_OF_ADAPTERS if start else ('zero_init_b',)
+    usual = default().lora
+    for field, value in config.lora.items():
+      if field not in free and value != usual[field]:
+        raise ValueError(f'lora.{field}={value!r} would be ignored: {why}; leave it out')
+  if config.merge_adapter_path and not config.initialize_from_hf:
+    raise ValueError(
+      f'merge_adapter_path={config.merge_adapter_path}: random weights have no adapter; give '
+      'initialize_from_hf'
+    )
+  if config.reference_adapter_path and config.reference_model_path:
+    raise ValueError(
+      f'reference_adapter_path={config.reference_adapter_path} is for the base of the policy, and '
+      f'reference_model_path={config.reference_model_path} is another one: give one of them'
+    )
+
+
+def _check_unset(config: ConfigDict, fields: Sequence[str]):
+  for field in fields:
+    if config[field]:
+      raise ValueError(f'{field}={config[field]} has no meaning with tuning.method=full: unset it')
 
 
 def _check_required(config: ConfigDict):

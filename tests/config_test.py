@@ -50,6 +50,9 @@ FREE = {
 
 # Named by path, and so known by their contents' fingerprints instead.
 FINGERPRINTED = {
+  'merge_adapter_path': 'moved',
+  'initialize_from_adapter': 'moved',
+  'reference_adapter_path': 'moved',
   'reference_model_path': 'r',
   'data.train': 'b.jsonl',
   'data.validation': 'v.jsonl',

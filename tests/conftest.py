@@ -21,13 +21,14 @@ from absl import flags
 from flax import nnx
 from ml_collections import ConfigDict
 
-from dpo_flax import assemble
 from dpo_flax import config as config_lib
 from dpo_flax.data import pack
 from dpo_flax.learner.state import Models
 from dpo_flax.learner.step import StepOptions
 from dpo_flax.model.config import AttentionKind, ModelConfig, Rope
-from dpo_flax.model.lora import BLOCK_PROJECTIONS, LoraConfig
+from dpo_flax.model.lora import LoraConfig, LowRank
+from dpo_flax.model.targets import BLOCK_PROJECTIONS
+from dpo_flax.models import load_model
 from dpo_flax.objective.settings import Objective
 from dpo_flax.sharding import AXES, make_mesh
 
@@ -115,9 +116,11 @@ def make_model_config():
 def make_lora():
   """Makes a LoraConfig on every linear layer of the blocks, with a scale that is not 1."""
 
-  def make(**changes) -> LoraConfig:
-    values = {'r': 4, 'alpha': 10.0, 'dropout': 0.0, 'rslora': False}
-    return LoraConfig(**values | {'targets': frozenset(BLOCK_PROJECTIONS)} | changes)
+  def make(*, r=4, alpha=10.0, targets=BLOCK_PROJECTIONS, **changes) -> LoraConfig:
+    values = {'dropout': 0.0, 'rslora': False, 'dora': False, 'tied': False, 'saved': frozenset()}
+    values |= {'reference': None, 'continues': False}
+    modules = dict.fromkeys(targets, LowRank((r,), (alpha,)))
+    return LoraConfig(**{'modules': modules} | values | changes)
 
   return make
 
@@ -144,7 +147,7 @@ def make_models(make_mesh_of):
     model_config: ModelConfig, lora: LoraConfig | None, *, zero_b=False, mesh=None
   ) -> Models:
     mesh = mesh or make_mesh_of()
-    policy = assemble.load_model(model_config, lora, checkpoint=None, mesh=mesh, seed=0)
+    policy = load_model(model_config, lora, checkpoint=None, mesh=mesh, seed=0)
     random = np.random.default_rng(0)
 
     def draw(path, leaf):

@@ -53,7 +53,24 @@ def describe(tree):
   ]
 
 
-def test_planned_arguments_are_those_of_training(tiny):
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {},
+    {
+      'tuning.method': 'dora',
+      'lora.layers_to_transform': [1],
+      'lora.modules_to_save': ('lm_head',),
+      'lora.rank_pattern': {'up_proj': 3},
+    },
+    {'tuning.method': 'full', 'lora.r': 64, 'objective.loss': 'simpo'},
+    {'tuning.method': 'full', 'lora.r': 64},
+  ],
+  ids=['lora', 'dora', 'full_without_reference', 'full'],
+)
+def test_planned_arguments_are_those_of_training(tiny, set_field, changes):
+  for field, value in changes.items():
+    set_field(tiny, field, value)
   mesh = make_mesh({'data': 1, 'fsdp': 4, 'tensor': 2})
   with jax.set_mesh(mesh):
     run, state = assemble.build(validate(tiny), mesh)

@@ -105,17 +105,17 @@ def test_weights_lie_as_their_axes_say(abstract, make_mesh_of):
     'embed_tokens.embedding': ('tensor', 'fsdp'),
     'blocks.attention_norm.scale': (None, None),
     'blocks.attention.q_proj.kernel': (None, 'fsdp', 'tensor'),
-    'blocks.attention.q_proj.lora_a': (None, 'fsdp', None),
-    'blocks.attention.q_proj.lora_b': (None, None, 'tensor'),
+    'blocks.attention.q_proj.adapters.learned.lora_a': (None, 'fsdp', None),
+    'blocks.attention.q_proj.adapters.learned.lora_b': (None, None, 'tensor'),
     'blocks.attention.v_proj.kernel': (None, 'fsdp', 'tensor'),
     'blocks.attention.o_proj.kernel': (None, 'tensor', 'fsdp'),
     'blocks.mlp.gate_proj.kernel': (None, 'fsdp', 'tensor'),
     'blocks.mlp.down_proj.kernel': (None, 'tensor', 'fsdp'),
-    'blocks.mlp.down_proj.lora_a': (None, 'tensor', None),
-    'blocks.mlp.down_proj.lora_b': (None, None, 'fsdp'),
+    'blocks.mlp.down_proj.adapters.learned.lora_a': (None, 'tensor', None),
+    'blocks.mlp.down_proj.adapters.learned.lora_b': (None, None, 'fsdp'),
     'final_norm.scale': (None,),
     'lm_head.kernel': ('fsdp', 'tensor'),
-    'lm_head.lora_a': ('fsdp', None),
+    'lm_head.adapters.learned.lora_a': ('fsdp', None),
   }
   assert {name: specs[name] for name in expected} == expected
 

@@ -140,3 +140,27 @@ def test_a_high_learning_rate_is_allowed_and_said(config, warnings):
   assert validate(config).optimizer.learning_rate == 6e-5
   (message,) = warnings()
   assert 'optimizer.learning_rate=6e-05 is high' in message
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'tuning.method': 'full', 'lora.r': 8}, 'lora.r=8 would be ignored'),
+    ({'tuning.method': 'full', 'lora.dropout': 0.1}, 'lora.dropout=0.1 would be ignored'),
+    ({'tuning.method': 'full', 'model.weight_dtype': 'int8'}, 'cannot learn'),
+    ({'tuning.method': 'full', 'peft_save_path': 'p'}, 'peft_save_path=p has no meaning'),
+    ({'tuning.method': 'full', 'initialize_from_adapter': 'p'}, 'has no meaning'),
+    ({'initialize_from_adapter': 'p', 'lora.alpha': 8.0}, r'lora.alpha=8.0 would be ignored'),
+    ({'merge_adapter_path': 'p'}, 'random weights have no adapter'),
+    (
+      {'reference_adapter_path': 'p', 'reference_model_path': 'q'},
+      'reference_model_path=q is another',
+    ),
+    ({'lora.rank_pattern': {'layers.0': 3}}, 'give pairs'),
+  ],
+)
+def test_what_a_way_of_tuning_would_ignore_is_refused(config, set_field, fields, message):
+  for field, value in fields.items():
+    set_field(config, field, value)
+  with pytest.raises(ValueError, match=message):
+    validate(config)

@@ -18,7 +18,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dpo_flax.interop.language_model import has_language_model, language_model
-from dpo_flax.interop.named_arrays import Slot, gather, gather_slot, load_arrays, make_slots, match
+from dpo_flax.interop.merging import check_mergeable, gather_factors, merge
+from dpo_flax.interop.named_arrays import Slot, gather_slot, load_arrays, make_slots, match
 from dpo_flax.interop.names import HARMLESS, name_table
 from dpo_flax.interop.tensor_files import (
   DTYPES,
@@ -29,6 +30,7 @@ from dpo_flax.interop.tensor_files import (
   write_tensors,
 )
 from dpo_flax.model.hf_config import to_hf_config
+from dpo_flax.model.lora import BASE, Trained
 from dpo_flax.model.quantization import scale_path
 from dpo_flax.model.transformer import Transformer
 
@@ -115,13 +117,15 @@ def save_merged(
 ) -> None:
   """Writes base + adapters as a Hugging Face directory from process 0, one tensor at a time.
 
-  An adapted kernel is W + scale * A B, computed in float32 and rounded to the checkpoint's dtype.
-  All other tensors and files are the checkpoint's own; without one they are the model's.
+  What is adapted or trained is computed in float32 and rounded to the checkpoint's dtype. All other
+  tensors and files are the checkpoint's own; without one they are the model's.
 
   Raises:
-    ValueError: `checkpoint` is not this model's, or `output` holds something else.
+    ValueError: `checkpoint` is not this model's, its layout cannot hold the model, or `output`
+      holds something else.
   """
-  base = nnx.state(model, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
+  check_mergeable(model)
+  base = nnx.state(model, BASE)
   if checkpoint is None:
     tensors, slots = None, make_slots(base, name_table(model.config.model_type))
     dtypes = dict.fromkeys(slots, np.dtype(model.config.float_dtype))
@@ -131,7 +135,9 @@ def save_merged(
   # Wide dtypes first: no tensor is then misaligned in its file.
   order = sorted(slots, key=lambda name: -dtypes[name].itemsize)
   specs = {name: (dtypes[name], slots[name].shape) for name in order}
-  arrays = (_merged(model, base, slots[name], tensors and tensors[name]) for name in order)
+  arrays = (
+    _merged(model, base, slots[name], tensors and tensors[name], dtypes[name]) for name in order
+  )
   if jax.process_index() == 0:
     with new_directory(output) as directory:
       _write_shards(directory, specs, arrays, shard_bytes)
@@ -213,23 +219,21 @@ def _equal(left: TensorFile, right: TensorFile) -> bool:
 
 
 def _merged(
-  model: Transformer, base: nnx.State, slot: Slot, source: TensorFile | None
+  model: Transformer, base: nnx.State, slot: Slot, source: TensorFile | None, dtype: np.dtype
 ) -> np.ndarray | None:
-  """Returns base + adapter of one tensor in its base's dtype; None where nothing is written."""
-  weight = _gather_weight(model, base, slot) if source is None else None
-  adapter = None
+  """Returns base + adapter of one tensor; None where nothing is written."""
+  is_own = isinstance(dict(nnx.to_flat_state(base))[slot.path], Trained)
+  weight = _gather_weight(model, base, slot) if source is None or is_own else None
   module = functools.reduce(getattr, slot.path[:-1], model)
-  if slot.path[-1] == 'kernel' and module.adapted:
-    layer = ... if slot.layer is None else slot.layer
-    adapter = [gather(matrix[...][layer]) for matrix in (module.lora_a, module.lora_b)]
+  adapters = module.adapters.active if slot.path[-1] in {'kernel', 'embedding'} else ()
+  factors = list(filter(None, (gather_factors(adapter, slot.layer) for adapter in adapters)))
   if jax.process_index():
     return None
   weight = source.read(0, source.shape[0]) if weight is None else weight
-  if adapter is None:
-    return weight
-  delta = module.scale * (adapter[0] @ adapter[1])
-  merged = weight.astype(np.float32) + (delta.T if slot.transposed else delta)
-  return merged.astype(weight.dtype)
+  if factors:
+    wide = merge(weight.T if slot.transposed else weight, factors)
+    weight = wide.T if slot.transposed else wide
+  return weight.astype(dtype)
 
 
 def _gather_weight(model: Transformer, base: nnx.State, slot: Slot) -> np.ndarray:

@@ -102,9 +102,9 @@ def load_arrays(
   return nnx.from_flat_state([(path, loaded[path]) for path in variables])
 
 
-def gather(array: jax.Array) -> np.ndarray:
+def gather(array: jax.Array | np.ndarray) -> np.ndarray:
   """Returns a whole array on every host; all processes must call it together."""
-  if array.is_fully_addressable:
+  if isinstance(array, np.ndarray) or array.is_fully_addressable:
     return np.asarray(jax.device_get(array))
   return multihost_utils.process_allgather(array, tiled=True)
 

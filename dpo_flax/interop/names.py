@@ -1,9 +1,16 @@
 """What Hugging Face checkpoints call our parameters."""
 
+import functools
 import re
 
+import jax
+from flax import nnx
+
 from dpo_flax.interop.named_arrays import Table
+from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.families import FAMILIES
+from dpo_flax.model.quantization import ChannelScale
+from dpo_flax.model.transformer import Transformer
 
 # Ours -> (theirs, transposed): torch's linear layers store [out, in], our kernels are [in, out].
 NAMES: Table = {
@@ -48,6 +55,15 @@ _OUTPUT_NORMS: Table = {
 
 # Old writers stored the rotary frequencies, which follow from config.json.
 HARMLESS = re.compile(r'model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq')
+
+
+@functools.cache
+def names_of(config: ModelConfig) -> Table:
+  """Returns the names of the parameters that a model of this architecture has."""
+  weights = nnx.All(nnx.Param, nnx.Not(ChannelScale))
+  state = jax.eval_shape(lambda: nnx.state(Transformer(config, None, nnx.Rngs(0)), weights))
+  table = name_table(config.model_type)
+  return {name: table[name] for name in map('.'.join, dict(nnx.to_flat_state(state)))}
 
 
 def name_table(model_type: str) -> Table:

@@ -1,6 +1,10 @@
 """The optimizer: learning-rate schedule, gradient clipping and AdamW."""
 
+from typing import Any
+
+import jax
 import optax
+from flax import nnx
 from ml_collections import ConfigDict
 
 
@@ -26,14 +30,31 @@ def make_schedule(config: ConfigDict, num_train_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: ConfigDict, num_train_steps: int) -> optax.GradientTransformation:
-  """Returns AdamW (arXiv:1711.05101) behind a clip of the gradient's global norm."""
+  """Returns AdamW (arXiv:1711.05101) behind a clip of the gradient's global norm.
+
+  Weights decay, but for what has one number per channel: norms' scales, biases, magnitudes.
+  """
   adamw = optax.adamw(
     make_schedule(config, num_train_steps),
     b1=config.b1,
     b2=config.b2,
     eps=config.eps,
     weight_decay=config.weight_decay,
+    mask=_decays,
   )
   if not config.max_grad_norm:
     return adamw
   return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
+
+
+def _decays(trainable: Any) -> Any:
+  """Returns whether each variable decays; the vectors of many layers are stacked to a matrix."""
+
+  def is_variable(leaf):
+    return isinstance(leaf, nnx.Variable)
+
+  def decays(leaf):
+    axes = is_variable(leaf) and leaf.get_metadata().get('out_sharding')
+    return not axes or leaf.ndim - ('layers' in axes) > 1
+
+  return jax.tree.map(decays, trainable, is_leaf=is_variable)

@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from dpo_flax.model.lora import TRAINABLE
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.sharding import named_shardings
 
@@ -39,19 +40,18 @@ class TrainState:
 
 
 class Models(NamedTuple):
-  """The two models of a run. Under LoRA they are two views of the same variables."""
+  """The two models of a run. What the policy does not learn whole, they may share."""
 
   policy: Transformer
-  reference: Transformer
+  reference: Transformer | None  # None: no loss needs it, and it would take memory
 
 
 def split_models(models: Models) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-  """Returns (graphdef, trainable, frozen): the policy's adapters learn, everything else does not.
+  """Returns (graphdef, trainable, frozen): adapters and what is Trained learn, nothing else does.
 
   Variables that both models hold appear once; `nnx.merge` of the three gives both models back.
   """
-  # LoRAParam is a Param too, so it must be named first.
-  return nnx.split(models, nnx.LoRAParam, ...)
+  return nnx.split(models, TRAINABLE, ...)
 
 
 def init_state(

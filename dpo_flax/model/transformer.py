@@ -14,9 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dpo_flax.model.attention import Attention, Places, choose, make_places
 from dpo_flax.model.config import ModelConfig
+from dpo_flax.model.embedding import Embedding
 from dpo_flax.model.layers import MLP, RMSNorm, softly_capped
-from dpo_flax.model.lora import LoraConfig, Projection
-from dpo_flax.model.quantization import ChannelScale, quantize, scale_channels
+from dpo_flax.model.lora import LoraConfig, Projection, adapters_of
 from dpo_flax.sharding import constrain
 
 _LAYER_INPUT = 'layer_input'
@@ -52,43 +52,18 @@ class Block(nnx.Module):
     return constrain(hidden, 'rows', 'tokens', 'activation')
 
 
-class Embedding(nnx.Module):
-  """The token table, which a tied model also uses as its head."""
-
-  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-    self.dtype = config.dtype
-    init = jax.nn.initializers.normal(config.initializer_range)
-    shape = (config.vocab_size, config.embed_dim)
-    table, scale = init(rngs.params(), shape, config.float_dtype), None
-    if config.is_quantized:
-      table, scale = quantize(table, axis=1)
-      scale = ChannelScale(scale, out_sharding=('vocab',), eager_sharding=False)
-    self.embedding = nnx.Param(table, out_sharding=('vocab', 'embed'), eager_sharding=False)
-    self.embedding_scale = scale  # [V]; None: the table is of floats
-
-  def __call__(self, tokens: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
-    embedded = self.embedding[...][tokens].astype(self.dtype)
-    if self.embedding_scale is None:
-      return embedded
-    return (embedded * self.embedding_scale[...][tokens][..., None]).astype(self.dtype)
-
-  def attend(self, hidden: jax.Array) -> jax.Array:  # [..., D] -> [..., V], float32
-    """Scores `hidden` against every token's embedding."""
-    table = self.embedding[...].astype(self.dtype)
-    logits = jnp.matmul(hidden, table.T, preferred_element_type=jnp.float32)
-    return scale_channels(logits, self.embedding_scale)
-
-
 class Transformer(nnx.Module):
   """A decoder of any of our families; its blocks are stacked along a leading `layers` axis."""
 
   def __init__(self, config: ModelConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
     self.config = config
-    self.embed_tokens = Embedding(config, rngs)
+    self.embed_tokens = Embedding(config, lora, rngs)
     stack = nnx.transform_metadata(
       lambda layer_rngs: Block(config, lora, layer_rngs), in_axes=0, out_axes=0, partition='layers'
     )
     self.blocks = jax.vmap(stack)(rngs.split(config.num_layers))
+    for adapter in adapters_of(self.blocks):
+      adapter.fit_layers()
     self.final_norm = RMSNorm(config, config.embed_dim)
     if not config.tie_word_embeddings:
       # Logits leave the matrix unit in float32: bfloat16 would cost log-probs two digits.

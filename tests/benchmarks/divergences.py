@@ -35,11 +35,11 @@ from dpo_flax.data import pack
 from dpo_flax.learner.state import Models, init_state, split_models
 from dpo_flax.learner.step import StepOptions, make_eval_step, make_train_step
 from dpo_flax.model.hf_config import from_hf_config
-from dpo_flax.model.lora import LoraConfig, resolve_targets
 from dpo_flax.model.transformer import Transformer, run_streams
 from dpo_flax.objective.metrics import summarize
 from dpo_flax.objective.settings import Objective
 from dpo_flax.sharding import make_mesh
+from dpo_flax.tuning import make_lora_config
 
 VOCABULARY, PROMPT, RESPONSE = 16, 3, 8
 TRAIN, HELD_OUT = 8192, 1024  # pairs
@@ -72,8 +72,9 @@ def make_models() -> Models:
   }
   run = {'dtype': jnp.float32, 'weight_dtype': jnp.float32, 'remat': 'none', 'attention': 'xla'}
   config = from_hf_config(architecture, where='architecture', **run)
-  targets = resolve_targets(None, (), config=config)
-  lora = LoraConfig(r=16, alpha=32.0, dropout=0.0, rslora=False, targets=targets)
+  settings = config_lib.default()
+  settings.lora.r, settings.lora.alpha = 16, 32.0
+  lora = make_lora_config(settings, config)
   policy = Transformer(config, lora, nnx.Rngs(params=0, lora=1))
   return Models(policy, nnx.view(policy, adapted=False))
 

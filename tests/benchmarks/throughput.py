@@ -25,10 +25,10 @@ from dpo_flax.data import pack
 from dpo_flax.learner.state import Models, init_state, split_models
 from dpo_flax.learner.step import StepOptions, make_train_step
 from dpo_flax.model.hf_config import from_hf_config
-from dpo_flax.model.lora import LoraConfig, resolve_targets
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.objective.settings import Objective
 from dpo_flax.sharding import make_mesh
+from dpo_flax.tuning import make_lora_config
 
 VOCABULARY, MAX_PROMPT, MAX_RESPONSE = 32_000, 64, 192
 WARMUP = 3  # steps
@@ -86,8 +86,9 @@ def make_step():
   }
   run = {'dtype': jnp.float32, 'weight_dtype': jnp.float32, 'remat': 'none', 'attention': 'xla'}
   config = from_hf_config(architecture, where='architecture', **run)
-  targets = resolve_targets(None, (), config=config)
-  lora = LoraConfig(r=8, alpha=16.0, dropout=0.0, rslora=False, targets=targets)
+  settings = config_lib.default()
+  settings.lora.r, settings.lora.alpha = 8, 16.0
+  lora = make_lora_config(settings, config)
   policy = Transformer(config, lora, nnx.Rngs(params=0, lora=1))
   graphdef, trainable, frozen = split_models(Models(policy, nnx.view(policy, adapted=False)))
   optimizer = optax.adamw(1e-4)

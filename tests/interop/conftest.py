@@ -12,7 +12,7 @@ from flax import nnx
 
 from dpo_flax.interop.hf_weights import load_base, open_checkpoint
 from dpo_flax.model.hf_config import from_hf_config
-from dpo_flax.model.lora import LoraConfig
+from dpo_flax.model.lora import LoraConfig, LowRank
 from dpo_flax.model.transformer import Transformer, run_streams
 from dpo_flax.sharding import make_mesh
 
@@ -56,16 +56,24 @@ def write_model(directory, config, *, dtype=torch.float32, max_shard_size='5GB')
   return model
 
 
-def make_lora(targets=LINEAR, *, rslora=False):
+def make_lora(targets=LINEAR, *, r=4, alpha=10.0, **changes):
   """Returns a configuration whose scale is neither 1 nor an integer."""
-  return LoraConfig(r=4, alpha=10.0, dropout=0.0, rslora=rslora, targets=frozenset(targets))
+  values = {'dropout': 0.0, 'rslora': False, 'dora': False, 'tied': False, 'saved': frozenset()}
+  values |= {'reference': None, 'continues': False}
+  modules = dict.fromkeys(targets, LowRank((r,), (alpha,)))
+  return LoraConfig(**{'modules': modules} | values | changes)
+
+
+def model_config(checkpoint, dtype=jnp.float32, weight_dtype=None):
+  """Returns our configuration of a checkpoint."""
+  run = {'dtype': dtype, 'weight_dtype': weight_dtype or dtype}
+  run |= {'remat': 'none', 'attention': 'xla'}
+  return from_hf_config(checkpoint.config, **run, where='config.json')
 
 
 def split_abstract(checkpoint, lora, dtype, weight_dtype=None):
   """Returns (graphdef, adapters, base) of a model that has no arrays yet."""
-  run = {'dtype': dtype, 'weight_dtype': weight_dtype or dtype}
-  run |= {'remat': 'none', 'attention': 'xla'}
-  config = from_hf_config(checkpoint.config, **run, where='config.json')
+  config = model_config(checkpoint, dtype, weight_dtype)
   model = nnx.eval_shape(lambda: Transformer(config, lora, nnx.Rngs(0, lora=1)))
   return nnx.split(model, nnx.LoRAParam, ...)
 
@@ -108,6 +116,7 @@ def llama():
     small=SMALL,
     read=read_llama,
     lora=make_lora,
+    config=model_config,
     split_abstract=split_abstract,
     our_logits=lambda model, tokens: np.asarray(our_logits(model, jnp.asarray(tokens))),
     their_logits=their_logits,

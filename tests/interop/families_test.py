@@ -12,7 +12,7 @@ from dpo_flax.data import pack
 from dpo_flax.interop.hf_weights import open_checkpoint, save_merged
 from dpo_flax.interop.peft import load_adapter, open_adapter, save_adapter
 from dpo_flax.model.hf_config import from_hf_config
-from dpo_flax.model.lora import block_projections
+from dpo_flax.model.targets import block_projections
 from dpo_flax.model.transformer import run_streams
 from dpo_flax.sharding import make_mesh
 
@@ -112,7 +112,7 @@ def test_adapters_give_our_logits_through_peft_and_merged(llama, tokens, tmp_pat
   plain = llama.their_logits(base, tokens)
   checkpoint = open_checkpoint(str(tmp_path / 'base'))
   config = from_hf_config(checkpoint.config, where='config.json', **RUN)
-  lora = llama.lora(block_projections(config))
+  lora = llama.lora(block_projections(config), dora=case in {'qwen2', 'gemma2', 'phi3'})
   model = llama.read(tmp_path / 'base', lora)
   ours = llama.our_logits(model, tokens)
 
@@ -124,7 +124,7 @@ def test_adapters_give_our_logits_through_peft_and_merged(llama, tokens, tmp_pat
   assert np.abs(ours - plain).max() > 0.1
 
   adapted.save_pretrained(tmp_path / 'again')
-  adapter = open_adapter(tmp_path / 'again')
+  adapter = open_adapter(tmp_path / 'again', config)
   assert adapter.lora == lora
   _, abstract, _ = llama.split_abstract(checkpoint, lora, np.float32)
   loaded = load_adapter(adapter, abstract, make_mesh(MESH))

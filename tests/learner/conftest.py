@@ -17,8 +17,8 @@ def log_softmax(weights, tokens, config, scale):
 
   def linear(layer, x):
     y = x @ layer['kernel'][None]
-    if 'lora_a' in layer:
-      y += scale * ((x @ layer['lora_a'][None]) @ layer['lora_b'][None])
+    if adapter := layer.get('adapters', {}).get('learned'):
+      y += scale * ((x @ adapter['lora_a'][None]) @ adapter['lora_b'][None])
     return y
 
   def norm(layer, x):

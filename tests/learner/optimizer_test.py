@@ -2,15 +2,18 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import torch
 import transformers
+from flax import nnx
 
 from dpo_flax import config as config_lib
 from dpo_flax.learner.optimizer import make_optimizer, make_schedule
+from dpo_flax.model.lora import TRAINABLE, train_whole
 
 
 def settings(**changes):
@@ -116,3 +119,19 @@ def test_clipping_bounds_the_norm_over_all_parameters_together():
   moments = state[1][0].mu
   assert float(moments['a'][0]) == pytest.approx(0.1 * 0.6)
   assert float(moments['b'][0]) == pytest.approx(0.1 * 0.8)
+
+
+def test_what_has_one_number_per_channel_does_not_decay(make_models, make_model_config, make_lora):
+  """Without gradients, weight decay alone moves: no norm and no magnitude, in no layer."""
+  lora = make_lora(dora=True, saved=frozenset(['blocks.attention_norm', 'final_norm', 'lm_head']))
+  policy = make_models(make_model_config(), lora).policy
+  train_whole(policy, lora.saved)
+  trainable = nnx.state(policy, TRAINABLE)
+  config = settings(learning_rate=0.1, warmup=0.0, weight_decay=0.5, lr_schedule='constant')
+  optimizer = make_optimizer(config, 10)
+  zeros = jax.tree.map(jnp.zeros_like, trainable)
+  updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(trainable), trainable)
+  for path, update in nnx.to_flat_state(updates):
+    is_vector = 'norm' in str(path) or path[-1] == 'magnitude'
+    expected = 0 if is_vector else -0.05 * dict(nnx.to_flat_state(trainable))[path][...]
+    np.testing.assert_allclose(update[...], expected, rtol=1e-5)

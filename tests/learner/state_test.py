@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from dpo_flax import assemble
 from dpo_flax.learner.state import Models, RewardMean, init_state, split_models
+from dpo_flax.models import load_model
 
 
 def names(tree):
@@ -28,7 +28,9 @@ def models(make_models, make_model_config, make_lora):
 def test_the_adapters_learn_and_everything_else_is_frozen(models):
   _, trainable, frozen = split_models(models)
   places = ('attention.q_proj', 'mlp.down_proj')
-  expected = {f'policy.blocks.{place}.lora_{ab}.value' for place in places for ab in 'ab'}
+  expected = {
+    f'policy.blocks.{place}.adapters.learned.lora_{ab}.value' for place in places for ab in 'ab'
+  }
   assert names(trainable) == expected
   assert {leaf.dtype for leaf in jax.tree.leaves(trainable)} == {jnp.dtype('float32')}
   assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jnp.dtype('bfloat16')}
@@ -42,7 +44,7 @@ def test_the_base_of_both_views_is_held_once(models):
 
 def test_a_reference_of_its_own_is_frozen_whole(models, make_model_config, make_mesh_of):
   config = make_model_config(num_layers=2)
-  other = assemble.load_model(config, None, checkpoint=None, mesh=make_mesh_of(), seed=5)
+  other = load_model(config, None, checkpoint=None, mesh=make_mesh_of(), seed=5)
   _, trainable, frozen = split_models(Models(models.policy, other))
   assert all(name.startswith('policy.') for name in names(trainable))
   assert 'reference.lm_head.kernel.value' in names(frozen)
@@ -50,8 +52,8 @@ def test_a_reference_of_its_own_is_frozen_whole(models, make_model_config, make_
 
 def test_merged_models_are_the_same_two_views_of_one_base(models):
   policy, reference = nnx.merge(*split_models(models))
-  assert policy.blocks.attention.q_proj.adapted
-  assert not reference.blocks.attention.q_proj.adapted
+  assert policy.blocks.attention.q_proj.adapters.active
+  assert not reference.blocks.attention.q_proj.adapters.active
   assert policy.blocks.attention.q_proj.kernel is reference.blocks.attention.q_proj.kernel
 
 
@@ -65,7 +67,7 @@ def test_moments_lie_where_their_parameters_lie(
   state = init_state(trainable, optimizer, mesh)
   moments = state.opt_state[1][0]
   # q_proj's A is split over its inputs, B over its heads.
-  attention = moments.mu['policy']['blocks']['attention']['q_proj']
+  attention = moments.mu['policy']['blocks']['attention']['q_proj']['adapters']['learned']
   assert attention['lora_a'][...].sharding.spec == P(None, 'fsdp', None)
   assert attention['lora_b'][...].sharding.spec == P(None, None, 'tensor')
   for tree in (state.trainable, moments.mu, moments.nu):

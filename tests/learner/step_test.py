@@ -12,7 +12,9 @@ from flax import nnx
 
 from dpo_flax.learner.state import Models, init_state, split_models
 from dpo_flax.learner.step import make_eval_step, make_train_step, pair_logps
-from dpo_flax.model.lora import BLOCK_PROJECTIONS
+from dpo_flax.model.targets import BLOCK_PROJECTIONS
+
+SCALE = 10 / 4  # of make_lora's adapters
 
 VOCAB = 97
 WITH_HEAD = frozenset([*BLOCK_PROJECTIONS, 'lm_head'])
@@ -94,7 +96,7 @@ def options(make_options):
 @pytest.fixture(scope='module')
 def plain_logps(plain, models, pairs, lora):
   """Returns name -> [N] log-probs of both models, from the plain implementation."""
-  policy, reference, targets, mask = plain.token_log_softmax(models, pairs, lora.scale)
+  policy, reference, targets, mask = plain.token_log_softmax(models, pairs, SCALE)
   found = {}
   for name, logps in (('policy', policy), ('reference', reference)):
     picked = np.take_along_axis(np.asarray(logps), targets[..., None], axis=-1)[..., 0] * mask
@@ -135,9 +137,7 @@ def test_token_means_and_tails_of_a_pair_equal_plain_ones(
   )
   batch = fill_batch(rows)
   logps = jax.jit(lambda batch: pair_logps(models, batch, options))(batch)
-  policy, reference, targets, mask = map(
-    np.asarray, plain.token_log_softmax(models, pairs, lora.scale)
-  )
+  policy, reference, targets, mask = map(np.asarray, plain.token_log_softmax(models, pairs, SCALE))
   picked = np.take_along_axis(policy, targets[..., None], axis=-1)[..., 0]
   probs = np.exp(policy)
   tokens = {
@@ -175,7 +175,7 @@ def test_gradient_equals_plain_implementation(
   options = make_options(head_is_trained=True, microbatches=microbatches, beta=0.5)
   state, metrics = run_step(models, fill_batch(rows, layout=layout), options, mesh)
   loss, expected = plain.loss_and_gradient(
-    models, pairs, np.ones(len(pairs)), scale=lora.scale, beta=0.5
+    models, pairs, np.ones(len(pairs)), scale=SCALE, beta=0.5
   )
   total, count = metrics['sums']['means']['dpo_loss']
   assert count == len(pairs)
@@ -201,7 +201,7 @@ def test_gradient_under_a_frozen_head_equals_plain_implementation(
   models = make_models(make_model_config(tie_word_embeddings=tied), make_lora())
   state, _ = run_step(models, fill_batch(rows), make_options(beta=0.5), mesh)
   weights = np.ones(len(pairs))
-  _, expected = plain.loss_and_gradient(models, pairs, weights, scale=make_lora().scale, beta=0.5)
+  _, expected = plain.loss_and_gradient(models, pairs, weights, scale=SCALE, beta=0.5)
   assert_trees_close(gradient_of(state), expected, relative=2e-5)
 
 
@@ -217,7 +217,7 @@ def test_a_pairs_weight_counts_it_that_many_times(
   batch = fill_batch(rows, columns=('pair_weight',))
   options = make_options(head_is_trained=True, microbatches=microbatches)
   state, metrics = run_step(models, batch, options, mesh)
-  loss, expected = plain.loss_and_gradient(models, pairs, weights, scale=lora.scale, beta=0.1)
+  loss, expected = plain.loss_and_gradient(models, pairs, weights, scale=SCALE, beta=0.1)
   total, count = metrics['sums']['means']['dpo_loss']
   assert float(total / count) == pytest.approx(float(loss), abs=1e-5)
   assert_trees_close(gradient_of(state), expected, relative=2e-5)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from dpo_flax.model.attention import make_places
 from dpo_flax.model.config import AttentionKind, Rope
-from dpo_flax.model.lora import BLOCK_PROJECTIONS
+from dpo_flax.model.targets import BLOCK_PROJECTIONS
 from dpo_flax.model.transformer import Transformer, run_streams
 
 
@@ -86,8 +86,8 @@ def test_kinds_that_differ_in_nothing_a_row_can_show_share_their_places(make_mod
 
 def test_layers_start_different(make_model_config, make_lora):
   model = Transformer(make_model_config(), make_lora(), nnx.Rngs(0, lora=1))
-  for name in ('kernel', 'lora_a'):
-    first, second = getattr(model.blocks.attention.q_proj, name)[...]
+  q_proj = model.blocks.attention.q_proj
+  for first, second in (q_proj.kernel[...], q_proj.adapters.learned.lora_a[...]):
     assert not np.array_equal(first, second)
   q, k = model.blocks.mlp.gate_proj.kernel[...], model.blocks.mlp.up_proj.kernel[...]
   assert not np.array_equal(q, k)

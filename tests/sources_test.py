@@ -5,7 +5,8 @@ import types
 import numpy as np
 import pytest
 
-from dpo_flax import assemble, config
+from dpo_flax import config
+from dpo_flax.sources import make_model_config
 
 
 def make(preset, changes, *, platform='cpu'):
@@ -14,7 +15,7 @@ def make(preset, changes, *, platform='cpu'):
   settings.model.preset = preset
   settings.update_from_flattened_dict(changes)
   devices = np.array([types.SimpleNamespace(platform=platform)])
-  return assemble.make_model_config(settings, None, types.SimpleNamespace(devices=devices))
+  return make_model_config(settings, None, types.SimpleNamespace(devices=devices))
 
 
 def test_rows_beyond_the_short_factors_of_longrope_are_refused():

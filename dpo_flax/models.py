@@ -1,0 +1,131 @@
+"""Config and opened sources -> the policy and its reference on a mesh."""
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dpo_flax.interop.hf_weights import Checkpoint, load_base
+from dpo_flax.interop.peft import load_adapter
+from dpo_flax.learner.state import Models
+from dpo_flax.model.config import ModelConfig
+from dpo_flax.model.embedding import Embedding
+from dpo_flax.model.lora import (
+  BASE,
+  TRAINABLE,
+  Frozen,
+  LoraConfig,
+  Magnitude,
+  Projection,
+  Trained,
+  adapters_of,
+  train_whole,
+)
+from dpo_flax.model.quantization import ChannelScale
+from dpo_flax.model.transformer import Transformer
+from dpo_flax.sharding import named_shardings
+from dpo_flax.sources import Sources
+
+
+def load_models(
+  config: ConfigDict,
+  sources: Sources,
+  lora: LoraConfig | None,  # None: the whole policy learns
+  *,
+  keeps_reference: bool,
+  mesh: Mesh,
+) -> Models:
+  """Returns the policy as it starts, and its reference."""
+  policy = load_model(sources.model, lora, checkpoint=sources.base, mesh=mesh, seed=config.seed)
+  other = None
+  if sources.reference_model is not None:
+    other = load_model(
+      sources.reference_model, None, checkpoint=sources.reference, mesh=mesh, seed=0
+    )
+  models = pair_models(policy, lora, other=other, keeps_reference=keeps_reference)
+  if sources.adapter is not None:
+    nnx.update(policy, load_adapter(sources.adapter, nnx.state(policy, TRAINABLE), mesh))
+  if sources.reference_adapter is not None:
+    nnx.update(policy, load_adapter(sources.reference_adapter, nnx.state(policy, Frozen), mesh))
+  return models
+
+
+def pair_models(
+  policy: Transformer,
+  lora: LoraConfig | None,  # None: the whole policy learns
+  *,
+  other: Transformer | None,  # the reference, where it is another model
+  keeps_reference: bool,
+) -> Models:
+  """Returns the policy, given its own copies of the weights that learn whole, and the reference.
+
+  The reference is the policy with its adapters off: the same variables, but for those that the
+  policy got copies of. `keeps_reference=False` drops it where it would take memory.
+  """
+  reference = other
+  if other is None and (lora is not None or keeps_reference):
+    reference = nnx.view(policy, adapted=False, reference_adapted=True)
+  train_whole(policy, None if lora is None else lora.saved)
+  return Models(policy, reference)
+
+
+def load_model(
+  model_config: ModelConfig,
+  lora: LoraConfig | None,
+  *,
+  checkpoint: Checkpoint | None,  # None: random weights
+  mesh: Mesh,
+  seed: int,
+) -> Transformer:
+  """Returns a model with fresh adapters, whose every array is made or read into its shards."""
+
+  def make():
+    return nnx.split(Transformer(model_config, lora, nnx.Rngs(params=seed, lora=seed + 1)))
+
+  graphdef, abstract = jax.eval_shape(make)
+
+  def init(kind):
+    shardings = named_shardings(nnx.filter_state(abstract, kind), mesh)
+    # Whatever the state leaves out, the compiler does not compute.
+    return jax.jit(lambda: nnx.filter_state(make()[1], kind), out_shardings=shardings)()
+
+  if checkpoint is None:
+    return nnx.merge(graphdef, init(...))
+  base, others = nnx.split_state(abstract, BASE, ...)
+  others = init(nnx.Not(BASE)) if others else others
+  model = nnx.merge(graphdef, load_base(checkpoint, base, mesh), others)
+  _fit_magnitudes(model, mesh)
+  return model
+
+
+def count_parameters(policy: Transformer) -> tuple[int, int]:
+  """Returns how many parameters the policy has, and how many of them learn.
+
+  Ranks that only other layers have do not count.
+  """
+  base = nnx.to_flat_state(nnx.state(policy, nnx.All(BASE, nnx.Not(ChannelScale))))
+  total = sum(variable.size for _, variable in base)
+  whole = sum(variable.size for _, variable in base if isinstance(variable, Trained))
+  learned, frozen = (
+    sum(adapter.size for adapter in adapters_of(policy) if adapter.learns is learns)
+    for learns in (True, False)
+  )
+  return total + learned + frozen, whole + learned
+
+
+def _fit_magnitudes(model: Transformer, mesh: Mesh):
+  """Starts DoRA's magnitudes at the norms of the weights, once these are known."""
+  graphdef, state = nnx.split(model)
+  magnitudes = nnx.filter_state(state, Magnitude)
+  if not magnitudes:
+    return
+
+  def fitted(state):
+    model = nnx.merge(graphdef, state)
+    for _, module in nnx.iter_modules(model):
+      if isinstance(module, (Projection, Embedding)):
+        module.fit_magnitudes()
+    return nnx.state(model, Magnitude)
+
+  shardings = named_shardings(magnitudes, mesh)
+  nnx.update(model, jax.jit(fitted, out_shardings=shardings)(state))

@@ -1,0 +1,197 @@
+"""What the models of a run come from, opened and compared before anything is loaded."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dpo_flax.interop import hf_weights, peft
+from dpo_flax.interop.hf_weights import Checkpoint
+from dpo_flax.interop.peft import Adapter, open_adapter
+from dpo_flax.interop.premerge import merge_adapter
+from dpo_flax.interop.tensor_files import parse_json
+from dpo_flax.model.config import ModelConfig
+from dpo_flax.model.hf_config import from_hf_config
+from dpo_flax.model.presets import from_preset
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+  """Checkpoints and adapters whose tensors are still on disk, and the shapes of the models."""
+
+  model: ModelConfig
+  base: Checkpoint | None  # with what is merged into it; None: random weights
+  reference: Checkpoint | None  # None: the policy's own base
+  reference_model: ModelConfig | None
+  merged: Adapter | None  # into the base
+  adapter: Adapter | None  # what the policy's adapters start as
+  reference_adapter: Adapter | None  # what the reference has beside the base
+
+  def fingerprints(self) -> dict[str, str | None]:
+    """Returns what tells each from others of its kind, by the config's field that names it."""
+    return {
+      'initialize_from_hf': self.base and hf_weights.fingerprint(self.base),
+      'reference_model_path': self.reference and hf_weights.fingerprint(self.reference),
+      'merge_adapter_path': self.merged and peft.fingerprint(self.merged),
+      'initialize_from_adapter': self.adapter and peft.fingerprint(self.adapter),
+      'reference_adapter_path': self.reference_adapter and peft.fingerprint(self.reference_adapter),
+    }
+
+  def starts_as_reference(self) -> bool:
+    """Whether the policy is its reference before the first step."""
+    found = self.fingerprints()
+    adapter, other = found['initialize_from_adapter'], found['reference_adapter_path']
+    return self.reference is None and (adapter is None or adapter == other)
+
+
+def make_sources(
+  config: ConfigDict, base: Checkpoint | None, reference: Checkpoint | None, mesh: Mesh
+) -> Sources:
+  """Opens the adapters that the config names, and checks that all fit together.
+
+  Raises:
+    ValueError: an adapter is not for the model, or the reference's vocabulary, tokenizer or depth
+      is another than the policy's.
+  """
+  model = make_model_config(config, base, mesh)
+  other = reference and make_model_config(config, reference, mesh)
+  if reference is not None:
+    _check_same_shape(model, other, config.reference_model_path)
+    if base is not None:
+      _check_same_tokenizer(base.directory, reference.directory)
+  merged, adapter, reference_adapter = (
+    open_adapter(path, model) if path else None
+    for path in (
+      config.merge_adapter_path,
+      config.initialize_from_adapter,
+      config.reference_adapter_path,
+    )
+  )
+  if reference_adapter is not None and reference_adapter.lora.saved:
+    raise ValueError(
+      f'{reference_adapter.directory}: modules_to_save={sorted(reference_adapter.lora.saved)}: as '
+      'reference_adapter_path an adapter of factors alone is supported; give this one as '
+      'merge_adapter_path'
+    )
+  if merged is not None:
+    base = merge_adapter(base, merged, model)
+  return Sources(model, base, reference, other, merged, adapter, reference_adapter)
+
+
+def make_model_config(config: ConfigDict, checkpoint: Checkpoint | None, mesh: Mesh) -> ModelConfig:
+  """Returns the architecture of `checkpoint`, or of `config.model.preset` without one.
+
+  Raises:
+    ValueError: the architecture is none of ours, or the attention is not for these devices.
+  """
+  platform = mesh.devices.flat[0].platform
+  attention = config.model.attention
+  if attention == 'auto':
+    attention = 'pallas' if platform == 'tpu' else 'xla'
+  if attention in {'pallas', 'splash'} and platform != 'tpu':
+    raise ValueError(f'model.attention={attention} runs on TPU, not on {platform}: set it to auto')
+  if attention == 'splash' and config.data.layout != 'separate':
+    raise ValueError(
+      f'model.attention=splash cannot share prompts (data.layout={config.data.layout}): set it to '
+      'auto, or data.layout to separate'
+    )
+  run = {
+    'dtype': jnp.dtype(config.model.dtype),
+    'weight_dtype': jnp.dtype(config.model.weight_dtype),
+    'remat': config.model.remat,
+    'attention': attention,
+  }
+  if checkpoint is None:
+    model_config = from_preset(config.model.preset, **run)
+  else:
+    where = str(checkpoint.directory / 'config.json')
+    model_config = from_hf_config(checkpoint.config, where=where, **run)
+  _check_fit(model_config, config)
+  return model_config
+
+
+def base_fingerprint(config: ConfigDict, checkpoint: Checkpoint | None) -> str:
+  """Returns what tells base weights from others: a checkpoint's content, or a preset and seed."""
+  if checkpoint is None:
+    return f'{config.model.preset} {config.seed}'
+  return hf_weights.fingerprint(checkpoint)
+
+
+def reference_fingerprint(config: ConfigDict, sources: Sources) -> str:
+  """Returns what tells the reference from others: its weights, and the adapters in and on them."""
+  found = sources.fingerprints()
+  parts = {
+    'weights': base_fingerprint(config, sources.reference or sources.base),
+    # Merged and applied, an adapter is rounded differently.
+    'merged': None if sources.reference else found['merge_adapter_path'],
+    'adapter': found['reference_adapter_path'],
+  }
+  return ', '.join(f'{name} {value}' for name, value in parts.items() if value)
+
+
+def _check_fit(model_config: ModelConfig, config: ConfigDict):
+  """Refuses rows and kernels that this architecture is not made for."""
+  longest, tokens = model_config.longest_sequence, config.batch.tokens
+  if longest is not None and tokens > longest:
+    raise ValueError(
+      f'batch.tokens={tokens}: this model (longrope) takes other positions for sequences of more '
+      f'than {longest} tokens, which is not supported: set batch.tokens to {longest} or less'
+    )
+  if model_config.attention == 'splash' and not model_config.has_plain_attention:
+    raise ValueError(
+      f'model.attention=splash has no sliding windows and softcaps, as {model_config.model_type} '
+      'has: set it to auto'
+    )
+
+
+def _check_same_shape(policy: ModelConfig, reference: ModelConfig, path: str):
+  for field in ('vocab_size', 'num_layers'):
+    theirs, ours = getattr(reference, field), getattr(policy, field)
+    if theirs != ours:
+      raise ValueError(
+        f"reference_model_path={path}: its {field} is {theirs}, the policy's is {ours}"
+      )
+
+
+def _check_same_tokenizer(policy: epath.Path, reference: epath.Path):
+  """Compares the tokenizers where both directories hold one of the same kind.
+
+  Raises:
+    ValueError: their tokens or rules differ; the reference would read other text.
+  """
+  for name, read in (('tokenizer.json', _read_tokenizer), ('tokenizer.model', _read_bytes)):
+    files = [directory / name for directory in (policy, reference)]
+    if all(file.exists() for file in files):
+      ours, theirs = map(read, files)
+      if ours != theirs:
+        differs = [part for part in ours if ours[part] != theirs[part]]
+        raise ValueError(
+          f'{files[1]} is another tokenizer than {files[0]}: its {", ".join(differs)} differ. A '
+          'reference must read the same token ids'
+        )
+      return
+
+
+def _read_tokenizer(file: epath.Path) -> dict[str, Any]:
+  """Returns what of a tokenizer.json decides the ids of a text."""
+  values = parse_json(file.read_bytes(), file)
+  model = dict(values.get('model') or {})
+  # Older files write a merge as one string.
+  merges = [
+    ' '.join(pair) if isinstance(pair, list) else pair for pair in model.get('merges') or ()
+  ]
+  added = {token['content']: token['id'] for token in values.get('added_tokens') or ()}
+  return {
+    'vocabulary': model.get('vocab'),
+    'merges': merges,
+    'added tokens': added,
+    'rules': json.dumps([values.get('normalizer'), values.get('pre_tokenizer')], sort_keys=True),
+  }
+
+
+def _read_bytes(file: epath.Path) -> dict[str, bytes]:
+  return {'content': file.read_bytes()}

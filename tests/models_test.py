@@ -1,0 +1,317 @@
+"""Where policy and reference start: adapters of before, and the whole policy learning."""
+
+import json
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import peft
+import pytest
+import torch
+import transformers
+from flax import nnx
+
+from dpo_flax import config as config_lib
+from dpo_flax.export import export
+from dpo_flax.interop.hf_weights import open_checkpoint
+from dpo_flax.learner.state import init_state, split_models
+from dpo_flax.learner.step import make_eval_step, make_train_step
+from dpo_flax.model.lora import Trained
+from dpo_flax.model.transformer import run_streams
+from dpo_flax.models import count_parameters, load_models
+from dpo_flax.sharding import make_mesh
+from dpo_flax.sources import make_sources, reference_fingerprint
+from dpo_flax.tuning import make_lora_config
+
+pytestmark = [
+  # transformers' own save_pretrained calls a name that transformers has deprecated.
+  pytest.mark.filterwarnings('ignore:.is_gradient_checkpointing. is:FutureWarning'),
+  pytest.mark.filterwarnings('ignore:Setting .save_embedding_layers. to:UserWarning'),
+]
+
+SIZES = {
+  'vocab_size': 97,
+  'hidden_size': 32,
+  'intermediate_size': 48,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 4,
+  'num_key_value_heads': 2,
+  'initializer_range': 0.2,
+}
+
+
+@pytest.fixture(scope='module')
+def places(tmp_path_factory):
+  """A random Llama and adapters on it: plain LoRA, DoRA, and one with a saved head."""
+  root = tmp_path_factory.mktemp('places')
+  torch.manual_seed(0)
+  transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).save_pretrained(root / 'base')
+  adapters = {
+    'sft': {'target_modules': ['q_proj', 'down_proj'], 'rank_pattern': {'0.mlp.down_proj': 3}},
+    'dora': {'target_modules': ['q_proj', 'down_proj'], 'use_dora': True},
+    'saved': {'target_modules': ['q_proj'], 'modules_to_save': ['lm_head', 'model.norm']},
+  }
+  for name, settings in adapters.items():
+    base = transformers.LlamaForCausalLM.from_pretrained(root / 'base')
+    start = {'r': 2, 'lora_alpha': 6, 'task_type': 'CAUSAL_LM', 'init_lora_weights': False}
+    model = peft.get_peft_model(base, peft.LoraConfig(**start | settings))
+    with torch.no_grad():
+      for parameter, weight in model.named_parameters():
+        if 'modules_to_save' in parameter or 'magnitude' in parameter:
+          weight.mul_(0.7 + 0.6 * torch.rand(weight.shape))
+    model.save_pretrained(root / name)
+  return root
+
+
+@pytest.fixture
+def start(places, set_field, tmp_path):
+  """Makes (config, sources, lora, models) of a config with fields changed."""
+
+  def make(keeps_reference=True, mesh=None, **fields):
+    config = config_lib.default()
+    config.workdir = str(tmp_path)
+    config.initialize_from_hf = str(places / 'base')
+    config.model.dtype = config.model.weight_dtype = 'float32'
+    for field, value in fields.items():
+      is_place = field.endswith('adapter') or field.endswith('path')
+      set_field(config, field.replace('__', '.'), str(places / value) if is_place else value)
+    mesh = mesh or make_mesh({'data': 1, 'fsdp': 2, 'tensor': 1}, jax.devices()[:2])
+    base = open_checkpoint(config.initialize_from_hf)
+    sources = make_sources(config, base, None, mesh)
+    lora = make_lora_config(
+      config, sources.model, start=sources.adapter, reference=sources.reference_adapter
+    )
+    models = load_models(config, sources, lora, keeps_reference=keeps_reference, mesh=mesh)
+    return config, sources, lora, models
+
+  return make
+
+
+@pytest.fixture
+def batch(draw_pairs, fill_batch):
+  pairs = draw_pairs(6)
+  return fill_batch([pairs[:3], pairs[3:]])
+
+
+def sums(models, batch, options):
+  graphdef, trainable, frozen = split_models(models)
+  mesh = make_mesh({'data': 1, 'fsdp': 2, 'tensor': 1}, jax.devices()[:2])
+  with jax.set_mesh(mesh):
+    state = init_state(trainable, optax.sgd(0.1), mesh)
+    return jax.device_get(make_eval_step(graphdef, options)(state, frozen, batch))['means']
+
+
+def trained(models, batch, options, *, steps=3):
+  """Returns the models after some steps."""
+  graphdef, trainable, frozen = split_models(models)
+  mesh = make_mesh({'data': 1, 'fsdp': 2, 'tensor': 1}, jax.devices()[:2])
+  optimizer = optax.adamw(1e-2)
+  with jax.set_mesh(mesh):
+    state = init_state(trainable, optimizer, mesh)
+    step = make_train_step(graphdef, optimizer, options)
+    for _ in range(steps):
+      state, metrics = step(state, frozen, batch)
+    assert bool(metrics['finite'])
+    return nnx.merge(graphdef, state.trainable, frozen)
+
+
+def their_logits(model, tokens):
+  with torch.no_grad():
+    return model.eval()(torch.tensor(tokens)).logits.numpy()
+
+
+@nnx.jit
+def run_alone(model, tokens):
+  positions = jnp.tile(jnp.arange(tokens.shape[1])[None], (len(tokens), 1))
+  batch = {'tokens': tokens, 'positions': positions}
+  batch['visible_until'] = jnp.full_like(tokens, tokens.shape[1])
+  return model.logits(run_streams(model, None, batch)[0])
+
+
+def our_logits(model, tokens):
+  return np.asarray(run_alone(model, jnp.asarray(tokens)))
+
+
+@pytest.fixture
+def tokens():
+  return np.random.default_rng(0).integers(0, 97, (2, 12), dtype=np.int32)
+
+
+def adapted(places, name):
+  base = transformers.LlamaForCausalLM.from_pretrained(places / 'base')
+  return base if name is None else peft.PeftModel.from_pretrained(base, places / name)
+
+
+STARTS = {
+  'adapters': ({}, None, None),
+  'dora': ({'tuning__method': 'dora'}, None, None),
+  'saved': ({'lora__modules_to_save': ('lm_head', 'norm')}, None, None),
+  'full': ({'tuning__method': 'full'}, None, None),
+  'from_adapter': ({'initialize_from_adapter': 'sft'}, 'sft', None),
+  'from_dora': ({'initialize_from_adapter': 'dora', 'tuning__method': 'dora'}, 'dora', None),
+  'from_saved': ({'initialize_from_adapter': 'saved'}, 'saved', None),
+  'on_top': ({'reference_adapter_path': 'sft'}, 'sft', 'sft'),
+  'continued': (
+    {'reference_adapter_path': 'sft', 'initialize_from_adapter': 'sft'},
+    'sft',
+    'sft',
+  ),
+  'from_one_against_another': (
+    {'reference_adapter_path': 'dora', 'initialize_from_adapter': 'sft'},
+    'sft',
+    'dora',
+  ),
+  'merged': ({'merge_adapter_path': 'sft'}, 'sft', 'sft'),
+  'merged_dora': ({'merge_adapter_path': 'dora'}, 'dora', 'dora'),
+  'merged_saved_then_full': (
+    {'merge_adapter_path': 'saved', 'tuning__method': 'full'},
+    'saved',
+    'saved',
+  ),
+}
+
+
+@pytest.mark.parametrize(('fields', 'policy', 'reference'), STARTS.values(), ids=STARTS)
+def test_policy_and_reference_start_as_pefts_models(
+  start, places, tokens, fields, policy, reference
+):
+  _, sources, _, models = start(**fields)
+  for model, name in ((models.policy, policy), (models.reference, reference)):
+    expected = their_logits(adapted(places, name), tokens)
+    np.testing.assert_allclose(our_logits(model, tokens), expected, atol=1e-4)
+  assert sources.starts_as_reference() == (policy == reference)
+
+
+@pytest.mark.parametrize('name', ['dora', 'saved', 'full', 'on_top', 'merged'])
+def test_training_moves_the_policy_alone_and_its_export_is_it(
+  start, batch, make_options, places, tokens, tmp_path, name
+):
+  """From ln 2 on; the reference keeps every bit, and PEFT or transformers load the result."""
+  fields, *_ = STARTS[name]
+  config, sources, lora, models = start(**fields)
+  options = make_options(head_is_trained=lora is None or 'lm_head' in lora.saved)
+  loss, pairs = sums(models, batch, options)['dpo_loss']
+  assert loss / pairs == pytest.approx(math.log(2), abs=1e-6)
+  # The step consumes what learns, and nothing of the reference.
+  before = our_logits(models.reference, tokens)
+  models = trained(models, batch, options)
+  np.testing.assert_array_equal(our_logits(models.reference, tokens), before)
+  ours = our_logits(models.policy, tokens)
+  assert np.abs(ours - before).max() > 0.05
+
+  config.merged_hf_save_path = str(tmp_path / 'merged')
+  paths = export(config, models.policy, lora, sources.base)
+  merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / 'merged')
+  np.testing.assert_allclose(their_logits(merged, tokens), ours, atol=2e-4)
+  assert (len(paths) == 1) == (name == 'full')
+  if name not in {'full', 'merged'}:
+    base = transformers.LlamaForCausalLM.from_pretrained(places / 'base')
+    loaded = peft.PeftModel.from_pretrained(base, paths[0])
+    np.testing.assert_allclose(their_logits(loaded, tokens), ours, atol=2e-4)
+  if name == 'on_top':
+    values = json.loads((paths[0] / 'adapter_config.json').read_text())
+    assert values['r'] == 64 and values['rank_pattern']['model.layers.0.mlp.down_proj'] == 67
+
+
+def test_a_policy_that_learns_whole_has_float32_weights_on_the_bases_shards(start):
+  mesh = make_mesh({'data': 2, 'fsdp': 4, 'tensor': 1})
+  fields = {'tuning__method': 'full', 'model__dtype': 'bfloat16', 'model__weight_dtype': 'bfloat16'}
+  *_, models = start(mesh=mesh, **fields)
+  policy, reference = (
+    nnx.to_flat_state(nnx.state(model, nnx.Param)) for model in (models.policy, models.reference)
+  )
+  for (path, own), (_, frozen) in zip(policy, reference, strict=True):
+    assert isinstance(own, Trained) and not isinstance(frozen, Trained)
+    assert (own.dtype, frozen.dtype) == ('float32', 'bfloat16'), path
+    assert own[...].sharding.is_equivalent_to(frozen[...].sharding, own.ndim), path
+    np.testing.assert_array_equal(own[...].astype(jnp.bfloat16), frozen[...])
+
+
+def test_without_need_of_a_reference_the_weights_are_held_once(start):
+  *_, models = start(keeps_reference=False, tuning__method='full')
+  assert models.reference is None
+  _, trainable, frozen = split_models(models)
+  assert len(jax.tree.leaves(trainable)) == 12 and not jax.tree.leaves(frozen)
+
+
+def test_counts_are_the_policys_and_leave_out_ranks_of_other_layers(start, places):
+  base = transformers.LlamaForCausalLM.from_pretrained(places / 'base')
+  settings = peft.LoraConfig(
+    r=4,
+    target_modules=['q_proj', 'up_proj'],
+    layers_to_transform=[1],
+    use_dora=True,
+    modules_to_save=['lm_head'],
+  )
+  theirs = peft.get_peft_model(base, settings)
+  learning, total = theirs.get_nb_trainable_parameters()
+  *_, models = start(
+    tuning__method='dora',
+    lora__r=4,
+    lora__target_modules=['q_proj', 'up_proj'],
+    lora__layers_to_transform=[1],
+    lora__modules_to_save=('lm_head',),
+  )
+  # PEFT counts the head's frozen original as well.
+  assert count_parameters(models.policy) == (total - 97 * 32, learning)
+
+
+def test_reference_fingerprint_tells_every_reference_apart(start):
+  names = ('on_top', 'from_one_against_another', 'merged', 'merged_dora')
+  found = [reference_fingerprint(*start(**STARTS[name][0])[:2]) for name in ('adapters', *names)]
+  assert len(set(found)) == 5
+  same = reference_fingerprint(*start(**STARTS['from_adapter'][0])[:2])
+  assert same == found[0], 'the policy says nothing of the reference'
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'initialize_from_adapter': 'dora'}, 'set tuning.method=dora'),
+    ({'reference_adapter_path': 'dora'}, 'exact for plain LoRA alone'),
+    ({'reference_adapter_path': 'sft', 'tuning__method': 'dora'}, 'exact for plain LoRA alone'),
+    ({'reference_adapter_path': 'saved'}, 'give this one as merge_adapter_path'),
+  ],
+)
+def test_starts_that_cannot_be_are_refused(start, fields, message):
+  with pytest.raises(ValueError, match=message):
+    start(**fields)
+
+
+def write_tokenizer(directory, vocabulary, **fields):
+  shutil.copytree(directory, directory := directory.with_name(f'{directory.name}-{len(fields)}'))
+  model = {'type': 'BPE', 'vocab': vocabulary, 'merges': [['a', 'b']]}
+  (directory / 'tokenizer.json').write_text(json.dumps({'model': model} | fields))
+  return directory
+
+
+def test_a_reference_with_another_tokenizer_is_refused(start, places, tmp_path):
+  shutil.copytree(places / 'base', tmp_path / 'base')
+  vocabulary = {'a': 0, 'b': 1, 'ab': 2}
+  first, second = (
+    write_tokenizer(tmp_path / 'base', vocabulary, **fields)
+    for fields in ({}, {'added_tokens': [{'content': '<s>', 'id': 3}]})
+  )
+  mesh = make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, jax.devices()[:1])
+  config = config_lib.default()
+  config.reference_model_path = str(second)
+  base = open_checkpoint(str(first))
+  with pytest.raises(ValueError, match=r'another tokenizer than .* added tokens differ'):
+    make_sources(config, base, open_checkpoint(str(second)), mesh)
+  make_sources(config, base, open_checkpoint(str(first)), mesh)
+
+
+@pytest.mark.parametrize(('field', 'theirs'), [('vocab_size', 96), ('num_hidden_layers', 3)])
+def test_a_reference_of_another_shape_is_refused(places, tmp_path, field, theirs):
+  shutil.copytree(places / 'base', tmp_path / 'other')
+  path = tmp_path / 'other' / 'config.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | {field: theirs}))
+  config = config_lib.default()
+  config.reference_model_path = str(tmp_path / 'other')
+  base, other = (open_checkpoint(str(each)) for each in (places / 'base', tmp_path / 'other'))
+  mesh = make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, jax.devices()[:1])
+  with pytest.raises(ValueError, match=f"is {theirs}, the policy's is"):
+    make_sources(config, base, other, mesh)
