@@ -1,6 +1,7 @@
 """Config -> all the parts of a run on its mesh: what every command builds first."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,12 @@ from ml_collections import ConfigDict
 
 from dpo_flax import config as config_lib
 from dpo_flax.checkpoint import RunIdentity
+from dpo_flax.compiler_options import compiler_options
 from dpo_flax.data.loader import PreparedData, prepare, steps_for_epochs
 from dpo_flax.interop.hf_weights import Checkpoint, fingerprint, load_base, open_checkpoint
 from dpo_flax.learner.optimizer import make_optimizer
 from dpo_flax.learner.state import Models, TrainState, init_state, split_models
-from dpo_flax.learner.step import StepOptions
+from dpo_flax.learner.step import StepOptions, make_eval_step, make_train_step
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.hf_config import from_hf_config
 from dpo_flax.model.lora import LoraConfig, resolve_targets
@@ -177,6 +179,24 @@ def make_step_options(config: ConfigDict, objective: Objective, lora: LoraConfig
     microbatches=config.batch.microbatches,
     head_is_trained='lm_head' in lora.targets,
     dropout_seed=config.seed if config.lora.dropout else None,
+  )
+
+
+def make_steps(
+  graphdef: nnx.GraphDef,
+  options: StepOptions,
+  *,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+) -> tuple[Callable, Callable]:
+  """Returns train_step and eval_step, jitted with the options for the mesh's devices.
+
+  Training and planning get theirs here, so that what is planned is what runs.
+  """
+  compiler = compiler_options(mesh)
+  return (
+    make_train_step(graphdef, optimizer, options, compiler_options=compiler),
+    make_eval_step(graphdef, options, compiler_options=compiler),
   )
 
 

@@ -84,7 +84,7 @@ def test_estimate_reads_a_step_of_any_devices(tiny, cpu_slice):
 
 
 def test_the_step_is_compiled_with_the_options_of_training(tiny, cpu_slice, monkeypatch):
-  monkeypatch.setattr(aot, 'compiler_options', lambda mesh: {'xla_no_such_option': '1'})
+  monkeypatch.setattr(assemble, 'compiler_options', lambda mesh: {'xla_no_such_option': '1'})
   pairs = estimate.Pairs(slots=3, mean=2.5, source='a test')
   with pytest.raises(jax.errors.JaxRuntimeError, match='xla_no_such_option'):
     estimate.estimate(tiny, cpu_slice, base=None, reference=None, pairs=pairs)
