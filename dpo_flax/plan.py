@@ -234,14 +234,11 @@ def _work(found: Estimate) -> list[str]:
 
 
 def _bounds(found: Estimate, plan: Plan) -> list[str]:
-  limits = ', '.join(f'{name} {seconds:.3g} s' for name, seconds in found.bounds_seconds.items())
-  least = found.bounds_seconds[found.bound]
-  return [
-    f'limits of {plan.slice.chip.name}: {limits}',
-    f'a step takes at least {least:.3g} s ({found.bound}), which is at most '
-    f'{found.pairs_per_second:.1f} pairs a second',
-    f'compiled in {found.compile_seconds:.0f} s',
-  ]
+  pairs = plan.config.batch.rows * plan.pairs.mean
+  lines = [f'a step of {pairs:.4g} pairs takes at least, by the limits of {plan.slice.chip.name}:']
+  for name, seconds in sorted(found.bounds_seconds.items(), key=lambda one: -one[1]):
+    lines.append(f'  {name:8} {seconds:8.3g} s   {pairs / seconds:8.1f} pairs a second at most')
+  return [*lines, f'compiled in {found.compile_seconds:.0f} s']
 
 
 def _size(count: float) -> str:

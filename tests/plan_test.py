@@ -211,12 +211,18 @@ def test_pairs_are_those_of_the_data_or_the_flag(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ('topology', 'message'), [('v5f:2x2', 'v5e, v5p, v6e'), ('4x4', 'v5e:4x4'), ('v5e', None)]
+  ('topology', 'message'),
+  [
+    ('v5f:2x2', 'v5e, v5p, v6e; did you mean v5p:2x2'),
+    ('4x4', 'such as v5e:4x4'),
+    ('v5e', 'one of v5e:1x1, v5e:2x2, v5e:2x4'),
+    ('v5e:0x4', 'one of v5e:1x1'),
+    ('v5e:2x2x2', 'expected 2 counts .* one of v5e:1x1'),
+    ('v5p:2x2', 'expected 3 counts .* one of v5p:2x2x1'),
+    pytest.param('v5e:3x3', 'not divisible .* one of v5e:1x1', marks=needs_libtpu),
+  ],
 )
-def test_unknown_chips_are_named(topology, message):
-  if message is None:
-    pytest.importorskip('libtpu', reason='libtpu reads the grid')
-    message = 'no slice of v5e'
+def test_a_slice_that_does_not_exist_is_told_those_that_do(topology, message):
   with pytest.raises(ValueError, match=message):
     chips.make_slice(topology)
 
