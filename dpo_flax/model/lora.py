@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dpo_flax.model import wide_gradient
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.quantization import ChannelScale, quantize, scale_channels
 
@@ -116,11 +117,10 @@ class Projection(nnx.Module):
       return outputs
     if self.dropout and dropout_key is not None:
       inputs = self._drop(inputs, dropout_key)
-    low = inputs @ self.lora_a[...].astype(self.dtype)
-    return outputs + self._matmul(low, self.lora_b) * self.scale
+    low = wide_gradient.matmul(inputs, self.lora_a[...], self.dtype)
+    return outputs + wide_gradient.matmul(low, self.lora_b[...], self.output_dtype) * self.scale
 
   def _matmul(self, inputs: jax.Array, weight: nnx.Variable) -> jax.Array:
-    # Adapters are float32 for the optimizer's sake; their products run in the model's dtype.
     return jnp.matmul(
       inputs, weight[...].astype(self.dtype), preferred_element_type=self.output_dtype
     )
