@@ -264,7 +264,7 @@ def test_command_prints_one_object(tmp_path):
   assert list(found)[: len(wanted)] == wanted
   assert found['fits'] is True
   assert found['hbm_capacity_bytes'] == 15.75 * 2**30
-  assert found['kernels']
+  assert found['kernels'] and 0 < found['flops_without_cycles'] < found['flops']
   assert found['unknown_loops'] == 0
   assert not [line for line in done.stderr.splitlines() if 'learning_rate' not in line]
 
