@@ -8,13 +8,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dpo_flax.assemble import make_step_options, runs_reference
-from dpo_flax.compiler_options import compiler_options
+from dpo_flax.assemble import make_step_options, make_steps, runs_reference
 from dpo_flax.data import pack
 from dpo_flax.interop.hf_weights import Checkpoint
 from dpo_flax.learner.optimizer import make_optimizer
 from dpo_flax.learner.state import TrainState, init_state, split_models
-from dpo_flax.learner.step import make_train_step
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.models import pair_models
 from dpo_flax.objective.settings import Objective
@@ -60,7 +58,7 @@ def abstract_train_step(
   with jax.set_mesh(mesh):
     graphdef, trainable, frozen = jax.eval_shape(make_models)
     state = jax.eval_shape(lambda adapters: init_state(adapters, optimizer, mesh), trainable)
-  step = make_train_step(graphdef, optimizer, options, compiler_options=compiler_options(mesh))
+  step, _ = make_steps(graphdef, options, optimizer=optimizer, mesh=mesh)
   batch = abstract_batch(config, mesh, pairs_per_row)
   return step, (_placed(state, mesh), _placed(frozen, mesh), batch)
 

@@ -1,6 +1,7 @@
 """Config -> all the parts of a run on its mesh: what every command builds first."""
 
 import dataclasses
+from collections.abc import Callable
 
 import optax
 from flax import nnx
@@ -9,11 +10,12 @@ from ml_collections import ConfigDict
 
 from dpo_flax import config as config_lib
 from dpo_flax.checkpoint import RunIdentity
+from dpo_flax.compiler_options import compiler_options
 from dpo_flax.data.loader import PreparedData, prepare, steps_for_epochs
 from dpo_flax.interop.hf_weights import Checkpoint, open_checkpoint
 from dpo_flax.learner.optimizer import make_optimizer
 from dpo_flax.learner.state import TrainState, init_state, split_models
-from dpo_flax.learner.step import StepOptions
+from dpo_flax.learner.step import StepOptions, make_eval_step, make_train_step
 from dpo_flax.model.lora import LoraConfig
 from dpo_flax.models import load_models
 from dpo_flax.objective.settings import SORTED, Objective, check_records
@@ -135,4 +137,22 @@ def make_step_options(
     microbatches=config.batch.microbatches,
     head_is_trained=lora is None or lora.tied or 'lm_head' in lora.targets | lora.saved,
     dropout_seed=config.seed if lora is not None and lora.dropout else None,
+  )
+
+
+def make_steps(
+  graphdef: nnx.GraphDef,
+  options: StepOptions,
+  *,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+) -> tuple[Callable, Callable]:
+  """Returns train_step and eval_step, jitted with the options for the mesh's devices.
+
+  Training and planning get theirs here, so that what is planned is what runs.
+  """
+  compiler = compiler_options(mesh)
+  return (
+    make_train_step(graphdef, optimizer, options, compiler_options=compiler),
+    make_eval_step(graphdef, options, compiler_options=compiler),
   )

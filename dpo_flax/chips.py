@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
 
 import jax
@@ -34,13 +35,17 @@ class Chip:
   flops: float  # bfloat16, per second
   hbm_bandwidth: float  # bytes per second
   link_bandwidth: float  # bytes per second into the chip over one of its links to neighbours
+  topologies: tuple[str, ...]  # of its slices, the larger ones left out
 
+
+_FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
+_CUBES = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8')
 
 # A chip's documented bidirectional bandwidth is that of all its ports, both ways.
 CHIPS = {
-  'v5e': Chip('v5e', 15.75 * _GIB, 197e12, 819e9, 400e9 / 4 / 2),
-  'v5p': Chip('v5p', 95.73 * _GIB, 459e12, 2765e9, 1200e9 / 6 / 2),
-  'v6e': Chip('v6e', 31.24 * _GIB, 918e12, 1638e9, 800e9 / 4 / 2),
+  'v5e': Chip('v5e', 15.75 * _GIB, 197e12, 819e9, 400e9 / 4 / 2, _FLAT),
+  'v5p': Chip('v5p', 95.73 * _GIB, 459e12, 2765e9, 1200e9 / 6 / 2, _CUBES),
+  'v6e': Chip('v6e', 31.24 * _GIB, 918e12, 1638e9, 800e9 / 4 / 2, _FLAT),
 }
 
 
@@ -70,6 +75,10 @@ def make_slice(name: str) -> Slice:
     near = difflib.get_close_matches(kind, CHIPS, n=1)
     hint = f'did you mean {near[0]}:{topology or "2x2"}?' if near else 'such as v5e:4x4'
     raise ValueError(f'--topology={name}: chips are {", ".join(CHIPS)}; {hint}')
+  # libtpu takes a grid of too many axes, and ends the process at one of no chips.
+  axes = CHIPS[kind].topologies[0].count('x') + 1
+  if not re.fullmatch('x'.join([r'[1-9]\d*'] * axes), topology):
+    raise ValueError(_no_slice(name, kind, f'expected {axes} counts of chips'))
   if importlib.util.find_spec('libtpu') is None:
     raise ValueError(
       "planning needs libtpu, the compiler for TPU (but no TPU): pip install 'dpo_flax[tpu]'"
@@ -79,9 +88,10 @@ def make_slice(name: str) -> Slice:
   try:
     devices = topologies.get_topology_desc(platform='tpu', topology_name=name).devices
   except jax.errors.JaxRuntimeError as error:
-    reason = str(error).partition(':')[2].strip()
-    raise ValueError(
-      f'--topology={name} is no slice of {kind} ({reason}): give chips along each axis, '
-      f'such as {"v5p:2x2x4" if kind == "v5p" else f"{kind}:4x4"}'
-    ) from None
+    raise ValueError(_no_slice(name, kind, str(error).partition(':')[2].strip())) from None
   return Slice(CHIPS[kind], topology, devices)
+
+
+def _no_slice(name: str, kind: str, reason: str) -> str:
+  known = ', '.join(f'{kind}:{topology}' for topology in CHIPS[kind].topologies)
+  return f'--topology={name} is no slice of {kind} ({reason}): give one of {known}, or a larger one'

@@ -54,11 +54,6 @@ class Estimate:
   pairs_per_second: float | None = None  # of all chips, at the largest bound
   message: str | None = None  # the compiler's, of a step that does not fit
 
-  @property
-  def bound(self) -> str:
-    """Which limit of the chip a step meets last."""
-    return max(self.bounds_seconds, key=self.bounds_seconds.__getitem__)
-
 
 def estimate(
   config: ConfigDict,

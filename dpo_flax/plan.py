@@ -92,8 +92,8 @@ def _shapes(config: ConfigDict, preset: str | None) -> Checkpoint | None:
     return open_checkpoint(path)
   name = preset or config.model.preset or _published(path)
   if name not in PRESETS:
-    given = f'{name!r} is not one' if name else f'initialize_from_hf={path!r} is no directory'
-    raise ValueError(f'give --preset, one of {", ".join(sorted(PRESETS))}: {given}')
+    given = f'no preset is called {name!r}' if name else f'initialize_from_hf={path}: no directory'
+    raise ValueError(f'{given}; give --preset, one of {", ".join(sorted(PRESETS))}')
   # What is merged into weights changes no shape.
   config.initialize_from_hf, config.merge_adapter_path, config.model.preset = None, None, name
   return None
@@ -222,13 +222,14 @@ def _refusal(found: Estimate, plan: Plan) -> list[str]:
 def _work(found: Estimate) -> list[str]:
   kernels = ', '.join(f'{count} of {name}' for name, count in found.kernels.items())
   lines = [
-    f'a step does, on each chip, {found.flops / 1e12:.4g} TFLOP of matrix products in '
+    f'a step does, on each chip, {found.flops / 1e12:.4g} TFLOP of matrix products, in '
     f'{found.estimated_cycles:.4g} estimated cycles,',
     f'  moves {_size(found.hbm_traffic_bytes)} to and from HBM and gets '
     f'{_size(found.collective_bytes)} from other chips',
   ]
   if kernels:
-    lines.append(f'  without what runs inside kernels, for which there is no estimate: {kernels}')
+    inside = f'{found.flops_without_cycles / 1e12:.4g} TFLOP of the above'
+    lines.append(f'  kernels take cycles beside these, for {inside} at most: {kernels}')
   if found.conditionals:
     lines.append('  with every token a response token: rows with fewer visit the vocabulary less')
   if found.unknown_loops:
@@ -237,14 +238,11 @@ def _work(found: Estimate) -> list[str]:
 
 
 def _bounds(found: Estimate, plan: Plan) -> list[str]:
-  limits = ', '.join(f'{name} {seconds:.3g} s' for name, seconds in found.bounds_seconds.items())
-  least = found.bounds_seconds[found.bound]
-  return [
-    f'limits of {plan.slice.chip.name}: {limits}',
-    f'a step takes at least {least:.3g} s ({found.bound}), which is at most '
-    f'{found.pairs_per_second:.1f} pairs a second',
-    f'compiled in {found.compile_seconds:.0f} s',
-  ]
+  pairs = plan.config.batch.rows * plan.pairs.mean
+  lines = [f'a step of {pairs:.4g} pairs takes at least, by the limits of {plan.slice.chip.name}:']
+  for name, seconds in sorted(found.bounds_seconds.items(), key=lambda one: -one[1]):
+    lines.append(f'  {name:8} {seconds:8.3g} s   {pairs / seconds:8.1f} pairs a second at most')
+  return [*lines, f'compiled in {found.compile_seconds:.0f} s']
 
 
 def _size(count: float) -> str:

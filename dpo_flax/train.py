@@ -16,12 +16,10 @@ from ml_collections import ConfigDict
 from dpo_flax import assemble, command
 from dpo_flax.assemble import Run
 from dpo_flax.checkpoint import Checkpoints
-from dpo_flax.compiler_options import compiler_options
 from dpo_flax.data import loader
 from dpo_flax.export import export
 from dpo_flax.learner.optimizer import make_schedule
 from dpo_flax.learner.state import TrainState
-from dpo_flax.learner.step import make_eval_step, make_train_step
 from dpo_flax.models import count_parameters
 from dpo_flax.objective.metrics import displacement
 from dpo_flax.reporting import Monitor, Reporter, displacement_warning, summarize
@@ -65,10 +63,9 @@ def learn(
 ) -> tuple[TrainState, dict[str, float]]:
   """Trains from `start_step` to the end; returns the last state and validation metrics."""
   config, last = run.config, run.num_steps
-  train_step = make_train_step(
-    run.graphdef, run.optimizer, run.options, compiler_options=compiler_options(run.mesh)
+  train_step, eval_step = assemble.make_steps(
+    run.graphdef, run.options, optimizer=run.optimizer, mesh=run.mesh
   )
-  eval_step = make_eval_step(run.graphdef, run.options)
   monitor = make_monitor(run, reporter)
   held_out = {}
 

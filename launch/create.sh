@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Asks for the TPUs and waits until they are there: NAME=my-run ZONE=us-west4-a launch/create.sh
 source "$(dirname "$0")/settings.sh"
+refuse_arguments "$@"
 
 nodes=(--node-id="$NAME")
 if ((SLICES > 1)); then

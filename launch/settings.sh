@@ -4,10 +4,15 @@
 set -euo pipefail
 
 DRY_RUN=${DRY_RUN:-} # set by --dry-run: print every command instead of calling it
-if [[ ${1:-} == --dry-run ]]; then
-  DRY_RUN=yes
-  shift
-fi
+arguments=()
+for argument; do
+  case $argument in
+    --dry-run) DRY_RUN=yes ;;
+    --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;;
+    *) arguments+=("$argument") ;;
+  esac
+done
+set -- "${arguments[@]}" # those of the script
 export DRY_RUN
 
 NAME=${NAME:?set NAME, of the queued resource}
@@ -18,6 +23,11 @@ SLICES=${SLICES:-1}
 SPOT=${SPOT:-}        # not empty: cheaper, and taken away at any time
 POLL=${POLL:-60}      # seconds between two looks at a state
 readonly NAME ZONE TPU_TYPE RUNTIME SLICES SPOT POLL
+
+# Ends a script that would do something other than it was asked for.
+refuse_arguments() {
+  (($# == 0)) || { echo "$(basename "$0") takes no argument but --dry-run: $*" >&2; exit 2; }
+}
 
 show() {
   printf '%q ' "$@"

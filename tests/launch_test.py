@@ -1,5 +1,6 @@
 """The launch scripts: dry runs, and real ones in which `gcloud` is a stand-in on this machine."""
 
+import itertools
 import os
 import pathlib
 import shutil
@@ -59,9 +60,22 @@ def cloud(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_a_dry_run_calls_nothing(cloud, script):
-  code, output, errors = launch(script, '--dry-run', '--config=configs/llama8b.py')
+  arguments = ['--config=configs/llama8b.py'] if script in {'run.sh', 'resume.sh'} else []
+  code, output, errors = launch(script, *arguments, '--dry-run')
   assert code == 0, errors
   assert 'gcloud compute tpus queued-resources' in output
+  assert not (cloud / 'calls').exists()
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_what_a_script_does_not_know_it_does_not_ignore(cloud, script):
+  if script not in {'run.sh', 'resume.sh'}:
+    code, _, errors = launch(script, '--dryrun')
+    assert code == 2 and 'no argument but --dry-run: --dryrun' in errors
+  code, output, _ = launch(script, '--help')
+  _, *lines = (LAUNCH / script).read_text().splitlines()
+  head = itertools.takewhile(lambda line: line.startswith('#'), lines)
+  assert code == 0 and output.splitlines() == [line.removeprefix('# ') for line in head]
   assert not (cloud / 'calls').exists()
 
 

@@ -101,7 +101,7 @@ def test_estimate_reads_a_step_of_any_devices(tiny, cpu_slice):
 
 
 def test_the_step_is_compiled_with_the_options_of_training(tiny, cpu_slice, monkeypatch):
-  monkeypatch.setattr(aot, 'compiler_options', lambda mesh: {'xla_no_such_option': '1'})
+  monkeypatch.setattr(assemble, 'compiler_options', lambda mesh: {'xla_no_such_option': '1'})
   pairs = estimate.Pairs(slots=3, mean=2.5, source='a test')
   with pytest.raises(jax.errors.JaxRuntimeError, match='xla_no_such_option'):
     estimate.estimate(tiny, cpu_slice, base=None, reference=None, pairs=pairs)
@@ -228,12 +228,18 @@ def test_pairs_are_those_of_the_data_or_the_flag(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ('topology', 'message'), [('v5f:2x2', 'v5e, v5p, v6e'), ('4x4', 'v5e:4x4'), ('v5e', None)]
+  ('topology', 'message'),
+  [
+    ('v5f:2x2', 'v5e, v5p, v6e; did you mean v5p:2x2'),
+    ('4x4', 'such as v5e:4x4'),
+    ('v5e', 'one of v5e:1x1, v5e:2x2, v5e:2x4'),
+    ('v5e:0x4', 'one of v5e:1x1'),
+    ('v5e:2x2x2', 'expected 2 counts .* one of v5e:1x1'),
+    ('v5p:2x2', 'expected 3 counts .* one of v5p:2x2x1'),
+    pytest.param('v5e:3x3', 'not divisible .* one of v5e:1x1', marks=needs_libtpu),
+  ],
 )
-def test_unknown_chips_are_named(topology, message):
-  if message is None:
-    pytest.importorskip('libtpu', reason='libtpu reads the grid')
-    message = 'no slice of v5e'
+def test_a_slice_that_does_not_exist_is_told_those_that_do(topology, message):
   with pytest.raises(ValueError, match=message):
     chips.make_slice(topology)
 
@@ -275,7 +281,7 @@ def test_command_prints_one_object(tmp_path):
   assert list(found)[: len(wanted)] == wanted
   assert found['fits'] is True
   assert found['hbm_capacity_bytes'] == 15.75 * 2**30
-  assert found['kernels']
+  assert found['kernels'] and 0 < found['flops_without_cycles'] < found['flops']
   assert found['unknown_loops'] == 0
   assert not [line for line in done.stderr.splitlines() if 'learning_rate' not in line]
 

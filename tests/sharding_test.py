@@ -12,6 +12,7 @@ from jax.experimental import topologies
 from jax.sharding import PartitionSpec
 
 from dpo_flax import sharding
+from dpo_flax.compiled import hlo
 from dpo_flax.learner.state import init_state, split_models
 from dpo_flax.learner.step import make_train_step
 from dpo_flax.model.transformer import Transformer
@@ -252,6 +253,26 @@ def test_a_run_on_eight_devices_equals_the_run_on_one(train, on_one_device, shap
   run = train(make_mesh(shape))
   assert_same_run(run, on_one_device)
   assert run[2], 'a step must leave the state where it was'
+
+
+@pytest.mark.parametrize('tied', [False, True], ids=['own_head', 'tied_head'])
+def test_no_device_ever_holds_the_whole_vocabulary(
+  tied, make_models, make_model_config, make_options, make_lora, fill_batch, draw_pairs
+):
+  """Split over `tensor`, it is never gathered: not the weights, not the logits of one token."""
+  vocab, mesh = 1006, make_mesh(sizes(1, 4, 2))
+  config = make_model_config(vocab_size=vocab, tie_word_embeddings=tied)
+  options = make_options(token_statistics=True, kl_penalty_weight=0.1, wpo=True)
+  with jax.set_mesh(mesh):
+    graphdef, trainable, frozen = split_models(make_models(config, make_lora(), mesh=mesh))
+    state = init_state(trainable, optax.sgd(0.1), mesh)
+    rows = fill_batch([[pair] for pair in draw_pairs(4)], pairs_per_row=1)
+    batch = shard_batch(jax.tree.map(np.asarray, rows), mesh)
+    step = make_train_step(graphdef, optax.sgd(0.1), options)
+    text = step.lower(state, frozen, batch).compile().as_text()
+  instructions = [one for part in hlo.parse(text).computations.values() for one in part.values()]
+  lengths = {size for one in instructions for array in one.arrays for size in array.dims}
+  assert vocab // 2 in lengths and vocab not in lengths
 
 
 def test_microbatches_on_a_mesh_equal_the_batch_on_one_device(train, on_one_device):

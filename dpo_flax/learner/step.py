@@ -176,7 +176,10 @@ def make_train_step(
 
 
 def make_eval_step(
-  graphdef: nnx.GraphDef, options: StepOptions
+  graphdef: nnx.GraphDef,
+  options: StepOptions,
+  *,
+  compiler_options: Mapping[str, str] | None = None,  # of XLA
 ) -> Callable[[TrainState, nnx.State, Batch], Sums]:
   """Returns the jitted (state, frozen, batch) -> metric sums, without dropout."""
 
@@ -185,7 +188,7 @@ def make_eval_step(
     logps = pair_logps(models, batch, options, reward_mean=state.rewards.mean)
     return _report(logps, total_loss(logps, options.objective), batch, options.objective)
 
-  return jax.jit(eval_step)
+  return jax.jit(eval_step, compiler_options=compiler_options)
 
 
 def _report(logps: PairLogps, losses: jax.Array, batch: Batch, objective: Objective) -> Sums:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dpo_flax.model import wide_gradient
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.quantization import ChannelScale, quantize, scale_channels
 
@@ -141,10 +142,11 @@ class Adapter(nnx.Module):
   ) -> jax.Array:  # [..., out], of the dtype of `outputs`
     if self.dropout and dropout_key is not None:
       inputs = self._drop(inputs, dropout_key)
-    factor_a, factor_b = (factor[...].astype(self.dtype) for factor in (self.lora_a, self.lora_b))
-    is_ids = jnp.issubdtype(inputs.dtype, jnp.integer)
-    low = factor_a[inputs] if is_ids else inputs @ factor_a
-    delta = jnp.matmul(low, factor_b, preferred_element_type=outputs.dtype)
+    if jnp.issubdtype(inputs.dtype, jnp.integer):
+      low = self.lora_a[...][inputs].astype(self.dtype)
+    else:
+      low = wide_gradient.matmul(inputs, self.lora_a[...], self.dtype)
+    delta = wide_gradient.matmul(low, self.lora_b[...], outputs.dtype)
     if self.magnitude is None:
       return outputs + (delta * self._scale()).astype(outputs.dtype)
     wide = outputs.astype(jnp.float32) + delta.astype(jnp.float32) * self._scale()

@@ -262,6 +262,7 @@ def _forward(queries, keys, values, mask, softcap, interpret):
     ),
     out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), lse],
     compiler_params=_parallel(3, 1),
+    cost_estimate=_cost(queries, products=2),
     interpret=interpret,
   )(mask.plan.keys, mask.plan.key_counts, queries, keys, values, _seen(mask))
   return outputs, (queries, keys, values, mask, outputs, lse)
@@ -294,6 +295,7 @@ def _query_gradient(inputs, plan: BlockPlan, softcap: float | None, interpret: b
     ),
     out_shape=jax.ShapeDtypeStruct(queries.shape, queries.dtype),
     compiler_params=_parallel(3, 1),
+    cost_estimate=_cost(queries, products=3),
     interpret=interpret,
   )(plan.keys, plan.key_counts, *inputs)
 
@@ -318,8 +320,22 @@ def _key_gradient(
     ),
     out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (keys, values)],
     compiler_params=_parallel(3, 2),
+    cost_estimate=_cost(queries, products=4),
     interpret=interpret,
   )(plan.queries, plan.query_counts, *inputs)
+
+
+def _cost(queries: jax.Array, *, products: int) -> pl.CostEstimate:
+  """The work of a row that is one sequence; the compiler cannot know how much a mask will hide."""
+  rows, heads, tokens, head_dim = queries.shape
+  size = block_size(tokens)
+  blocks = tokens // size
+  meetings = rows * heads * blocks * (blocks + 1) // 2  # of a block of queries and one of keys
+  return pl.CostEstimate(
+    flops=2 * products * meetings * size**2 * head_dim,
+    transcendentals=meetings * size**2,
+    bytes_accessed=2 * meetings * size * head_dim * queries.dtype.itemsize,
+  )
 
 
 def _parallel(parallel: int, sequential: int) -> pltpu.CompilerParams:
