@@ -173,7 +173,9 @@ def _check_tuning(config: ConfigDict):
     usual = default().lora
     for field, value in config.lora.items():
       if field not in free and value != usual[field]:
-        raise ValueError(f'lora.{field}={value!r} would be ignored: {why}; leave it out')
+        raise ValueError(
+          f'lora.{field}={value!r} would be ignored: {why}. Leave it at {usual[field]!r}'
+        )
   if config.merge_adapter_path and not config.initialize_from_hf:
     raise ValueError(
       f'merge_adapter_path={config.merge_adapter_path}: random weights have no adapter; give '

@@ -13,7 +13,7 @@ from flax import nnx
 
 from dpo_flax.interop.hf_weights import open_checkpoint, save_merged
 from dpo_flax.interop.peft import load_adapter, open_adapter, save_adapter
-from dpo_flax.model.lora import TRAINABLE, LowRank
+from dpo_flax.model.lora import TRAINABLE, LowRank, train_whole
 from dpo_flax.models import load_model
 from dpo_flax.sharding import make_mesh
 
@@ -48,8 +48,14 @@ SETTINGS = {
     'use_rslora': True,
     'use_dora': True,
   },
+  'saved': {'target_modules': ['q_proj'], 'modules_to_save': ['norm', 'lm_head']},
 }
 TIED = {
+  'shared_and_saved': {
+    'target_modules': ['q_proj'],
+    'modules_to_save': ['embed_tokens'],
+    'ensure_weight_tying': True,
+  },
   'tied_table': {'target_modules': ['q_proj', 'embed_tokens']},
   'tied_head': {'target_modules': ['q_proj', 'lm_head']},
   'tied_head_dora': {'target_modules': ['q_proj', 'lm_head'], 'use_dora': True},
@@ -83,6 +89,7 @@ def load_into(llama, base, adapter, mesh):
   checkpoint = open_checkpoint(str(base))
   config = llama.config(checkpoint)
   model = load_model(config, adapter.lora, checkpoint=checkpoint, mesh=mesh, seed=0)
+  train_whole(model, adapter.lora.saved)
   nnx.update(model, load_adapter(adapter, nnx.state(model, TRAINABLE), mesh))
   return model
 
