@@ -22,7 +22,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from dpo_flax import manifest, steps
+from dpo_flax import hosts, manifest, steps
 from dpo_flax.learner.state import TrainState
 
 _STATE, _RUN = 'state', 'run.json'
@@ -131,6 +131,20 @@ class Checkpoints:
     if error is not None:
       self._on_error(self._failure(step, error))
 
+  def finish(self, step: int):
+    """Waits until `step` is saved.
+
+    Raises:
+      SaveError: it is not.
+    """
+    self.check(wait=True)
+
+    def require():
+      if self.latest() != step:
+        raise self._failure(step, 'its save has failed')
+
+    hosts.first_does(require)
+
   def resume(self, state: TrainState, *, allow_data_change: bool = False) -> tuple[TrainState, int]:
     """Returns the newest whole step's state and number; `state` and 0 where nothing is saved.
 
@@ -207,19 +221,19 @@ class Checkpoints:
 
   def _begin(self, state: TrainState, step: int) -> bool:
     """Makes the place to write to, on the first process; whether all may go on."""
-    error = None
-    if jax.process_index() == 0:
-      try:
-        self._check_room(state)
-        steps.begin(self.directory, step)
-        record = {'step': step, **dataclasses.asdict(self.identity)}
-        (steps.place(self.directory, step) / _RUN).write_text(json.dumps(record, indent=2))
-      except OSError as raised:
-        error = raised
-    failed = bool(multihost_utils.broadcast_one_to_all(np.array(error is not None)))
-    if failed:
-      self._on_error(self._failure(step, error or 'the first process tells why'))
-    return not failed
+
+    def make():
+      self._check_room(state)
+      steps.begin(self.directory, step)
+      record = {'step': step, **dataclasses.asdict(self.identity)}
+      (steps.place(self.directory, step) / _RUN).write_text(json.dumps(record, indent=2))
+
+    try:
+      hosts.first_does(make)
+    except (OSError, ValueError) as error:
+      self._on_error(self._failure(step, error))
+      return False
+    return True
 
   def _commit(self, step: int):
     """Runs beside training: waits for the arrays, then makes the step count."""
