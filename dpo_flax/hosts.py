@@ -47,16 +47,18 @@ def connect():
   Raises:
     ValueError: the flags are incomplete or contradict each other.
   """
-  jax.config.update('jax_enable_preemption_service', False)  # else SIGTERM is ignored from here on
   given = {flag.name: flag.value for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)}
   if any(value is not None for value in given.values()):
     _connect_as_told(**given)
   elif _is_cloud_tpu():
     port = os.environ.get('JAX_COORDINATOR_PORT', _CLOUD_TPU_PORT)
     # jax would listen on every interface; the other workers know this one.
-    jax.distributed.initialize(coordinator_bind_address=f'{_own_address()}:{port}', **_TIMEOUTS)
-  else:
-    return
+    _join(coordinator_bind_address=f'{_own_address()}:{port}')
+
+
+def _join(*arguments, **options):
+  jax.config.update('jax_enable_preemption_service', False)  # it would take SIGTERM for itself
+  jax.distributed.initialize(*arguments, **options, **_TIMEOUTS)
   state = distributed.global_state
   _joined.append(Peers(state.process_id, state.num_processes))
   _joined[0].watch()
@@ -92,13 +94,12 @@ def _connect_as_told(coordinator: str | None, num_processes: int | None, process
   host, _, port = coordinator.rpartition(':')
   if not host or not port.isdecimal():
     raise ValueError(f'--coordinator={coordinator}: expected host:port of process 0')
-  jax.distributed.initialize(
+  _join(
     coordinator,
     num_processes,
     process_id,
     coordinator_bind_address=coordinator,
     cluster_detection_method='deactivate',
-    **_TIMEOUTS,
   )
 
 

@@ -7,6 +7,7 @@ foreign beside it, and asks which step is the newest whole one. Every 100th roun
 whole command, and its final state must be that of the run. Prints what was noticed, by kind.
 """
 
+import argparse
 import collections
 import pathlib
 import random
@@ -113,15 +114,16 @@ def other_names(folder: pathlib.Path):
 FOREIGN = [foreign_directory, foreign_file, link_to_a_step, other_names]
 
 
-def damages(rounds: int, generator: random.Random, directory: pathlib.Path) -> bool:
+def damages(options: argparse.Namespace, directory: pathlib.Path) -> bool:
   """Returns whether every damage was noticed, and nothing foreign taken for a step."""
   logging.set_verbosity(logging.ERROR)
+  generator = options.generator
   original = directory / 'original'
   runs.must(runs.arguments(original))
   older, newest = runs.listed_steps(original)
   expected = runs.digest(original, newest), runs.digest(original, older)
   seen = collections.Counter()
-  for number in range(rounds):
+  for number in range(options.rounds):
     workdir = directory / 'copy'
     shutil.copytree(original, workdir)
     folder = workdir / 'checkpoints'

@@ -6,6 +6,7 @@ and an export every few steps.
 
 import argparse
 import hashlib
+import json
 import os
 import pathlib
 import random
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -108,14 +110,35 @@ def digest(workdir: pathlib.Path, step: int) -> str:
   return content.hexdigest()
 
 
-def main(fault: Callable[[int, random.Random, pathlib.Path], bool], *, rounds: int, doc: str):
-  """Runs `fault(rounds, generator, directory)` as a command; it returns whether all was well."""
+def metrics(workdir: pathlib.Path) -> dict[tuple[int, str], dict[str, float]]:
+  """Returns (step, split) -> what was reported there, but for rates; each must be there once."""
+  found = {}
+  for line in map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines()):
+    if 'dpo_loss' not in line:
+      continue
+    place = line['step'], line['split']
+    assert place not in found, f'{place} was reported twice'
+    found[place] = {name: v for name, v in line.items() if not name.endswith('_per_second')}
+  return found
+
+
+def main(
+  fault: Callable[[argparse.Namespace, pathlib.Path], bool],
+  *,
+  rounds: int,
+  doc: str,
+  options: Mapping[str, Mapping[str, Any]] | None = None,
+):
+  """Runs `fault(options, directory)` as a command; it returns whether all was well."""
   parser = argparse.ArgumentParser(description=doc.splitlines()[0])
   parser.add_argument('--rounds', type=int, default=rounds)
   parser.add_argument('--seed', type=int, default=0)
-  options = parser.parse_args()
+  for name, settings in (options or {}).items():
+    parser.add_argument(f'--{name}', **settings)
+  given = parser.parse_args()
+  given.generator = random.Random(given.seed)
   since = time.monotonic()
   with tempfile.TemporaryDirectory() as directory:
-    well = fault(options.rounds, random.Random(options.seed), pathlib.Path(directory))
+    well = fault(given, pathlib.Path(directory))
   print(f'{"kept" if well else "BROKEN"}, in {time.monotonic() - since:.0f} s', flush=True)
   sys.exit(0 if well else 1)
