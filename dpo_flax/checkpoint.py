@@ -1,19 +1,60 @@
-"""Checkpoints: adapters, optimizer, step and identity of a run in one atomic Orbax step.
+"""Checkpoints: adapters, optimizer, step and identity of a run in one atomic step.
 
-The base is not in them; the place in the data is the step.
+The base is not in them; the place in the data is the step. Orbax writes and reads the arrays; which
+step is whole is steps.py's to say.
 
 Every use of Orbax is in this file, because its names still move.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 
+from dpo_flax import hosts, manifest, steps
 from dpo_flax.learner.state import TrainState
+
+_STATE, _RUN = 'state', 'run.json'
+
+# Where data, tokenizer, template and the order of the pairs enter a run's identity.
+_OF_THE_DATA = ('data', 'data.', 'batch.rows', 'batch.tokens', 'batch.pairs_per_row')
+
+# What a save may take beyond the arrays' bytes: their names, the manifest, file system blocks.
+_OVERHEAD_BYTES = 1 << 20
+
+
+class SaveError(OSError):
+  """A step could not be saved; those before it are as they were."""
+
+
+class Difference(NamedTuple):
+  """What is not as it was when a checkpoint was saved."""
+
+  name: str
+  saved: Any
+  now: Any
+
+  def __str__(self) -> str:
+    return f'{self.name}: saved {self.saved!r}, now {self.now!r}'
+
+  @property
+  def is_of_the_data(self) -> bool:
+    """Whether it decides only which pairs are seen, and when."""
+    return any(
+      self.name.startswith(name) if name.endswith('.') else self.name == name
+      for name in _OF_THE_DATA
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,66 +64,115 @@ class RunIdentity:
   config: Mapping[str, Any]  # the fields that change a run's numbers (config.identity)
   fingerprints: Mapping[str, str]  # of what the config names by path: data, base, reference
 
-  def differences(self, other: 'RunIdentity') -> list[str]:
-    """Says each difference to the run that wants to go on: name, saved and new value."""
-    found = []
-    for mine, theirs in ((self.config, other.config), (self.fingerprints, other.fingerprints)):
-      for name in sorted(mine.keys() | theirs.keys()):
-        if mine.get(name) != theirs.get(name):
-          found.append(f'{name}: saved {mine.get(name)!r}, now {theirs.get(name)!r}')
-    return found
+  def differences(self, other: 'RunIdentity') -> list[Difference]:
+    """Returns each difference to the run that wants to go on."""
+    return [
+      Difference(name, mine.get(name), theirs.get(name))
+      for mine, theirs in ((self.config, other.config), (self.fingerprints, other.fingerprints))
+      for name in sorted(mine.keys() | theirs.keys())
+      if mine.get(name) != theirs.get(name)
+    ]
 
 
-# Where Orbax moves a step before it deletes it.
-_TRASH = 'trash'
+def _raise(error: SaveError):
+  raise error
 
 
 class Checkpoints:
-  """The steps of one run, saved in one directory."""
+  """The steps of one run, saved in one directory.
 
-  def __init__(self, directory: epath.PathLike, identity: RunIdentity, *, keep: int):
+  Every process of the run makes the same calls in the same order.
+  """
+
+  def __init__(
+    self,
+    directory: epath.PathLike,
+    identity: RunIdentity,
+    *,
+    keep: int,  # newest steps
+    on_error: Callable[[SaveError], None] = _raise,
+  ):
     self.identity = identity
     self.directory = epath.Path(directory).resolve()  # Orbax wants an absolute path
-    options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep,
-      # A step deleted in place is, when a kill comes between, listed and broken; a rename is
-      # atomic. Object stores have no rename.
-      todelete_subdir=None if '://' in str(self.directory) else _TRASH,
-      enable_async_checkpointing=True,
-    )
-    handlers = {'state': ocp.StandardCheckpointHandler(), 'run': ocp.JsonCheckpointHandler()}
-    self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+    self._keep = keep
+    self._on_error = on_error
+    self._checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, 'commit')
+    self._writing: tuple[int, concurrent.futures.Future] | None = None
 
   def latest(self) -> int | None:
-    """Returns the newest complete step, None when there is none."""
-    return self._manager.latest_step()
+    """Returns the newest finished step, None when there is none."""
+    found = steps.finished(self.directory)
+    return found[-1] if found else None
 
   def save(self, state: TrainState, step: int):
-    """Starts writing `state` as `step`; returns once the arrays are copied off the devices."""
-    self._empty_trash()
-    record = {'step': step, **dataclasses.asdict(self.identity)}
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(_named_arrays(state)), run=ocp.args.JsonSave(record)
-      ),
-    )
+    """Starts writing `state` as `step`; returns once the arrays are copied off the devices.
 
-  def resume(self, state: TrainState) -> tuple[TrainState, int]:
-    """Returns the newest step's state and number; `state` and 0 where nothing is saved.
+    What goes wrong meanwhile is `on_error`'s, with the step that it befell: by the next call of
+    `check`, `save` or `close` at the latest.
+
+    Raises:
+      FloatingPointError: the state holds a value that is not finite.
+    """
+    self.check(wait=True)
+    _check_finite(state, step)
+    if not self._begin(state, step):
+      return
+    place = steps.place(self.directory, step) / _STATE
+    self._checkpointer.save(place, args=ocp.args.StandardSave(_named_arrays(state)))
+    self._writing = step, self._thread.submit(self._commit, step)
+
+  def check(self, *, wait: bool = False):
+    """Hands the last save's error to `on_error`, if it is done and has failed."""
+    if self._writing is None or not (wait or self._writing[1].done()):
+      return
+    (step, writing), self._writing = self._writing, None
+    error = writing.exception()
+    if error is not None:
+      self._on_error(self._failure(step, error))
+
+  def finish(self, step: int):
+    """Waits until `step` is saved.
+
+    Raises:
+      SaveError: it is not.
+    """
+    self.check(wait=True)
+
+    def require():
+      if self.latest() != step:
+        raise self._failure(step, 'its save has failed')
+
+    hosts.first_does(require)
+
+  def resume(self, state: TrainState, *, allow_data_change: bool = False) -> tuple[TrainState, int]:
+    """Returns the newest whole step's state and number; `state` and 0 where nothing is saved.
 
     Raises:
       ValueError: it was saved under another identity; names what differs.
     """
-    step = self.latest()
+    step = self._newest_whole()
     if step is None:
       return state, 0
-    differences = self.saved_identity(step).differences(self.identity)
-    if differences:
+    found = self.saved_identity(step).differences(self.identity)
+    refused = [each for each in found if not (allow_data_change and each.is_of_the_data)]
+    if refused:
+      hint = (
+        '\nTo go on in changed data all the same, set allow_data_change.'
+        if all(each.is_of_the_data for each in refused)
+        else ''
+      )
       raise ValueError(
         f'{self.directory} holds step {step} of another run:\n  '
-        + '\n  '.join(differences)
-        + '\nSet these back to go on with it, or choose another workdir.'
+        + '\n  '.join(map(str, refused))
+        + f'\nSet these back to go on with it, or choose another workdir.{hint}'
+      )
+    for each in found:
+      logging.warning(
+        'allow_data_change: going on from step %d in OTHER data or another order, so that pairs '
+        'may be seen twice or never. %s',
+        step,
+        each,
       )
     return self.restore(state, step), step
 
@@ -93,7 +183,8 @@ class Checkpoints:
       ValueError: a saved array has another shape or dtype than `state` (Orbax would cast it).
     """
     named = _named_arrays(state)
-    saved = self._manager.item_metadata(step)['state']
+    place = self.directory / str(step) / _STATE
+    saved = self._checkpointer.metadata(place).item_metadata
     for name, array in named.items():
       there = saved.get(name)
       if there is None or (tuple(there.shape), there.dtype) != (array.shape, array.dtype):
@@ -103,28 +194,86 @@ class Checkpoints:
           f'this run needs {array.dtype}{list(array.shape)}'
         )
     targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, named)
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(targets))
-    restored = self._manager.restore(step, args=args)['state']
+    restored = self._checkpointer.restore(place, args=ocp.args.StandardRestore(targets))
     return jax.tree.unflatten(jax.tree.structure(state), [restored[name] for name in named])
 
   def saved_identity(self, step: int) -> RunIdentity:
     """Returns what the run that saved `step` was."""
-    args = ocp.args.Composite(run=ocp.args.JsonRestore())
-    record = self._manager.restore(step, args=args)['run']
+    record = json.loads((self.directory / str(step) / _RUN).read_text())
     return RunIdentity(record['config'], record['fingerprints'])
 
   def close(self):
-    """Waits for the last save and raises its error if it failed."""
-    self._manager.wait_until_finished()
-    self._manager.close()
-    self._empty_trash()
+    """Waits for the last save and handles its error if it failed."""
+    try:
+      self.check(wait=True)
+    finally:
+      self._thread.shutdown()
+      self._checkpointer.close()
 
-  def _empty_trash(self):
-    """Orbax moves old steps out of the way, and leaves it at that."""
-    self._manager.wait_until_finished()
-    trash = self.directory / _TRASH
-    if jax.process_index() == 0 and trash.exists():
-      trash.rmtree()
+  def _newest_whole(self) -> int | None:
+    """The newest step without a fault, as the first process finds it."""
+    found = None
+    if jax.process_index() == 0:
+      steps.clean(self.directory)
+      found = steps.newest_whole(self.directory)
+    agreed = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found)))
+    return None if agreed < 0 else agreed
+
+  def _begin(self, state: TrainState, step: int) -> bool:
+    """Makes the place to write to, on the first process; whether all may go on."""
+
+    def make():
+      self._check_room(state)
+      steps.begin(self.directory, step)
+      record = {'step': step, **dataclasses.asdict(self.identity)}
+      (steps.place(self.directory, step) / _RUN).write_text(json.dumps(record, indent=2))
+
+    try:
+      hosts.first_does(make)
+    except (OSError, ValueError) as error:
+      self._on_error(self._failure(step, error))
+      return False
+    return True
+
+  def _commit(self, step: int):
+    """Runs beside training: waits for the arrays, then makes the step count."""
+    self._checkpointer.wait_until_finished()  # for those of all processes
+    if jax.process_index() == 0:
+      steps.commit(self.directory, step)
+      steps.keep_newest(self.directory, self._keep)
+
+  def _check_room(self, state: TrainState):
+    if not manifest.is_local(self.directory):
+      return
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD_BYTES
+    self.directory.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(self.directory).free
+    if free < needed:
+      raise OSError(f'{free / 1e6:,.0f} MB are free, {needed / 1e6:,.0f} MB are needed')
+
+  def _failure(self, step: int, error: BaseException | str) -> SaveError:
+    if jax.process_index() == 0:
+      with contextlib.suppress(OSError):
+        steps.abandon(self.directory, step)  # it takes room
+    newest = self.latest()
+    kept = 'there is no earlier one' if newest is None else f'the newest one is step {newest}'
+    return SaveError(f'step {step} could not be saved in {self.directory}: {error}; {kept}')
+
+
+@jax.jit
+def _are_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  return jax.tree.map(lambda array: jnp.all(jnp.isfinite(array)), arrays)
+
+
+def _check_finite(state: TrainState, step: int):
+  bad = [
+    name for name, finite in jax.device_get(_are_finite(_named_arrays(state))).items() if not finite
+  ]
+  if bad:
+    raise FloatingPointError(
+      f'step {step} is not saved: values that are not finite in {", ".join(bad[:3])}'
+      + (f' and {len(bad) - 3} more' if len(bad) > 3 else '')
+    )
 
 
 def _named_arrays(state: TrainState) -> dict[str, jax.Array]:

@@ -1,7 +1,8 @@
 """How every command starts and fails: its flags, its config, one paragraph for a mistake.
 
 A mistake of the user's (a ValueError, a missing file, a flag that does not exist) ends with exit
-code 2 and one message; --verbose shows the traceback.
+code 2 and one message; --verbose shows the traceback. A run that was stopped from outside ends with
+one of the codes in peers.py: the same command goes on.
 """
 
 import difflib
@@ -14,11 +15,15 @@ from ml_collections import ConfigDict, config_flags
 
 from dpo_flax import config as config_lib
 from dpo_flax import hosts
+from dpo_flax.peers import PREEMPTED
+from dpo_flax.preemption import Preempted
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='A file of configs/.')
 _VERBOSE = flags.DEFINE_bool(
   'verbose', False, "Show libraries' messages, and the traceback of an error."
 )
+
+MISTAKE = 2  # exit code
 
 _MISTAKES = (ValueError, FloatingPointError, OSError)
 
@@ -39,6 +44,8 @@ def run(command: Callable[[ConfigDict], object], *, on_every_host: bool = False)
       if on_every_host:
         hosts.connect()
       command(_CONFIG.value)
+    except Preempted as stopped:
+      _fail(f'told to stop (SIGTERM), {stopped}: the same command goes on.', PREEMPTED)
     except _MISTAKES as error:
       if _VERBOSE.value:
         raise
@@ -79,6 +86,6 @@ def _fields(config: ConfigDict, prefix: str = '') -> list[str]:
   return names
 
 
-def _fail(message: str):
+def _fail(message: str, code: int = MISTAKE):
   print(message, file=sys.stderr)
-  sys.exit(2)
+  sys.exit(code)

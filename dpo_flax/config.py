@@ -34,6 +34,9 @@ _FREE_ON_RESUME = (
   'train.eval_every',
   'train.save_every',
   'train.keep',
+  'train.on_save_error',
+  'train.grace_seconds',
+  'allow_data_change',
   'mesh.data',
   'mesh.fsdp',
   'mesh.tensor',
@@ -59,6 +62,8 @@ def default() -> ConfigDict:
   config.peft_save_path = config_dict.placeholder(str)  # default: workdir/peft
   # unset: no merged export; of tuning.method=full: workdir/merged
   config.merged_hf_save_path = config_dict.placeholder(str)
+  # Go on from a checkpoint although data, tokenizer, template or their order have changed since.
+  config.allow_data_change = False
   config.hf_save_steps = 0  # steps between exports; 0: at the end only
 
   config.model = _model()
@@ -206,6 +211,9 @@ def _train() -> ConfigDict:
   train.eval_every = 200  # steps; 0: only before the first and after the last
   train.save_every = 200  # steps; 0: only at the end
   train.keep = 2  # newest checkpoints kept
+  # What a checkpoint that cannot be written does to the run: stop | continue (until the last one).
+  train.on_save_error = 'stop'
+  train.grace_seconds = 10.0  # from SIGTERM to the end of the process, a checkpoint included
   return train
 
 

@@ -9,9 +9,15 @@ Without these a run is one process that listens to nobody.
 
 import os
 import socket
+from collections.abc import Callable
 
 import jax
+import numpy as np
 from absl import flags
+from jax._src import distributed
+from jax.experimental import multihost_utils
+
+from dpo_flax.peers import Peers
 
 _COORDINATOR = flags.DEFINE_string(
   'coordinator', None, 'host:port where process 0 listens, and on no other address.'
@@ -19,8 +25,20 @@ _COORDINATOR = flags.DEFINE_string(
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Processes of the run, all together.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'This one among them, from 0.')
 
+# peers.py notices sooner, and names who is at fault; this is for when it cannot.
+_TIMEOUTS = {'heartbeat_timeout_seconds': 60, 'shutdown_timeout_seconds': 15}
+
 _CLOUD_TPU_PORT = '8482'  # jax's own choice
 _METADATA_SERVER = ('169.254.169.254', 80)  # that of any Google Cloud VM
+
+
+_alone = Peers()
+_joined: list[Peers] = []  # none or one, as a process joins once
+
+
+def peers() -> Peers:
+  """Returns the run's other processes, as far as this one has joined them."""
+  return _joined[0] if _joined else _alone
 
 
 def connect():
@@ -35,7 +53,32 @@ def connect():
   elif _is_cloud_tpu():
     port = os.environ.get('JAX_COORDINATOR_PORT', _CLOUD_TPU_PORT)
     # jax would listen on every interface; the other workers know this one.
-    jax.distributed.initialize(coordinator_bind_address=f'{_own_address()}:{port}')
+    _join(coordinator_bind_address=f'{_own_address()}:{port}')
+
+
+def _join(*arguments, **options):
+  jax.config.update('jax_enable_preemption_service', False)  # it would take SIGTERM for itself
+  jax.distributed.initialize(*arguments, **options, **_TIMEOUTS)
+  state = distributed.global_state
+  _joined.append(Peers(state.process_id, state.num_processes))
+  _joined[0].watch()
+
+
+def first_does(action: Callable[[], object]):
+  """Runs `action` on the run's first process alone; if it fails there, it fails on all.
+
+  Raises:
+    ValueError, OSError: as raised there; elsewhere, a ValueError that says where to look.
+  """
+  error = None
+  if jax.process_index() == 0:
+    try:
+      action()
+    except (ValueError, OSError) as raised:
+      error = raised
+  failed = bool(multihost_utils.broadcast_one_to_all(np.array(error is not None)))
+  if failed:
+    raise error or ValueError('process 0 has failed, and says why')
 
 
 def _connect_as_told(coordinator: str | None, num_processes: int | None, process_id: int | None):
@@ -51,7 +94,7 @@ def _connect_as_told(coordinator: str | None, num_processes: int | None, process
   host, _, port = coordinator.rpartition(':')
   if not host or not port.isdecimal():
     raise ValueError(f'--coordinator={coordinator}: expected host:port of process 0')
-  jax.distributed.initialize(
+  _join(
     coordinator,
     num_processes,
     process_id,

@@ -40,9 +40,9 @@ class Reporter:
     self._speaks = speaks
     self.num_steps = num_steps
     self._start: tuple[int, float] | None = None  # step and time of the first report
+    self._lines = _kept_lines(self._file, start_step)  # all processes agree on what was written
     if not speaks:
       return
-    self._lines = _kept_lines(self._file, start_step)
     rewritten = self._file.with_name(f'{self._file.name}.tmp')
     rewritten.write_text(''.join(self._lines))
     rewritten.replace(self._file)  # in one step: a kill must not lose what was there
@@ -76,7 +76,7 @@ class Reporter:
 
   def written(self, step: int, split: str) -> dict[str, Any]:
     """Returns what this run, or what it resumes, wrote of `split` after `step`; {} if nothing."""
-    lines = map(json.loads, self._lines) if self._speaks else ()
+    lines = map(json.loads, self._lines)
     return next((line for line in lines if (line['step'], line['split']) == (step, split)), {})
 
   def say(self, text: str):

@@ -1,27 +1,31 @@
 """The command that trains: python -m dpo_flax.train --config=configs/tiny.py.
 
 Reads top to bottom: check the config, prepare the data, build the models, restore or start, then
-step after step train, evaluate, save and export.
+step after step train, save, evaluate and export.
 """
 
 import contextlib
+import dataclasses
 import math
 
 import grain
 import jax
+from absl import logging
 from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 
-from dpo_flax import assemble, command
+from dpo_flax import assemble, command, hosts
 from dpo_flax.assemble import Run
 from dpo_flax.checkpoint import Checkpoints
 from dpo_flax.data import loader
 from dpo_flax.export import export
 from dpo_flax.learner.optimizer import make_schedule
 from dpo_flax.learner.state import TrainState
+from dpo_flax.lock import sole_writer
 from dpo_flax.models import count_parameters
 from dpo_flax.objective.metrics import displacement
+from dpo_flax.preemption import Preempted, Preemption
 from dpo_flax.reporting import Monitor, Reporter, displacement_warning, summarize
 from dpo_flax.sharding import make_mesh, row_shard, shard_batch
 from dpo_flax.validation import validate
@@ -30,78 +34,129 @@ from dpo_flax.validation import validate
 _ROUNDING = {'float32': 1e-4, 'bfloat16': 2e-2}
 
 
+@dataclasses.dataclass(frozen=True)
+class Session:
+  """What a run tells, keeps and obeys from its start to its end."""
+
+  reporter: Reporter
+  checkpoints: Checkpoints
+  preemption: Preemption
+
+
 def train(config: ConfigDict) -> dict[str, float]:
   """Runs or resumes the training that `config` describes; returns the last validation's metrics.
 
   Raises:
-    ValueError: the config, the data, the weights or the checkpoint to resume from are unfit.
+    ValueError: the config, the data, the weights or the checkpoint to resume from are unfit, or
+      another process writes to the workdir.
     FloatingPointError: a loss or gradient was not finite.
+    SaveError: a checkpoint could not be written.
+    Preempted: SIGTERM has stopped it; the same call goes on.
   """
   config = validate(config)
-  mesh = make_mesh(config.mesh)
   workdir = epath.Path(config.workdir)
-  with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+  with contextlib.ExitStack() as stack:
+    enter = stack.enter_context
+    preemption = enter(Preemption(hosts.peers(), grace=config.train.grace_seconds))
+    mesh = make_mesh(config.mesh)
+    enter(jax.set_mesh(mesh))
+    hosts.first_does(lambda: enter(sole_writer(workdir)))
     run, state = assemble.build(config, mesh)
-    checkpoints = Checkpoints(workdir / 'checkpoints', run.identity, keep=config.train.keep)
-    stack.enter_context(contextlib.closing(checkpoints))
-    state, start_step = checkpoints.resume(state)
+    checkpoints = enter(contextlib.closing(make_checkpoints(run)))
+    state, done = checkpoints.resume(state, allow_data_change=config.allow_data_change)
     reporter = Reporter(
-      workdir,
-      start_step=start_step,
-      num_steps=run.num_steps,
-      speaks=jax.process_index() == 0,
+      workdir, start_step=done, num_steps=run.num_steps, speaks=jax.process_index() == 0
     )
-    stack.enter_context(contextlib.closing(reporter))
-    introduce(run, state, start_step, reporter)
-    state, held_out = learn(run, state, start_step, checkpoints, reporter)
-    conclude(run, state, held_out, reporter)
-  return held_out
+    enter(contextlib.closing(reporter))
+    introduce(run, state, done, reporter)
+    learning = Learning(run, state, done, Session(reporter, checkpoints, preemption))
+    learning.to_the_end()
+    conclude(learning)
+  return learning.held_out
 
 
-def learn(
-  run: Run, state: TrainState, start_step: int, checkpoints: Checkpoints, reporter: Reporter
-) -> tuple[TrainState, dict[str, float]]:
-  """Trains from `start_step` to the end; returns the last state and validation metrics."""
-  config, last = run.config, run.num_steps
-  train_step, eval_step = assemble.make_steps(
-    run.graphdef, run.options, optimizer=run.optimizer, mesh=run.mesh
-  )
-  monitor = make_monitor(run, reporter)
-  held_out = {}
+def make_checkpoints(run: Run) -> Checkpoints:
+  """Returns the run's checkpoints, which do with a failed save what the config says."""
+  train = run.config.train
+  directory = epath.Path(run.config.workdir) / 'checkpoints'
+  if train.on_save_error == 'stop':
+    return Checkpoints(directory, run.identity, keep=train.keep)
 
-  def evaluate(step):
-    nonlocal held_out
-    held_out = held_out_metrics(run, state, eval_step)
+  def go_on(error):
+    logging.error('%s. Training goes on without it (train.on_save_error=continue).', error)
+
+  return Checkpoints(directory, run.identity, keep=train.keep, on_error=go_on)
+
+
+class Learning:
+  """The steps of a run, from the one that is done to the last."""
+
+  def __init__(self, run: Run, state: TrainState, done: int, session: Session):
+    self.run, self.session, self.state = run, session, state
+    self.done = self.saved = done
+    self.held_out = session.reporter.written(done, 'validation')
+    self._monitor = make_monitor(run, session.reporter)
+    self._train_step, self._eval_step = assemble.make_steps(
+      run.graphdef, run.options, optimizer=run.optimizer, mesh=run.mesh
+    )
+    session.preemption.nothing_to_save = lambda: (session.checkpoints.latest() or 0) == self.done
+
+  def to_the_end(self):
+    """Trains, saves, evaluates and exports until the last step is done."""
+    config = self.run.config
+    try:
+      if self.done == 0:
+        check_start(self.run, self.state, self._eval_step)
+      # A run that was stopped while it evaluated has saved that step already.
+      if not self.held_out and (self.done == 0 or self._is_due(config.train.eval_every)):
+        self._evaluate()
+      with contextlib.closing(train_batches(self.run, self.done)) as batches:
+        while self.done < self.run.num_steps:
+          self.session.preemption.check()
+          self._learn(next(batches))
+          exports = self.done < self.run.num_steps and self._is_due(config.hf_save_steps)
+          if exports or self._is_due(config.train.save_every):
+            self._save()
+          if self._is_due(config.train.eval_every):
+            self._evaluate()
+          if exports:
+            self._monitor.pause()
+            save_exports(self.run, self.state)
+    except Preempted:
+      self._save_and_stop()
+
+  def _learn(self, batch):
+    run = self.run
+    self.state, metrics = self._train_step(self.state, run.frozen, shard_batch(batch, run.mesh))
+    self.done += 1
+    self._monitor.add(self.done, metrics, batch['pair_index'])
+    self.session.checkpoints.check()
+
+  def _save(self):
+    self._monitor.pause()
+    self.session.checkpoints.save(self.state, self.done)
+    self.saved = self.done
+
+  def _evaluate(self):
+    self._monitor.pause()
+    reporter = self.session.reporter
+    held_out = held_out_metrics(self.run, self.state, self._eval_step, self.session.preemption)
     if held_out:
-      start = reporter.written(0, 'validation') if step else held_out
+      start = reporter.written(0, 'validation') if self.done else held_out
       held_out.update(displacement(held_out, start))
-      reporter.write(step, 'validation', held_out)
+      reporter.write(self.done, 'validation', held_out)
+    self.held_out = held_out
 
-  if start_step == 0:
-    check_start(run, state, eval_step)
-    evaluate(0)
-  with contextlib.closing(train_batches(run, start_step)) as batches:
-    for step in range(start_step + 1, last + 1):
-      batch = next(batches)
-      state, metrics = train_step(state, run.frozen, shard_batch(batch, run.mesh))
-      monitor.add(step, metrics, batch['pair_index'])
-      if is_due(step, config.train.eval_every, last):
-        monitor.pause()
-        evaluate(step)
-      if is_due(step, config.train.save_every, last):
-        monitor.pause()
-        checkpoints.save(state, step)
-      if is_due(step, config.hf_save_steps, last) and step < last:
-        monitor.pause()
-        save_exports(run, state)
-  if start_step == last:
-    held_out = reporter.written(last, 'validation')
-  return state, held_out
+  def _save_and_stop(self):
+    if self.saved != self.done:
+      self._save()
+    if self.done:
+      self.session.checkpoints.finish(self.done)
+    raise Preempted(f'step {self.done} of {self.run.num_steps} is saved')
 
-
-def is_due(step: int, every: int, last: int) -> bool:
-  """Whether something done every `every` steps (0: never) and at the end is due after `step`."""
-  return step == last or (every > 0 and step % every == 0)
+  def _is_due(self, every: int) -> bool:
+    """Whether something done every `every` steps (0: never) and at the end is due now."""
+    return self.done == self.run.num_steps or (every > 0 and self.done % every == 0)
 
 
 def train_batches(run: Run, start_step: int) -> grain.DatasetIterator:
@@ -112,17 +167,19 @@ def train_batches(run: Run, start_step: int) -> grain.DatasetIterator:
   )
 
 
-def held_out_metrics(run: Run, state: TrainState, eval_step) -> dict[str, float]:
+def held_out_metrics(
+  run: Run, state: TrainState, eval_step, preemption: Preemption
+) -> dict[str, float]:
   """Returns the metrics over every validation pair, each counted once; {} with no validation."""
   if run.data.validation is None:
     return {}
   index, count = row_shard(run.mesh)
   batches = loader.validation_batches(run.data, run.config, shard_index=index, shard_count=count)
+  sums = []
   with contextlib.closing(batches):
-    sums = [
-      jax.device_get(eval_step(state, run.frozen, shard_batch(batch, run.mesh)))
-      for batch in batches
-    ]
+    for batch in batches:
+      preemption.check()
+      sums.append(jax.device_get(eval_step(state, run.frozen, shard_batch(batch, run.mesh))))
   return summarize(jax.tree.map(lambda *parts: sum(parts), *sums))
 
 
@@ -212,15 +269,17 @@ def introduce(run: Run, state: TrainState, start_step: int, reporter: Reporter):
     reporter.say(f'resuming after step {start_step} of {run.num_steps}')
 
 
-def conclude(run: Run, state: TrainState, held_out: dict[str, float], reporter: Reporter):
+def conclude(learning: Learning):
   """Exports the result, and says how it went."""
+  run, reporter, held_out = learning.run, learning.session.reporter, learning.held_out
+  learning.session.checkpoints.finish(run.num_steps)
   if held_out:
     reporter.say(
       f'held-out dpo_accuracy {held_out["dpo_accuracy"]:.3f} over {held_out["pairs"]} pairs'
     )
   if warning := displacement_warning(held_out):
     reporter.say(warning)
-  for path in save_exports(run, state):
+  for path in save_exports(run, learning.state):
     reporter.say(f'wrote {path}')
 
 

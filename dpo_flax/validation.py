@@ -24,6 +24,7 @@ _CHOICES = {
   'data.layout': ('shared', 'separate'),
   'data.too_long': ('raise', 'drop', 'truncate_prompt'),
   'data.bad_record': ('raise', 'skip'),
+  'train.on_save_error': ('stop', 'continue'),
   'optimizer.name': ('adamw',),
   'optimizer.lr_schedule': ('cosine', 'linear', 'constant'),
 }
@@ -46,6 +47,7 @@ _RANGES = {
   'train.eval_every': (0, None),
   'train.save_every': (0, None),
   'train.keep': (1, None),
+  'train.grace_seconds': (1, None),
   'optimizer.warmup': (0, 1),
   'optimizer.max_grad_norm': (0, None),
   'optimizer.b1': (0, 0.9999999),

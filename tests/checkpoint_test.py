@@ -1,7 +1,11 @@
 """Laws of checkpoints: what was saved comes back bit for bit, or a reason why not."""
 
 import dataclasses
+import errno
 import json
+import shutil
+import subprocess
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +14,11 @@ import optax
 import pytest
 from flax import nnx
 
+from dpo_flax import checkpoint
 from dpo_flax.checkpoint import Checkpoints, RunIdentity
 from dpo_flax.learner.state import RewardMean, init_state, split_models
 
-IDENTITY = RunIdentity({'lora.r': 4, 'batch.rows': 8}, {'data.train': 'ab12'})
+IDENTITY = RunIdentity({'lora.r': 4, 'batch.rows': 8}, {'data': 'ab12'})
 OPTIMIZER = optax.adamw(1e-3)
 
 
@@ -44,8 +49,8 @@ def open_checkpoints(tmp_path):
   """Opens the checkpoints of one directory, and closes what is left open."""
   opened = []
 
-  def open_them(keep=2, identity=IDENTITY):
-    opened.append(Checkpoints(tmp_path / 'checkpoints', identity, keep=keep))
+  def open_them(keep=2, identity=IDENTITY, **options):
+    opened.append(Checkpoints(tmp_path / 'checkpoints', identity, keep=keep, **options))
     return opened[-1]
 
   yield open_them
@@ -65,8 +70,8 @@ def assert_same_bits(ours, expected):
 @pytest.mark.parametrize('shape', [(4, 2), (2, 4), (1, 1)], ids=str)
 def test_restored_state_has_the_saved_bits_on_the_new_mesh(make_state, open_checkpoints, shape):
   saved = make_state(0)
-  # Numbers that arithmetic would tidy up: minus zero, the smallest, not a number.
-  odd = jnp.array([-0.0, 1e-45, jnp.nan])
+  # Numbers that arithmetic would tidy up: minus zero and the smallest.
+  odd = jnp.array([-0.0, 1e-45])
   saved = dataclasses.replace(saved, rewards=RewardMean(odd[0], odd[1]))
   checkpoints = open_checkpoints()
   checkpoints.save(saved, 7)
@@ -101,7 +106,7 @@ def test_a_fresh_directory_has_no_step(open_checkpoints):
 
 
 @pytest.mark.parametrize('keep', [1, 2])
-def test_the_newest_are_kept_and_the_trash_is_emptied(make_state, open_checkpoints, tmp_path, keep):
+def test_the_newest_are_kept_and_nothing_else(make_state, open_checkpoints, tmp_path, keep):
   checkpoints = open_checkpoints(keep)
   for step in (1, 5, 20, 100):
     checkpoints.save(make_state(step), step)
@@ -115,14 +120,93 @@ def test_the_newest_are_kept_and_the_trash_is_emptied(make_state, open_checkpoin
     assert_same_bits(again.restore(make_state(0), step), make_state(step))
 
 
-def test_a_step_that_was_not_finished_is_not_seen(make_state, open_checkpoints, tmp_path):
-  """A kill while writing leaves a directory under Orbax's temporary name."""
+def test_a_step_that_was_not_finished_is_not_seen_and_goes_away(
+  make_state, open_checkpoints, tmp_path
+):
+  """A kill leaves a directory that is half written, or half deleted."""
   checkpoints = open_checkpoints()
   checkpoints.save(make_state(0), 3)
   checkpoints.close()
-  half = tmp_path / 'checkpoints' / '4.orbax-checkpoint-tmp'
-  (half / 'state').mkdir(parents=True)
-  assert open_checkpoints().latest() == 3
+  folder = tmp_path / 'checkpoints'
+  for name in ('4.unfinished', '1.deleted'):
+    shutil.copytree(folder / '3', folder / name)
+  again = open_checkpoints()
+  assert again.latest() == 3
+  assert again.resume(make_state(1))[1] == 3
+  assert [path.name for path in folder.iterdir()] == ['3']
+
+
+def test_a_damaged_step_is_set_aside_for_the_one_before(
+  make_state, open_checkpoints, tmp_path, caplog
+):
+  checkpoints = open_checkpoints()
+  for step in (1, 2):
+    checkpoints.save(make_state(step), step)
+  checkpoints.close()
+  with (tmp_path / 'checkpoints' / '2' / 'run.json').open('r+b') as file:
+    file.write(b'[')
+  state, step = open_checkpoints().resume(make_state(0))
+  assert step == 1
+  assert_same_bits(state, make_state(1))
+  assert (tmp_path / 'checkpoints' / 'quarantine' / '2' / 'run.json').exists()
+  assert 'damaged (run.json has changed)' in caplog.text
+
+
+def test_any_machine_can_check_a_step(make_state, open_checkpoints, tmp_path):
+  checkpoints = open_checkpoints()
+  checkpoints.save(make_state(0), 1)
+  checkpoints.close()
+  check = ['sha256sum', '--check', '--strict', 'SHA256SUMS']
+  place = tmp_path / 'checkpoints' / '1'
+  assert subprocess.run(check, cwd=place, capture_output=True, check=False).returncode == 0
+  names = {line[66:] for line in (place / 'SHA256SUMS').read_text().splitlines()}
+  files = {str(path.relative_to(place)) for path in place.rglob('*') if path.is_file()}
+  assert names == files - {'SHA256SUMS'}
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_never_saved(make_state, open_checkpoints, value):
+  state = make_state(0)
+  moments = jax.tree.leaves(state.opt_state)
+  spoiled = moments[1].at[(0,) * moments[1].ndim].set(value)
+  leaves = [spoiled if leaf is moments[1] else leaf for leaf in jax.tree.leaves(state)]
+  checkpoints = open_checkpoints()
+  with pytest.raises(FloatingPointError, match=r'step 5 is not saved: .* in opt_state'):
+    checkpoints.save(jax.tree.unflatten(jax.tree.structure(state), leaves), 5)
+  assert checkpoints.latest() is None
+
+
+@pytest.mark.parametrize('moment', ['at once', 'while writing'])
+def test_a_failed_save_is_told_with_its_step_and_the_next_one_works(
+  make_state, open_checkpoints, monkeypatch, moment
+):
+  errors = []
+  checkpoints = open_checkpoints(on_error=errors.append)
+  checkpoints.save(make_state(1), 1)
+  checkpoints.check(wait=True)
+  with monkeypatch.context() as broken:
+    if moment == 'at once':
+      usage = types.SimpleNamespace(free=1_000_000)
+      broken.setattr(checkpoint.shutil, 'disk_usage', lambda path: usage)
+      reason = '1 MB are free, 1 MB are needed'
+    else:
+      reason = 'No space left'
+      broken.setattr(checkpoint.steps, 'commit', raise_no_space)
+    checkpoints.save(make_state(2), 2)
+    checkpoints.check(wait=True)
+  (error,) = errors
+  assert 'step 2 could not be saved' in str(error) and reason in str(error)
+  assert 'the newest one is step 1' in str(error)
+  assert checkpoints.latest() == 1
+  assert not list(checkpoints.directory.glob('*.unfinished'))
+  checkpoints.save(make_state(3), 3)
+  checkpoints.close()
+  assert open_checkpoints().resume(make_state(0))[1] == 3
+  assert len(errors) == 1
+
+
+def raise_no_space(directory, step):
+  raise OSError(errno.ENOSPC, 'No space left on device')
 
 
 def test_the_base_is_not_saved(make_state, open_checkpoints, tmp_path):
@@ -186,23 +270,48 @@ def test_a_run_of_another_config_or_data_does_not_resume(make_state, open_checkp
   checkpoints = open_checkpoints()
   checkpoints.save(make_state(0), 3)
   checkpoints.close()
-  other = RunIdentity(IDENTITY.config | {'lora.r': 8}, {'data.train': 'cd34'})
+  other = RunIdentity(IDENTITY.config | {'lora.r': 8}, {'data': 'cd34'})
   with pytest.raises(ValueError) as error:
     open_checkpoints(identity=other).resume(make_state(1))
   for part in (
     f'{tmp_path}/checkpoints holds step 3',
     'lora.r: saved 4, now 8',
-    "data.train: saved 'ab12', now 'cd34'",
+    "data: saved 'ab12', now 'cd34'",
     'another workdir',
   ):
     assert part in str(error.value)
   assert 'batch.rows' not in str(error.value)
 
 
+def test_other_data_are_refused_unless_allowed_aloud(make_state, open_checkpoints, caplog):
+  checkpoints = open_checkpoints()
+  checkpoints.save(make_state(0), 3)
+  checkpoints.close()
+  other = RunIdentity(IDENTITY.config | {'batch.rows': 4}, {'data': 'cd34'})
+  again = open_checkpoints(identity=other)
+  with pytest.raises(ValueError, match=r'batch\.rows: saved 8, now 4[^$]*allow_data_change'):
+    again.resume(make_state(1))
+  state, step = again.resume(make_state(1), allow_data_change=True)
+  assert step == 3
+  assert_same_bits(state, make_state(0))
+  assert "data: saved 'ab12', now 'cd34'" in caplog.text
+  assert 'batch.rows: saved 8, now 4' in caplog.text
+
+
+def test_allowing_other_data_allows_nothing_else(make_state, open_checkpoints):
+  checkpoints = open_checkpoints()
+  checkpoints.save(make_state(0), 3)
+  checkpoints.close()
+  other = RunIdentity(IDENTITY.config | {'lora.r': 8}, {'data': 'cd34'})
+  with pytest.raises(ValueError, match=r'lora\.r: saved 4, now 8') as error:
+    open_checkpoints(identity=other).resume(make_state(1), allow_data_change=True)
+  assert 'cd34' not in str(error.value)
+
+
 def test_every_difference_is_named_with_both_values():
   saved = RunIdentity({'lora.r': 4, 'seed': 0, 'old': 1}, {'data.train': 'ab', 'base': 'x'})
   now = RunIdentity({'lora.r': 8, 'seed': 0, 'new': 2}, {'data.train': 'cd', 'base': 'x'})
-  assert saved.differences(now) == [
+  assert [str(difference) for difference in saved.differences(now)] == [
     'lora.r: saved 4, now 8',
     'new: saved None, now 2',
     'old: saved 1, now None',

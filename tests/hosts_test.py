@@ -1,5 +1,6 @@
 """Whom a process joins; multihost_test.py joins real ones."""
 
+import pathlib
 import types
 
 import jax
@@ -14,6 +15,7 @@ def joined(monkeypatch):
   """The arguments of each call that would have joined other processes."""
   calls = []
   monkeypatch.setattr(jax.distributed, 'initialize', lambda *args, **kw: calls.append((args, kw)))
+  monkeypatch.setattr(hosts, '_joined', [])
   return calls
 
 
@@ -46,6 +48,12 @@ def test_the_coordinator_listens_on_its_given_address_alone(joined):
   assert kwargs['coordinator_bind_address'] == '10.0.0.1:8476'
 
 
+def test_what_fails_on_the_first_process_fails():
+  assert hosts.first_does(lambda: None) is None
+  with pytest.raises(FileNotFoundError):
+    hosts.first_does(lambda: pathlib.Path('nowhere').read_text())
+
+
 @pytest.mark.parametrize(
   ('environment', 'platforms', 'joins'),
   [
@@ -67,10 +75,10 @@ def test_cloud_tpu_workers_find_each_other(monkeypatch, joined, environment, pla
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
   monkeypatch.setattr(hosts, '_own_address', lambda: '10.0.0.7')
-  config = types.SimpleNamespace(jax_platforms=platforms)
+  config = types.SimpleNamespace(jax_platforms=platforms, update=lambda *_: None)
   monkeypatch.setattr(
     hosts, 'jax', types.SimpleNamespace(config=config, distributed=jax.distributed)
   )
   hosts.connect()
-  expected = [((), {'coordinator_bind_address': '10.0.0.7:8482'})]
-  assert joined == (expected if joins else [])
+  addresses = [kwargs['coordinator_bind_address'] for _, kwargs in joined]
+  assert addresses == (['10.0.0.7:8482'] if joins else [])

@@ -1,0 +1,62 @@
+"""One writer for each workdir: two would mix their histories.
+
+The lock is the operating system's (POSIX record locks), so it ends with the process that holds it,
+however that ends, and is not inherited by children. Buckets have no locks: there a second writer is
+warned, not refused.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+
+from absl import logging
+from etils import epath
+
+from dpo_flax.manifest import is_local
+
+_NAME = 'lock'
+
+
+@contextlib.contextmanager
+def sole_writer(workdir: epath.Path) -> Iterator[None]:
+  """Holds `workdir` for this process; the file `lock` in it tells others by whom.
+
+  Raises:
+    ValueError: another process holds it; says which.
+  """
+  path = workdir / _NAME
+  since = datetime.datetime.now().astimezone().isoformat(timespec='seconds')
+  me = json.dumps({'host': socket.gethostname(), 'pid': os.getpid(), 'since': since})
+  workdir.mkdir(parents=True, exist_ok=True)
+  if not is_local(workdir):
+    if path.exists():
+      logging.warning('%s, or it was killed; a bucket cannot tell', _in_use(workdir, path))
+    path.write_text(me)
+    yield
+    path.unlink()
+    return
+  with path.open('a') as file:
+    try:
+      fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+      raise ValueError(f'{_in_use(workdir, path)}: end it, or choose another workdir') from None
+    except OSError as error:
+      logging.warning('%s cannot be locked (%s): see that no other run writes there', path, error)
+    file.truncate(0)
+    file.write(me)
+    file.flush()
+    yield
+    file.truncate(0)
+
+
+def _in_use(workdir: epath.Path, path: epath.Path) -> str:
+  try:
+    holder = json.loads(path.read_text())
+    who = f'process {holder["pid"]} on {holder["host"]} since {holder["since"]}'
+  except (ValueError, TypeError, KeyError):  # it is writing this very moment
+    who = 'another process'
+  return f'{workdir} is in use by {who}'

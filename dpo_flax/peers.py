@@ -1,0 +1,123 @@
+"""The other processes of a run: which of them live, and what they have to say.
+
+Collectives wait for ever for a process that is gone, in C++, where nothing can interrupt them. So
+every process shows a sign of life each second on the notice board of jax's coordinator, and a
+thread ends the process, with a line that names the one at fault, when another's signs stop.
+"""
+
+import os
+import socket
+import sys
+import threading
+import time
+from typing import NoReturn
+
+import jax
+from jax._src import distributed  # the board has no public name; Orbax uses it as well
+
+# Exit codes, of sysexits.h: what was wrong is outside, and the same command goes on.
+LOST_PEER = 69  # EX_UNAVAILABLE
+PREEMPTED = 75  # EX_TEMPFAIL
+
+_TIMEOUT = 20.0  # seconds without a sign of life
+_INTERVAL = 1.0  # seconds
+_BOARD = 'dpo_flax'
+
+
+class Peers:
+  """What this process knows of the others; alone, it knows none and nothing can befall them."""
+
+  def __init__(self, index: int = 0, count: int = 1):
+    self.index, self.count = index, count
+    self._name = f'{socket.gethostname()}, pid {os.getpid()}'
+    self._names: dict[int, str] = {}
+    self._signs: dict[int, tuple[str, float]] = {}  # of each other: the last, and when it came
+    self._answered = time.monotonic()  # when the board did, which process 0 keeps
+    self._closed = threading.Event()
+    self.parting: dict[int, str] = {}  # of those that have left: why
+    self.stop_was_asked = False
+
+  def watch(self):
+    """Begins to show signs of life, and to end this process when another's stop."""
+    if self.count > 1:
+      self._signs = {i: ('', time.monotonic()) for i in range(self.count) if i != self.index}
+      self.post('name', self._name)
+      for task in (self._talk, self._judge):
+        threading.Thread(target=task, name=task.__name__, daemon=True).start()
+
+  def post(self, topic: str, text: str):
+    """Pins a note to the board, over an earlier one of this process on the topic."""
+    if self.count > 1:
+      key = f'{_BOARD}/{topic}/{self.index}'
+      distributed.global_state.client.key_value_set(key, text, allow_overwrite=True)
+
+  def notes(self, topic: str) -> dict[int, str]:
+    """Returns the notes on a topic: process -> text."""
+    if self.count == 1:
+      return {}
+    found = distributed.global_state.client.key_value_dir_get(f'{_BOARD}/{topic}/')
+    return {int(key.rpartition('/')[2]): text for key, text in found}
+
+  def ask_to_stop(self):
+    """Asks all processes to stop at a point that they agree on."""
+    self.post('stop', '')
+
+  def leave(self, why: str):
+    """Says goodbye, so that the others need not wait for signs. Process 0 waits for theirs."""
+    self._closed.set()
+    if self.count == 1:
+      return
+    self.post('parting', why)
+    until = time.monotonic() + 3 * _INTERVAL
+    while self.index == 0 and len(self.notes('parting')) < self.count and time.monotonic() < until:
+      time.sleep(_INTERVAL / 10)
+
+  def close(self):
+    """Ends the watch: the run is over."""
+    self._closed.set()
+
+  def lost(self) -> str | None:
+    """Returns what is said of the process at fault, None while all are well."""
+    now = time.monotonic()
+    for peer, why in self.parting.items():
+      return f'{self._describe(peer)} has left: {why}'
+    if now - self._answered > _TIMEOUT:
+      return f'{self._describe(0)}, the coordinator, has not answered for {_TIMEOUT:.0f} s'
+    for peer, (_, since) in self._signs.items():
+      if now - since > _TIMEOUT:
+        return f'{self._describe(peer)} has shown no sign of life for {_TIMEOUT:.0f} s'
+    return None
+
+  def _describe(self, peer: int) -> str:
+    return f'process {peer} of {self.count} ({self._names.get(peer, "never heard of")})'
+
+  def _talk(self):
+    """Shows signs of life and collects the others'. It blocks while the coordinator is frozen."""
+    sign = 0
+    while not self._closed.wait(_INTERVAL):
+      sign += 1
+      try:
+        self.post('sign', str(sign))
+        signs = self.notes('sign')
+        self.stop_was_asked = self.stop_was_asked or bool(self.notes('stop'))
+        self.parting = {i: why for i, why in self.notes('parting').items() if i != self.index}
+        self._names = self._names if len(self._names) == self.count else self.notes('name')
+      except jax.errors.JaxRuntimeError:
+        continue
+      self._answered = time.monotonic()
+      for peer, last in signs.items():
+        if peer != self.index and last != self._signs[peer][0]:
+          self._signs[peer] = last, self._answered
+
+  def _judge(self):
+    while not self._closed.wait(_INTERVAL):
+      if reason := self.lost():
+        code = PREEMPTED if self.stop_was_asked else LOST_PEER
+        end(f'{reason}. This process ends too; the same command on all of them goes on.', code)
+
+
+def end(message: str, code: int) -> NoReturn:
+  """Ends the process at once, even while another thread of it is stuck."""
+  print(message, file=sys.stderr, flush=True)
+  sys.stdout.flush()
+  os._exit(code)
