@@ -27,6 +27,7 @@ RULES = (
   ('kv_heads', 'tensor'),
   ('mlp', 'tensor'),
   ('vocab', 'tensor'),
+  ('adapter', ('tensor', 'fsdp')),  # heads, kv_heads or mlp of an adapter: its one long axis
   ('rank', None),
   ('norm', None),
   ('layers', None),

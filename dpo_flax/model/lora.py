@@ -109,8 +109,8 @@ class Adapter(nnx.Module):
     rank = max(self.ranks)
     a, b = _initial_factors(name, features, rank, rngs)
     factor, length = (nnx.LoRAParam, Magnitude) if learns else (Frozen, Frozen)
-    self.lora_a = factor(a, out_sharding=(axes[0], 'rank'), eager_sharding=False)
-    self.lora_b = factor(b, out_sharding=('rank', axes[1]), eager_sharding=False)
+    self.lora_a = factor(a, out_sharding=(_factor_axis(axes[0]), 'rank'), eager_sharding=False)
+    self.lora_b = factor(b, out_sharding=('rank', _factor_axis(axes[1])), eager_sharding=False)
     ones = jnp.ones(features[1], jnp.float32)  # until the weights are known
     magnitude = length(ones, out_sharding=axes[1:], eager_sharding=False)
     self.magnitude = magnitude if lora.dora else None
@@ -314,6 +314,11 @@ class Projection(nnx.Module):
   def fit_magnitudes(self):
     """Starts DoRA's magnitudes at the norms of the weights."""
     self.adapters.fit_magnitudes(self.weight())
+
+
+def _factor_axis(axis: str) -> str:
+  # A kernel has two axes to split, a factor one: `rank` is too short.
+  return 'adapter' if axis in {'heads', 'kv_heads', 'mlp'} else axis
 
 
 def _initial_factors(

@@ -69,7 +69,7 @@ def test_moments_lie_where_their_parameters_lie(
   # q_proj's A is split over its inputs, B over its heads.
   attention = moments.mu['policy']['blocks']['attention']['q_proj']['adapters']['learned']
   assert attention['lora_a'][...].sharding.spec == P(None, 'fsdp', None)
-  assert attention['lora_b'][...].sharding.spec == P(None, None, 'tensor')
+  assert attention['lora_b'][...].sharding.spec == P(None, None, ('tensor', 'fsdp'))
   for tree in (state.trainable, moments.mu, moments.nu):
     for leaf, parameter in zip(jax.tree.leaves(tree), jax.tree.leaves(trainable), strict=True):
       assert leaf.sharding.is_equivalent_to(parameter.sharding, leaf.ndim)
