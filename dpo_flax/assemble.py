@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from dpo_flax import config as config_lib
 from dpo_flax.checkpoint import RunIdentity
 from dpo_flax.compiler_options import compiler_options
-from dpo_flax.data.loader import PreparedData, prepare, steps_for_epochs
+from dpo_flax.data.loader import steps_for_epochs
+from dpo_flax.data.prepare import PreparedData, prepare
 from dpo_flax.interop.hf_weights import Checkpoint, open_checkpoint
 from dpo_flax.learner.optimizer import make_optimizer
 from dpo_flax.learner.state import TrainState, init_state, split_models

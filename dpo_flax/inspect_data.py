@@ -17,7 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dpo_flax import command
-from dpo_flax.data import loader
+from dpo_flax.data.prepare import prepare
 from dpo_flax.data.reports import examples, page, statistics, text
 from dpo_flax.interop.hf_weights import open_checkpoint
 from dpo_flax.model.hf_config import from_hf_config
@@ -43,7 +43,7 @@ def inspect(config: ConfigDict, count: int) -> tuple[dict, list[examples.Example
   config.data.bad_record = 'skip'
   if config.data.too_long == 'raise':
     config.data.too_long = 'drop'
-  prepared = loader.prepare(config, vocab_size=_vocab_size(config))
+  prepared = prepare(config, vocab_size=_vocab_size(config))
   found = statistics.describe(prepared, config)
   shown = examples.pick(prepared.train, prepared.tokenizer, count, seed=config.seed)
   return found, shown

@@ -22,7 +22,8 @@ from ml_collections import ConfigDict
 from dpo_flax import command, search
 from dpo_flax import config as config_lib
 from dpo_flax.chips import Slice, make_slice
-from dpo_flax.data import loader, pack
+from dpo_flax.data import pack
+from dpo_flax.data.prepare import prepare
 from dpo_flax.estimate import Estimate, Pairs, estimate, remedies
 from dpo_flax.interop.hf_weights import Checkpoint, open_checkpoint
 from dpo_flax.model.hf_config import from_hf_config
@@ -115,7 +116,7 @@ def _vocab_size(base: Checkpoint | None, preset: str) -> int:
 
 
 def _measured_pairs(config: ConfigDict, vocab_size: int) -> Pairs:
-  data = loader.prepare(config, vocab_size=vocab_size)
+  data = prepare(config, vocab_size=vocab_size)
   report = data.report['train']
   return Pairs(data.pairs_per_row, report['pairs'] / report['rows'], f'{config.data.train}')
 

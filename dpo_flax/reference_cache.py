@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dpo_flax.data import loader
+from dpo_flax.data.prepare import PreparedData
 from dpo_flax.data.split import Split
 from dpo_flax.learner.step import Batch, reference_logps
 from dpo_flax.model.transformer import Transformer
@@ -31,13 +32,13 @@ _DIGEST = 32  # bytes of a SHA-256
 
 
 def with_reference_logps(
-  data: loader.PreparedData,
+  data: PreparedData,
   reference: Transformer,
   config: ConfigDict,
   *,
   fingerprint: str,  # of the reference's weights
   mesh: Mesh,
-) -> loader.PreparedData:
+) -> PreparedData:
   """Returns the data with `reference_logps` in every batch, read from disk or computed and kept."""
   directory = epath.Path(config.data.cache_dir or f'{config.workdir}/token_cache')
   sides = {'train': data.train, 'validation': data.validation}
@@ -95,7 +96,7 @@ def _missing_anywhere(logps: np.ndarray | None) -> bool:
 
 
 def _compute(
-  data: loader.PreparedData, side: str, reference: Transformer, config: ConfigDict, mesh: Mesh
+  data: PreparedData, side: str, reference: Transformer, config: ConfigDict, mesh: Mesh
 ) -> np.ndarray:
   """Returns [n, 2] float32 by one pass over all pairs of a side.
 

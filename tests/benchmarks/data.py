@@ -18,6 +18,7 @@ import numpy as np
 
 from dpo_flax import config as schema
 from dpo_flax.data import loader, pack
+from dpo_flax.data.prepare import PreparedData, prepare
 
 CHATML = (
   "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
@@ -45,12 +46,12 @@ def measure_file(path: str, tokenizer: str, tokens: int):
   with tempfile.TemporaryDirectory() as directory:
     config = make_config(path, tokenizer, directory, tokens)
     start = time.perf_counter()
-    prepared = loader.prepare(config, vocab_size=1 << 30)
+    prepared = prepare(config, vocab_size=1 << 30)
     rate = len(prepared.train.cache) / (time.perf_counter() - start)
     print(f'{path}: {len(prepared.train.cache)} pairs, prepared at {rate:,.0f} pairs/s')
     for layout in pack.LAYOUTS:
       config.data.layout = layout
-      prepared = loader.prepare(config, vocab_size=1 << 30)
+      prepared = prepare(config, vocab_size=1 << 30)
       report = prepared.report['train']
       least = 1 - report['tokens'] / tokens / -(-report['tokens'] // tokens)
       print(
@@ -59,7 +60,7 @@ def measure_file(path: str, tokenizer: str, tokens: int):
       )
 
 
-def row_rate(prepared: loader.PreparedData, config) -> float:
+def row_rate(prepared: PreparedData, config) -> float:
   """Returns the rows a second that one process fills."""
   batches = loader.train_batches(prepared, config, start_step=0, shard_index=0, shard_count=1)
   next(batches)

@@ -7,6 +7,7 @@ import pytest
 
 from dpo_flax import config as schema
 from dpo_flax.data import loader
+from dpo_flax.data.prepare import prepare
 
 ROWS, TOKENS = 4, 64
 
@@ -40,7 +41,7 @@ def config(data, json_directory, tmp_path_factory):
 
 
 def _prepare(config):
-  return loader.prepare(config, vocab_size=500)
+  return prepare(config, vocab_size=500)
 
 
 def _take(config, prepared, n, *, start=0, shard=0, shards=1):
@@ -325,7 +326,7 @@ def test_without_a_place_for_the_cache_nothing_is_written(config):
 
 def test_a_small_embedding_is_refused_with_file_and_line(config):
   with pytest.raises(ValueError, match=r'pairs\.jsonl:\d+: token id \d+ is beyond'):
-    loader.prepare(config, vocab_size=100)
+    prepare(config, vocab_size=100)
 
 
 def test_an_epoch_has_one_plan_whenever_it_is_asked_for(config):

@@ -6,8 +6,9 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dpo_flax.data import loader
 from dpo_flax.data.named_values import named_values
+from dpo_flax.data.prepare import _mapping, prepare
+from dpo_flax.data.source import RecordSource
 from dpo_flax.validation import validate
 
 # ml_collections loads config files by a method that Python has deprecated.
@@ -63,8 +64,8 @@ def test_weights_and_fields_are_those_that_were_given(parse, mixture, fields, by
   if by_flag and mixture == 'JSON':
     pytest.skip('a flag that is a mapping arrives as a mapping')
   config = parse(*(({}, given) if by_flag else (given, {})))
-  assert loader.RecordSource(config.data.train).weights == [2.0, 1.0]
-  prepared = loader.prepare(config, vocab_size=500)
+  assert RecordSource(config.data.train).weights == [2.0, 1.0]
+  prepared = prepare(config, vocab_size=500)
   assert prepared.report['train']['formats'] == {'explicit': 8}
 
 
@@ -72,7 +73,7 @@ def test_weights_and_fields_are_those_that_were_given(parse, mixture, fields, by
 def test_a_mapping_without_dots_is_a_mixture_too(parse, by_flag):
   train = {'train': {'b': 3}}
   config = parse(*(({}, train) if by_flag else (train, {})))
-  assert loader.RecordSource(config.data.train).weights == [3.0]
+  assert RecordSource(config.data.train).weights == [3.0]
 
 
 @pytest.mark.parametrize('by_flag', [False, True], ids=['file', 'flag'])
@@ -88,7 +89,7 @@ def test_a_mapping_with_dots_is_refused_with_what_to_write(parse, field, by_flag
 def test_template_variables_reach_the_template(parse, value, by_flag):
   given = {'train': 'b', 'template_variables': value}
   config = parse(*(({}, given) if by_flag else (given, {})))
-  assert loader._mapping(config, 'template_variables') == {'thinking': False}
+  assert _mapping(config, 'template_variables') == {'thinking': False}
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_template_variables_reach_the_template(parse, value, by_flag):
 )
 def test_what_is_no_paths_and_no_mixture_is_refused(parse, paths):
   with pytest.raises(ValueError, match='expected a path'):
-    loader.RecordSource(parse({'train': paths}, {}).data.train)
+    RecordSource(parse({'train': paths}, {}).data.train)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_what_is_no_paths_and_no_mixture_is_refused(parse, paths):
 def test_what_is_no_mapping_is_refused(parse, field, value):
   config = parse({'train': 'b', field: value}, {})
   with pytest.raises(ValueError, match=r'data\.fields.*expected'):
-    loader.prepare(config, vocab_size=500)
+    prepare(config, vocab_size=500)
 
 
 def test_a_name_has_one_value():

@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_flax.data import pack
-from dpo_flax.data.loader import PreparedData
+from dpo_flax.data.prepare import PreparedData
 from dpo_flax.data.split import Split
 
 _PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
