@@ -16,11 +16,11 @@ from dpo_flax.model.lora import (
   Frozen,
   LoraConfig,
   Magnitude,
-  Projection,
   Trained,
   adapters_of,
   train_whole,
 )
+from dpo_flax.model.projection import Projection
 from dpo_flax.model.quantization import ChannelScale
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.sharding import named_shardings

@@ -15,7 +15,8 @@ from dpo_flax.model.config import (
   ModelConfig,
   Rope,
 )
-from dpo_flax.model.lora import LoraConfig, Projection
+from dpo_flax.model.lora import LoraConfig
+from dpo_flax.model.projection import Projection
 
 ACTIVATIONS = {
   'silu': jax.nn.silu,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from flax import nnx
 
-from dpo_flax.model.lora import Projection
+from dpo_flax.model.projection import Projection
 
 
 def make_projection(config, lora, *, name='q_proj', features=(32, 24), b=0.3, seed=0):
