@@ -171,9 +171,8 @@ class Adapter(nnx.Module):
 
   def transposed(self, inputs: jax.Array) -> jax.Array:  # [..., out] -> [..., in], float32
     """Returns scale * (x B^T) A^T: what a head that is tied to an adapted table adds."""
-    factor_a, factor_b = (factor[...].astype(self.dtype) for factor in (self.lora_a, self.lora_b))
-    delta = jnp.matmul(inputs @ factor_b.T, factor_a.T, preferred_element_type=jnp.float32)
-    return delta * self._scale()
+    low = wide_gradient.matmul(inputs, self.lora_b[...].T, self.dtype)
+    return wide_gradient.matmul(low, self.lora_a[...].T, jnp.float32) * self._scale()
 
   def _scale(self) -> float | jax.Array:
     return self.scales[0] if self.layer_scale is None else self.layer_scale[...]
