@@ -138,6 +138,7 @@ def make_step_options(
     microbatches=config.batch.microbatches,
     head_is_trained=lora is None or lora.tied or 'lm_head' in lora.targets | lora.saved,
     dropout_seed=config.seed if lora is not None and lora.dropout else None,
+    spike_factor=config.optimizer.spike_factor,
   )
 
 

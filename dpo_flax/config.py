@@ -228,6 +228,11 @@ def _optimizer() -> ConfigDict:
   optimizer.b2 = 0.999
   optimizer.eps = 1e-8
   optimizer.weight_decay = 0.0
+  # Steps whose loss or gradient is not finite make no update. After more than so many in a row the
+  # run stops; 0: at the first.
+  optimizer.max_skipped_steps = 0
+  # Gradient norms above so many times the median of the last 64 make none either; 0: no limit.
+  optimizer.spike_factor = 0.0
   return optimizer
 
 

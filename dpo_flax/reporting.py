@@ -16,7 +16,7 @@ from etils import epath
 from dpo_flax.objective import metrics
 from dpo_flax.objective.metrics import Sums
 
-StepMetrics = dict[str, Any]  # of learner.step's train_step: sums, grad_norm, finite
+StepMetrics = dict[str, Any]  # of learner.step's train_step
 
 # What a progress line shows, as (metric, label, format).
 _COLUMNS = (
@@ -125,6 +125,9 @@ def _kept_lines(path: epath.Path, start_step: int) -> list[str]:
 class Monitor:
   """Watches the training steps, one behind the device: checks each, reports every `log_every`.
 
+  A step that made no update is told of, with the records that it came from; more than
+  `max_skipped` of them in a row stop the run.
+
   The first and the last step are reported too. The metrics of a step are read after the next one is
   dispatched, so that the device never waits.
   """
@@ -134,11 +137,15 @@ class Monitor:
     reporter: Reporter,
     *,
     log_every: int,  # steps
-    learning_rate: Callable[[int], float],  # of a step, from 0
+    max_skipped: int,  # in a row
+    learning_rate: Callable[[int], float],  # after so many updates
     describe: Callable[[np.ndarray], str],  # pair_index [B, P] -> where the records are
   ):
     self._reporter = reporter
     self._log_every = log_every
+    self._max_skipped = max_skipped
+    self._skipped = 0  # since the last report
+    self._in_a_row = 0  # skipped
     self._learning_rate = learning_rate
     self._describe = describe
     self._held: tuple[int, StepMetrics, np.ndarray] | None = None
@@ -163,20 +170,36 @@ class Monitor:
     step, metrics, pair_index = self._held
     self._held = None
     metrics = jax.device_get(metrics)
-    if not metrics['finite']:
-      raise FloatingPointError(
-        f'step {step}: the loss or its gradient is not finite (gradient norm '
-        f'{metrics["grad_norm"]}); no update was made from it. The records in this batch: '
-        f'{self._describe(pair_index)}'
-      )
-    self._count(metrics['sums'])
+    if metrics['finite'] and not metrics['spikes']:
+      self._in_a_row = 0
+      self._count(metrics['sums'])
+    else:
+      self._skip(step, metrics, pair_index)
     if step % self._log_every == 0 or step in (1, self._reporter.num_steps):
-      self._report(step, float(metrics['grad_norm']))
+      self._report(step, metrics)
 
   def pause(self):
     """Brings the report up to date, and takes the time until the next step out of its rates."""
     self.flush()
     self._since = None
+
+  def _skip(self, step: int, metrics: StepMetrics, pair_index: np.ndarray):
+    self._skipped += 1
+    self._in_a_row += 1
+    norm = metrics['grad_norm']
+    reason = (
+      f'the gradient spikes (norm {norm:.3g}, far above the median of those before)'
+      if metrics['spikes']
+      else f'the loss or its gradient is not finite (gradient norm {norm})'
+    )
+    told = (
+      f'step {step}: {reason}; no update was made from it. The records in this batch: '
+      f'{self._describe(pair_index)}'
+    )
+    if self._in_a_row > self._max_skipped:
+      row = f' {self._in_a_row} steps in a row were skipped.' if self._max_skipped else ''
+      raise FloatingPointError(told + row)
+    self._reporter.say(told)
 
   def _count(self, sums: Sums):
     self._sums = sums if self._sums is None else jax.tree.map(np.add, self._sums, sums)
@@ -186,14 +209,18 @@ class Monitor:
       self._timed = {name: n + int(sums['counts'][name]) for name, n in self._timed.items()}
     self._since = now
 
-  def _report(self, step: int, grad_norm: float):
-    values = summarize(self._sums)
-    values |= {'learning_rate': float(self._learning_rate(step - 1)), 'grad_norm': grad_norm}
+  def _report(self, step: int, metrics: StepMetrics):
+    values = {} if self._sums is None else summarize(self._sums)
+    rate = float(self._learning_rate(int(metrics['updates'])))
+    values |= {'learning_rate': rate, 'grad_norm': float(metrics['grad_norm'])}
+    if self._max_skipped:
+      values['skipped_steps'] = self._skipped
     if self._seconds:
       rates = {f'{name}_per_second': n / self._seconds for name, n in self._timed.items()}
       values |= rates
     self._reporter.write(step, 'train', values)
     self._sums, self._timed, self._seconds = None, dict.fromkeys(self._timed, 0), 0.0
+    self._skipped = 0
 
 
 def summarize(sums: Sums) -> dict[str, float]:

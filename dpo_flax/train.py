@@ -225,6 +225,7 @@ def make_monitor(run: Run, reporter: Reporter) -> Monitor:
   return Monitor(
     reporter,
     log_every=run.config.train.log_every,
+    max_skipped=run.config.optimizer.max_skipped_steps,
     learning_rate=make_schedule(run.config.optimizer, run.num_steps),
     describe=describe,
   )

@@ -53,6 +53,8 @@ _RANGES = {
   'optimizer.b1': (0, 0.9999999),
   'optimizer.b2': (0, 0.9999999),
   'optimizer.weight_decay': (0, None),
+  'optimizer.max_skipped_steps': (0, None),
+  'optimizer.spike_factor': (0, None),
   'hf_save_steps': (0, None),
 }
 
@@ -210,6 +212,11 @@ def _check_required(config: ConfigDict):
   if not config.initialize_from_hf and not config.data.tokenizer:
     raise ValueError(
       'data.tokenizer is not set, and there is no initialize_from_hf to take it from'
+    )
+  if config.optimizer.spike_factor and not config.optimizer.max_skipped_steps:
+    raise ValueError(
+      f'optimizer.spike_factor={config.optimizer.spike_factor} skips steps: say by '
+      'optimizer.max_skipped_steps how many of them in a row are too many'
     )
   if bool(config.train.num_train_steps) == bool(config.train.num_epochs):
     raise ValueError(

@@ -195,7 +195,13 @@ def make_options():
   """Makes StepOptions; arguments that are no field of theirs belong to the objective."""
 
   def make(
-    *, logits_chunk=16, microbatches=1, head_is_trained=False, dropout_seed=None, **objective
+    *,
+    logits_chunk=16,
+    microbatches=1,
+    head_is_trained=False,
+    dropout_seed=None,
+    spike_factor=0.0,
+    **objective,
   ) -> StepOptions:
     settings = config_lib.default().objective
     settings.update(objective)
@@ -205,6 +211,7 @@ def make_options():
       microbatches=microbatches,
       head_is_trained=head_is_trained,
       dropout_seed=dropout_seed,
+      spike_factor=spike_factor,
     )
 
   return make

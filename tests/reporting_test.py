@@ -176,6 +176,10 @@ class Recorder:
 
   def __init__(self):
     self.written = []
+    self.said = []
+
+  def say(self, text):
+    self.said.append(text)
 
   def write(self, step, split, metrics):
     self.written.append((step, split, metrics))
@@ -188,10 +192,11 @@ def recorder():
 
 @pytest.fixture
 def make_monitor(recorder):
-  def make(log_every):
+  def make(log_every, max_skipped=0):
     return Monitor(
       recorder,
       log_every=log_every,
+      max_skipped=max_skipped,
       learning_rate=lambda step: 0.001 * step,
       describe=lambda pair_index: f'records {sorted(pair_index[pair_index >= 0].tolist())}',
     )
@@ -212,7 +217,7 @@ def make_step(make_options):
   """Makes the metrics of a step of `pairs` pairs, [2, 4] slots, and its mean loss."""
   objective = make_options().objective
 
-  def make(pairs, *, seed=0, tokens=100, finite=True):
+  def make(pairs, *, seed=0, tokens=100, finite=True, spikes=False):
     random = np.random.default_rng(seed)
     mask = np.zeros((2, 4), np.float32)
     mask.flat[:pairs] = 1
@@ -226,7 +231,8 @@ def make_step(make_options):
     losses = jnp.asarray(random.uniform(0, 2, (2, 4)), jnp.float32)
     counts = {'pairs': jnp.float32(pairs), 'tokens': jnp.int32(tokens), 'positions': jnp.int32(256)}
     sums = metric_sums(logps, losses, objective) | {'counts': counts}
-    metrics = {'sums': sums, 'grad_norm': jnp.float32(seed), 'finite': jnp.array(finite)}
+    metrics = {'sums': sums, 'grad_norm': jnp.float32(seed), 'updates': jnp.int32(max(seed - 1, 0))}
+    metrics |= {'finite': jnp.array(finite), 'spikes': jnp.array(spikes)}
     return metrics, np.asarray(losses)[mask == 1], mask
 
   return make
@@ -307,6 +313,33 @@ def test_a_step_that_is_not_finite_stops_the_run_naming_step_and_records(
   with pytest.raises(FloatingPointError, match=r'step 2: .*records \[10, 11\]'):
     monitor.pause() if read == 'pause' else monitor.add(3, good, indices(mask, 20))
   assert [step for step, _, _ in recorder.written] == [1]
+
+
+@pytest.mark.parametrize('kind', [{'finite': False}, {'spikes': True}], ids=str)
+def test_skipped_steps_are_named_and_counted_until_there_are_too_many_in_a_row(
+  make_monitor, make_step, recorder, kind
+):
+  monitor = make_monitor(log_every=4, max_skipped=2)
+  good, losses, mask = make_step(2)
+  bad, _, _ = make_step(2, seed=9, **kind)
+  for step, metrics in enumerate([good, bad, bad, good, bad, bad, bad], start=1):
+    monitor.add(step, metrics, indices(mask, 10 * step))
+  assert [told.split(':')[0] for told in recorder.said] == ['step 2', 'step 3', 'step 5', 'step 6']
+  assert 'records [20, 21]' in recorder.said[0]
+  with pytest.raises(FloatingPointError, match=r'step 7: .* 3 steps in a row'):
+    monitor.flush()
+  last = recorder.written[-1]
+  assert (last[0], last[2]['skipped_steps']) == (4, 2)
+  assert last[2]['dpo_loss'] == pytest.approx(losses.mean(), rel=1e-5)  # of what made an update
+
+
+def test_a_window_of_skipped_steps_alone_is_reported(make_monitor, make_step, recorder):
+  monitor = make_monitor(log_every=1, max_skipped=3)
+  bad, _, mask = make_step(2, finite=False)
+  monitor.add(1, bad, indices(mask, 0))
+  monitor.flush()
+  assert recorder.written[-1][2]['skipped_steps'] == 1
+  assert 'dpo_loss' not in recorder.written[-1][2]
 
 
 def test_sums_of_any_number_of_batches_give_one_mean(make_step):

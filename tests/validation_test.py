@@ -32,6 +32,7 @@ CHOICES = [
   'data.layout',
   'data.too_long',
   'data.bad_record',
+  'train.on_save_error',
   'optimizer.name',
   'optimizer.lr_schedule',
 ]
@@ -57,6 +58,8 @@ OUT_OF_RANGE = [
   ('optimizer.learning_rate', float('nan'), 'greater than 0'),
   ('optimizer.warmup', 1.5, 'between 0 and 1'),
   ('optimizer.max_grad_norm', -1.0, 'at least 0'),
+  ('optimizer.max_skipped_steps', -1, 'at least 0'),
+  ('train.grace_seconds', 0.0, 'at least 1'),
   ('optimizer.b1', 1.0, 'between 0 and'),
   ('optimizer.b2', 1.0, 'between 0 and'),
   ('optimizer.eps', 0.0, 'greater than 0'),
@@ -91,6 +94,7 @@ def test_a_number_out_of_range_is_refused(config, set_field, field, value, bound
     ({'train.num_epochs': 1.0}, 'length of the run exactly once.*10.*1.0'),
     ({'batch.pairs_per_row': 1025, 'batch.tokens': 4096}, 'pairs_per_row=1025.*at most 1024 pairs'),
     ({'batch.pairs_per_row': 2, 'data.pack': False}, 'pairs_per_row=2.*pack=False'),
+    ({'optimizer.spike_factor': 10.0}, 'say by optimizer.max_skipped_steps'),
     ({'batch.rows': 6, 'batch.microbatches': 4}, 'batch.rows=6 is not a multiple .*microbatches=4'),
   ],
 )

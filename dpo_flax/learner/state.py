@@ -30,13 +30,35 @@ class RewardMean:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class RecentNorms:
+  """The gradient norms of the last updates, by which a spike is known."""
+
+  values: jax.Array  # [64] float32, a ring
+  count: jax.Array  # [] int32, updates seen
+
+  def add(self, norm: jax.Array) -> 'RecentNorms':
+    """Returns the norms with one more, in place of the oldest."""
+    place = self.count % len(self.values)
+    return RecentNorms(self.values.at[place].set(norm), self.count + 1)
+
+  def spikes(self, norm: jax.Array, factor: float) -> jax.Array:
+    """Whether a norm exceeds `factor` times their median, [] bool; never before 16 updates."""
+    held = jnp.minimum(self.count, len(self.values))
+    absent = jnp.arange(len(self.values)) >= held
+    median = jnp.sort(jnp.where(absent, jnp.inf, self.values))[jnp.maximum(held - 1, 0) // 2]
+    return (self.count >= 16) & (norm > factor * median)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
   """Everything that changes from step to step, and all that a checkpoint must hold of it."""
 
-  step: jax.Array  # [] int32, optimizer steps done
+  step: jax.Array  # [] int32, updates made
   trainable: nnx.State  # float32
   opt_state: Any
   rewards: RewardMean
+  norms: RecentNorms
 
 
 class Models(NamedTuple):
@@ -61,7 +83,9 @@ def init_state(
 
   def init(trainable):
     rewards = RewardMean(mean=jnp.zeros(()), count=jnp.zeros(()))
-    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), rewards)
+    norms = RecentNorms(values=jnp.zeros(64), count=jnp.zeros((), jnp.int32))
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step, trainable, optimizer.init(trainable), rewards, norms)
 
   # Left alone, jit would replicate the moments.
   shardings = named_shardings(jax.eval_shape(init, trainable), mesh)

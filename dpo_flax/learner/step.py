@@ -30,6 +30,7 @@ class StepOptions:
   microbatches: int
   head_is_trained: bool
   dropout_seed: int | None  # None: no dropout
+  spike_factor: float  # gradient norms above so many medians make no update; 0: no limit
 
 
 def pair_logps(
@@ -142,8 +143,9 @@ def make_train_step(
 ) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, dict[str, Any]]]:
   """Returns the jitted step (state, frozen, batch) -> (state, metrics); it consumes `state`.
 
-  A loss or gradient that is not finite leaves the state as it was, and `metrics['finite']` False.
-  Metrics are (numerator, denominator) pairs that add up over batches, and `grad_norm`.
+  A loss or gradient that is not finite leaves the state as it was, and `metrics['finite']` False;
+  so does a gradient that spikes, with `metrics['spikes']` True. Other metrics: `sums` of
+  (numerator, denominator) pairs that add up over batches, `grad_norm`, and the `updates` before.
   """
 
   def train_step(state, frozen, batch):
@@ -163,14 +165,19 @@ def make_train_step(
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
     numbers = jnp.stack([grad_norm, optax.tree.norm(updates), sums['means']['dpo_loss'][0]])
     finite = jnp.all(jnp.isfinite(numbers))
+    spikes = finite & state.norms.spikes(grad_norm, options.spike_factor or jnp.inf)
     updated = TrainState(
       step=state.step + 1,
       trainable=optax.apply_updates(state.trainable, updates),
       opt_state=opt_state,
       rewards=state.rewards.add(*sums.pop('rewards')),
+      norms=state.norms.add(grad_norm),
     )
-    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
-    return state, {'sums': sums, 'grad_norm': grad_norm, 'finite': finite}
+    metrics = {'sums': sums, 'grad_norm': grad_norm, 'finite': finite, 'spikes': spikes}
+    metrics['updates'] = state.step
+    learns = finite & ~spikes
+    state = jax.tree.map(lambda new, old: jnp.where(learns, new, old), updated, state)
+    return state, metrics
 
   return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
 

@@ -158,7 +158,7 @@ def learn(models: Models, train, held_out, options: dict[str, object]) -> tuple[
   """Returns the trained models, and the metrics over the held-out batches."""
   settings = config_lib.default().objective
   settings.update(options)
-  options = StepOptions(Objective.from_config(settings), 256, 1, False, None)
+  options = StepOptions(Objective.from_config(settings), 256, 1, False, None, 0.0)
   graphdef, trainable, frozen = split_models(models)
   schedule = optax.cosine_decay_schedule(3e-3, EPOCHS * len(train))
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))

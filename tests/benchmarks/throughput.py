@@ -98,6 +98,7 @@ def make_step():
     microbatches=1,
     head_is_trained=False,
     dropout_seed=None,
+    spike_factor=0.0,
   )
   mesh = make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, jax.devices()[:1])
   state = init_state(trainable, optimizer, mesh)

@@ -165,6 +165,7 @@ def kills(options: argparse.Namespace, directory: pathlib.Path) -> bool:
       done += trial.disturb(seen)
     trial.compare(whole)
     trials += 1
+    print(f'{done} signals, {trials} runs to the end', flush=True)
     faults += trial.faults
     for fault in trial.faults:
       print(f'trial {trials}, after {done} signals: {fault}', flush=True)

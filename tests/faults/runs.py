@@ -101,8 +101,11 @@ def digest(workdir: pathlib.Path, step: int) -> str:
   in the data, which is the step.
   """
   content = hashlib.sha256(str(step).encode())
+  place = workdir / 'checkpoints' / str(step) / 'state'
   with ocp.StandardCheckpointer() as checkpointer:
-    arrays = checkpointer.restore(workdir / 'checkpoints' / str(step) / 'state')
+    saved = checkpointer.metadata(place).item_metadata
+    targets = {name: np.zeros(array.shape, array.dtype) for name, array in saved.items()}
+    arrays = checkpointer.restore(place, targets)  # whatever devices they were saved on
   for name, value in sorted(arrays.items()):
     array = np.asarray(value)
     content.update(f'{name} {array.dtype} {array.shape}'.encode())

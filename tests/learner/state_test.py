@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from dpo_flax.learner.state import Models, RewardMean, init_state, split_models
+from dpo_flax.learner.state import Models, RecentNorms, RewardMean, init_state, split_models
 from dpo_flax.models import load_model
 
 
@@ -75,8 +75,24 @@ def test_moments_lie_where_their_parameters_lie(
       assert leaf.sharding.is_equivalent_to(parameter.sharding, leaf.ndim)
       assert (leaf.dtype, leaf.shape) == (jnp.dtype('float32'), parameter.shape)
       assert not leaf.is_fully_replicated
-  scalars = (state.step, moments.count, state.rewards.mean, state.rewards.count)
+  scalars = (state.step, moments.count, state.rewards.mean, state.rewards.count, state.norms.count)
   assert all(leaf.is_fully_replicated and leaf == 0 for leaf in scalars)
+
+
+def test_a_spike_is_known_by_the_median_of_the_last_64_norms():
+  random = np.random.default_rng(0)
+  seen = []
+  norms = RecentNorms(jnp.zeros(64), jnp.zeros((), jnp.int32))
+  for size in random.lognormal(size=150).astype(np.float32):
+    if len(seen) >= 16:
+      median = np.sort(seen[-64:])[(len(seen[-64:]) - 1) // 2]
+      for factor in (0.99, 1.01):
+        norm = jnp.float32(3.0 * median * factor)
+        assert bool(norms.spikes(norm, 3.0)) == (factor > 1)
+    else:
+      assert not norms.spikes(jnp.float32(1e30), 3.0)
+    norms = norms.add(size)
+    seen.append(size)
 
 
 def test_reward_mean_is_that_of_everything_seen():

@@ -1,5 +1,6 @@
 """Laws of the step; its log-probs and gradients are those of a plain implementation."""
 
+import dataclasses
 import math
 import re
 
@@ -416,6 +417,32 @@ def test_a_gradient_that_is_not_finite_leaves_the_state_as_it_was(
   assert np.isfinite(metrics['sums']['means']['dpo_loss']).all()
   assert not np.isfinite(metrics['grad_norm']) and not bool(metrics['finite'])
   assert_trees_equal(state, before)
+
+
+def test_a_gradient_that_spikes_leaves_the_state_as_it_was(
+  models, rows, fill_batch, make_options, mesh
+):
+  optimizer = optax.sgd(0.0)  # a batch's gradient stays the same
+  batches = [fill_batch([rows[0]]), fill_batch([rows[1]])]
+  options = make_options(head_is_trained=True)
+  graphdef, state, frozen = start(models, optimizer, mesh)
+  step = make_train_step(graphdef, optimizer, options)
+  norms = []
+  for batch in batches:
+    state, metrics = step(state, frozen, batch)
+    norms.append(float(metrics['grad_norm']))
+  (low, usual), (high, larger) = sorted(zip(norms, batches, strict=True), key=lambda pair: pair[0])
+  options = dataclasses.replace(options, spike_factor=(1 + high / low) / 2)
+  step = make_train_step(graphdef, optimizer, options)
+  for _ in range(29):
+    state, metrics = step(state, frozen, usual)
+    assert not bool(metrics['spikes'])
+  before = jax.tree.map(np.array, state)
+  state, metrics = step(state, frozen, larger)
+  assert bool(metrics['spikes']) and bool(metrics['finite'])
+  assert_trees_equal(state, before)
+  state, metrics = step(state, frozen, usual)
+  assert not bool(metrics['spikes']) and int(state.step) == 32
 
 
 @pytest.mark.parametrize('head_is_trained', [False, True], ids=['frozen_head', 'trained_head'])
