@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dpo_flax.model import wide_gradient
 from dpo_flax.model.config import ModelConfig
-from dpo_flax.model.lora import Adapters, LoraConfig
+from dpo_flax.model.lora import Adapters, LoraConfig, Trained
 from dpo_flax.model.quantization import ChannelScale, quantize, scale_channels
 
 
@@ -45,8 +46,11 @@ class Projection(nnx.Module):
     inputs: jax.Array,  # [..., in]
     dropout_key: jax.Array | None = None,  # None: no dropout
   ) -> jax.Array:  # [..., out]
-    kernel = self.kernel[...].astype(self.dtype)
-    outputs = jnp.matmul(inputs, kernel, preferred_element_type=self.output_dtype)
+    if isinstance(self.kernel, Trained):
+      outputs = wide_gradient.matmul(inputs, self.kernel[...], self.output_dtype)
+    else:
+      kernel = self.kernel[...].astype(self.dtype)
+      outputs = jnp.matmul(inputs, kernel, preferred_element_type=self.output_dtype)
     outputs = scale_channels(outputs, self.kernel_scale)
     outputs = self.adapters(outputs, inputs, self.weight, dropout_key)
     if self.bias is not None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from flax import nnx
 
+from dpo_flax.model.lora import train_whole
 from dpo_flax.model.projection import Projection
 
 
@@ -201,6 +202,24 @@ def test_fresh_dora_changes_nothing(make_model_config, make_lora, dtype, weight_
   if dtype == 'bfloat16':
     np.testing.assert_array_equal(on(x), off(x))
   np.testing.assert_allclose(on(x), off(x), rtol=1e-6, atol=1e-6)
+
+
+def test_a_kernel_that_learns_whole_is_used_in_bfloat16_and_has_a_float32_gradient(
+  make_model_config, inputs
+):
+  config = make_model_config(dtype=jnp.bfloat16, weight_dtype=jnp.bfloat16)
+  projection = make_projection(config, None)
+  before = projection(inputs.astype(jnp.bfloat16))
+  train_whole(projection, None)
+  np.testing.assert_array_equal(projection(inputs.astype(jnp.bfloat16)), before)
+
+  graphdef, trained = nnx.split(projection)
+  gradient = jax.grad(
+    lambda state: nnx.merge(graphdef, state)(inputs.astype(jnp.bfloat16)).astype(jnp.float32).sum()
+  )(trained)['kernel'][...]
+  expected = np.sum(inputs.astype(jnp.bfloat16).astype(np.float32), axis=(0, 1))[:, None]
+  np.testing.assert_allclose(gradient, np.broadcast_to(expected, (32, 24)), rtol=1e-6, atol=1e-6)
+  assert np.any(gradient != gradient.astype(jnp.bfloat16).astype(jnp.float32))
 
 
 def test_a_channel_of_zeros_stays_zero_under_dora(make_model_config, make_lora, inputs):
