@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dpo_flax.model.config import (
@@ -69,36 +70,49 @@ class MLP(nnx.Module):
 
 
 class Rotation(NamedTuple):
-  """By what the heads of each token are rotated; float32 [B, T, 1, rope.dim / 2]."""
+  """By what the heads of each token are rotated; float32."""
 
-  cos: jax.Array
-  sin: jax.Array
+  cos: jax.Array  # [B, T, 1, head_dim]
+  sin: jax.Array  # [B, T, 1, head_dim]
+  # Takes a head to what its sines multiply: (first half, second half) to (-second, first).
+  turn: jax.Array  # [head_dim, head_dim]
 
 
 def make_rotation(
   positions: jax.Array,  # [B, T] int32
   rope: Rope | None,  # None: no rotation
-  dim: int,  # of the rotation, where there is none
+  head_dim: int,
 ) -> Rotation:
   """Returns the rotations of each token, computed once for all layers of a kind."""
-  if rope is None:
-    zeros = jnp.zeros((*positions.shape, 1, dim // 2))
-    return Rotation(zeros + 1, zeros)
-  frequencies, magnitude = _frequencies(rope)
+  frequencies, magnitude = (jnp.zeros(0), 1.0) if rope is None else _frequencies(rope)
   angles = positions[..., None, None].astype(jnp.float32) * frequencies[None, None, None]
-  return Rotation(jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude)
+  half = angles.shape[-1]
+  rest = ((0, 0), (0, 0), (0, 0), (0, head_dim - 2 * half))  # of a head, which stays
+
+  def widen(values, fill):
+    both = jnp.concatenate([values * magnitude] * 2, axis=-1)
+    return jnp.pad(both, rest, constant_values=fill)
+
+  first, second = np.arange(half), np.arange(half, 2 * half)
+  turn = np.zeros((head_dim, head_dim), np.float32)
+  turn[second, first], turn[first, second] = -1, 1
+  return Rotation(widen(jnp.cos(angles), 1), widen(jnp.sin(angles), 0), jnp.asarray(turn))
 
 
 def rotate(
   heads: jax.Array,  # [B, T, H, head_dim]
   rotation: Rotation,
 ) -> jax.Array:
-  """Rotates the (first half, second half) pairs of each head's rotated part, in float32."""
-  half = rotation.cos.shape[-1]
-  first, second, rest = jnp.split(heads.astype(jnp.float32), (half, 2 * half), axis=-1)
-  cos, sin = rotation
-  turned = [first * cos - second * sin, second * cos + first * sin, rest]
-  return jnp.concatenate(turned, axis=-1).astype(heads.dtype)
+  """Rotates the (first half, second half) pairs of each head's rotated part, in float32.
+
+  The halves are swapped by a matrix product, which is exact: each sum has one term. On TPU it costs
+  a third of slicing the halves out of registers and joining them again.
+  """
+  cos, sin, turn = rotation
+  turned = jnp.matmul(
+    heads, turn.astype(heads.dtype), precision='highest', preferred_element_type=jnp.float32
+  )
+  return (heads.astype(jnp.float32) * cos + turned * sin).astype(heads.dtype)
 
 
 def softly_capped(values: jax.Array, cap: float | None) -> jax.Array:
