@@ -8,6 +8,7 @@ one of the codes in peers.py: the same command goes on.
 import difflib
 import re
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -15,7 +16,7 @@ from ml_collections import ConfigDict, config_flags
 
 from dpo_flax import config as config_lib
 from dpo_flax import hosts
-from dpo_flax.peers import PREEMPTED
+from dpo_flax.peers import MISTAKE, PREEMPTED, end
 from dpo_flax.preemption import Preempted
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='A file of configs/.')
@@ -23,9 +24,7 @@ _VERBOSE = flags.DEFINE_bool(
   'verbose', False, "Show libraries' messages, and the traceback of an error."
 )
 
-MISTAKE = 2  # exit code
-
-_MISTAKES = (ValueError, FloatingPointError, OSError)
+_MISTAKES = (ValueError, FloatingPointError, OSError, ImportError)
 
 
 def run(command: Callable[[ConfigDict], object], *, on_every_host: bool = False):
@@ -45,13 +44,25 @@ def run(command: Callable[[ConfigDict], object], *, on_every_host: bool = False)
         hosts.connect()
       command(_CONFIG.value)
     except Preempted as stopped:
-      _fail(f'told to stop (SIGTERM), {stopped}: the same command goes on.', PREEMPTED)
+      _leave(PREEMPTED, f'told to stop (SIGTERM), {stopped}: the same command goes on.')
     except _MISTAKES as error:
       if _VERBOSE.value:
-        raise
-      _fail(f'{type(error).__name__}: {error}')
+        traceback.print_exc()
+      _leave(MISTAKE, f'{type(error).__name__}: {error}')
+    except Exception as error:
+      hosts.peers().wait_for_verdict()  # a collective fails where another process has died
+      hosts.peers().leave(1, f'{type(error).__name__}: {error}')
+      raise
+    hosts.peers().close()
 
   app.run(main, flags_parser=_parse)
+
+
+def _leave(code: int, message: str):
+  hosts.peers().leave(code, message)
+  if hosts.peers().count > 1:
+    end(message, code)  # without waiting for those that are stuck
+  _fail(message, code)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -6,6 +6,7 @@ import pathlib
 import re
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -167,27 +168,29 @@ def refused(message: str, arguments: Any, slice_: Slice, *, seconds: float) -> E
   )
 
 
-def remedies(found: Estimate, config: ConfigDict, slice_: Slice) -> list[str]:
+def remedies(
+  config: ConfigDict, devices: Sequence[jax.Device], *, temporaries_matter: bool
+) -> list[str]:
   """Returns what would make a step that does not fit smaller, the cheapest first.
 
   What is done already, or cannot be enough, is left out.
   """
   changes = []
-  if found.argument_bytes < found.hbm_capacity_bytes:
-    changes += _smaller_temporaries(config, slice_)
+  if temporaries_matter:
+    changes += _smaller_temporaries(config, devices)
   if config.tuning.method == 'full':
     changes.append('config.tuning.method=lora: one frozen copy of the weights, no moments of them')
   elif config.model.weight_dtype != 'int8':
     changes.append('config.model.weight_dtype=int8: base weights of one byte, rounded')
   if config.mesh.data > 1:
     changes.append('config.mesh.data=1 and config.mesh.fsdp=-1: weights split over all chips')
-  changes.append(f'more chips than {len(slice_.devices)}: each holds a smaller part of the weights')
+  changes.append(f'more chips than {len(devices)}: each holds a smaller part of the weights')
   return changes
 
 
-def _smaller_temporaries(config: ConfigDict, slice_: Slice) -> list[str]:
+def _smaller_temporaries(config: ConfigDict, devices: Sequence[jax.Device]) -> list[str]:
   batch, model = config.batch, config.model
-  shards = row_parts(make_mesh(config.mesh, slice_.devices))
+  shards = row_parts(make_mesh(config.mesh, devices))
   per_chip = batch.rows // (shards * batch.microbatches)
   found = []
   if model.remat in {'none', 'dots'}:

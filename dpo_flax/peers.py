@@ -5,6 +5,7 @@ every process shows a sign of life each second on the notice board of jax's coor
 thread ends the process, with a line that names the one at fault, when another's signs stop.
 """
 
+import contextlib
 import os
 import socket
 import sys
@@ -15,7 +16,8 @@ from typing import NoReturn
 import jax
 from jax._src import distributed  # the board has no public name; Orbax uses it as well
 
-# Exit codes, of sysexits.h: what was wrong is outside, and the same command goes on.
+# Exit codes. After the last two, of sysexits.h, the same command goes on.
+MISTAKE = 2
 LOST_PEER = 69  # EX_UNAVAILABLE
 PREEMPTED = 75  # EX_TEMPFAIL
 
@@ -34,7 +36,7 @@ class Peers:
     self._signs: dict[int, tuple[str, float]] = {}  # of each other: the last, and when it came
     self._answered = time.monotonic()  # when the board did, which process 0 keeps
     self._closed = threading.Event()
-    self.parting: dict[int, str] = {}  # of those that have left: why
+    self.parting: dict[int, str] = {}  # of those that have left: exit code and reason
     self.stop_was_asked = False
 
   def watch(self):
@@ -62,12 +64,17 @@ class Peers:
     """Asks all processes to stop at a point that they agree on."""
     self.post('stop', '')
 
-  def leave(self, why: str):
+  def leave(self, code: int, why: str):
     """Says goodbye, so that the others need not wait for signs. Process 0 waits for theirs."""
     self._closed.set()
     if self.count == 1:
       return
-    self.post('parting', why)
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      self.post('parting', f'{code} {why}')
+      self._keep_the_board()
+
+  def _keep_the_board(self):
+    """Lets the others read what process 0 has to say: the board ends with it."""
     until = time.monotonic() + 3 * _INTERVAL
     while self.index == 0 and len(self.notes('parting')) < self.count and time.monotonic() < until:
       time.sleep(_INTERVAL / 10)
@@ -76,17 +83,26 @@ class Peers:
     """Ends the watch: the run is over."""
     self._closed.set()
 
-  def lost(self) -> str | None:
-    """Returns what is said of the process at fault, None while all are well."""
+  def wait_for_verdict(self):
+    """Gives the watch the time to find, and end this process, if a failure is another's."""
+    if self.count > 1:
+      time.sleep(_TIMEOUT + 3 * _INTERVAL)
+
+  def _at_fault(self) -> tuple[int, str] | None:
+    """Returns which process is, and the exit code that it calls for; None while all are well."""
     now = time.monotonic()
-    for peer, why in self.parting.items():
-      return f'{self._describe(peer)} has left: {why}'
+    for peer, note in self.parting.items():
+      code, _, why = note.partition(' ')
+      code = int(code) if int(code) in {MISTAKE, PREEMPTED} else LOST_PEER
+      return code, f'{self._describe(peer)} has left: {why}'
     if now - self._answered > _TIMEOUT:
-      return f'{self._describe(0)}, the coordinator, has not answered for {_TIMEOUT:.0f} s'
-    for peer, (_, since) in self._signs.items():
-      if now - since > _TIMEOUT:
-        return f'{self._describe(peer)} has shown no sign of life for {_TIMEOUT:.0f} s'
-    return None
+      silent, since = f'{self._describe(0)}, the coordinator,', self._answered
+    else:
+      peer = min(self._signs, key=lambda peer: self._signs[peer][1])
+      silent, since = self._describe(peer), self._signs[peer][1]
+    if now - since <= _TIMEOUT:
+      return None
+    return LOST_PEER, f'{silent} has shown no sign of life for {_TIMEOUT:.0f} s'
 
   def _describe(self, peer: int) -> str:
     return f'process {peer} of {self.count} ({self._names.get(peer, "never heard of")})'
@@ -111,9 +127,9 @@ class Peers:
 
   def _judge(self):
     while not self._closed.wait(_INTERVAL):
-      if reason := self.lost():
-        code = PREEMPTED if self.stop_was_asked else LOST_PEER
-        end(f'{reason}. This process ends too; the same command on all of them goes on.', code)
+      if found := self._at_fault():
+        code, reason = found
+        end(f'{reason}. This process ends too.', code)
 
 
 def end(message: str, code: int) -> NoReturn:

@@ -209,6 +209,11 @@ def _lines(found: Estimate, plan: Plan) -> list[str]:
 
 
 def _refusal(found: Estimate, plan: Plan) -> list[str]:
+  changes = remedies(
+    plan.config,
+    plan.slice.devices,
+    temporaries_matter=found.argument_bytes < found.hbm_capacity_bytes,
+  )
   needed, capacity = found.peak_hbm_bytes, found.hbm_capacity_bytes
   excess = f': {_size(needed - capacity)} too much, of {_size(needed)}' if needed else ''
   return [
@@ -216,7 +221,7 @@ def _refusal(found: Estimate, plan: Plan) -> list[str]:
     f'  arguments alone take {_size(found.argument_bytes)}',
     f'  the compiler: {found.message}',
     'what to change, the cheapest first:',
-    *(f'  {change}' for change in remedies(found, plan.config, plan.slice)),
+    *(f'  {change}' for change in changes),
   ]
 
 

@@ -88,6 +88,6 @@ class Preemption:
     return bool(readable) and signal.SIGTERM in os.read(self._pipe[0], 64)
 
   def _leave(self, late: bool):
-    self._peers.leave('it was told to stop (SIGTERM)')
+    self._peers.leave(PREEMPTED, 'it was told to stop (SIGTERM)')
     saved = f'not within {self._grace:.0f} s' if late else 'and there was nothing to save'
     end(f'told to stop (SIGTERM), {saved}: the same command goes on.', PREEMPTED)

@@ -25,6 +25,7 @@ from dpo_flax.learner.state import TrainState
 from dpo_flax.lock import sole_writer
 from dpo_flax.models import count_parameters
 from dpo_flax.objective.metrics import displacement
+from dpo_flax.out_of_memory import explained
 from dpo_flax.preemption import Preempted, Preemption
 from dpo_flax.reporting import Monitor, Reporter, displacement_warning, summarize
 from dpo_flax.sharding import make_mesh, row_shard, shard_batch
@@ -70,7 +71,8 @@ def train(config: ConfigDict) -> dict[str, float]:
     enter(contextlib.closing(reporter))
     introduce(run, state, done, reporter)
     learning = Learning(run, state, done, Session(reporter, checkpoints, preemption))
-    learning.to_the_end()
+    with explained(config, state, run.frozen):
+      learning.to_the_end()
     conclude(learning)
   return learning.held_out
 

@@ -126,12 +126,9 @@ def test_remedies_leave_out_what_is_done_or_too_little(tiny, cpu_slice):
   def fields(argument_bytes=0, **changes):
     settings = tiny.copy_and_resolve_references()
     settings.update_from_flattened_dict(changes)
-    found = estimate.refused('', [], cpu_slice, seconds=1.0)
-    found = dataclasses.replace(found, argument_bytes=argument_bytes)
-    return [
-      line.partition('=')[0].removeprefix('config.')
-      for line in estimate.remedies(found, settings, cpu_slice)
-    ][:-1]
+    matter = argument_bytes < cpu_slice.chip.hbm_bytes
+    lines = estimate.remedies(settings, cpu_slice.devices, temporaries_matter=matter)
+    return [line.partition('=')[0].removeprefix('config.') for line in lines][:-1]
 
   everything = {'model.remat': 'none', 'batch.tokens': 4096, 'batch.rows': 16, 'mesh.data': 2}
   assert fields(**everything) == [

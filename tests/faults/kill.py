@@ -68,7 +68,9 @@ class Trial:
   def disturb(self, seen: collections.Counter) -> bool:
     """Starts the run and ends it by one signal; returns whether it was still running."""
     generator, name = self.options.generator, self.options.signal
-    moment = generator.choice(list(MOMENTS))
+    # What is in the workdir from the first start on cannot be met again.
+    gone = {'tokenizing', 'starting'} if (self.workdir / 'metrics.jsonl').exists() else set()
+    moment = generator.choice([moment for moment in MOMENTS if moment not in gone])
     processes = start(self.workdir, self.options.processes)
     victim = generator.randrange(len(processes))
     if not self._wait(moment, processes, generator):
