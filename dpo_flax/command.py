@@ -16,8 +16,8 @@ from ml_collections import ConfigDict, config_flags
 
 from dpo_flax import config as config_lib
 from dpo_flax import hosts
-from dpo_flax.peers import MISTAKE, PREEMPTED, end
-from dpo_flax.preemption import Preempted
+from dpo_flax.durability.peers import MISTAKE, PREEMPTED, end
+from dpo_flax.durability.preemption import Preempted
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='A file of configs/.')
 _VERBOSE = flags.DEFINE_bool(

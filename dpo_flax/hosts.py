@@ -17,7 +17,7 @@ from absl import flags
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from dpo_flax.peers import Peers
+from dpo_flax.durability.peers import Peers
 
 _COORDINATOR = flags.DEFINE_string(
   'coordinator', None, 'host:port where process 0 listens, and on no other address.'

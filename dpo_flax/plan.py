@@ -19,15 +19,16 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from dpo_flax import command, search
+from dpo_flax import command
 from dpo_flax import config as config_lib
-from dpo_flax.chips import Slice, make_slice
 from dpo_flax.data import pack
 from dpo_flax.data.prepare import prepare
-from dpo_flax.estimate import Estimate, Pairs, estimate, remedies
 from dpo_flax.interop.hf_weights import Checkpoint, open_checkpoint
 from dpo_flax.model.hf_config import from_hf_config
 from dpo_flax.model.presets import PRESETS, from_preset
+from dpo_flax.planning import search
+from dpo_flax.planning.chips import Slice, make_slice
+from dpo_flax.planning.estimate import Estimate, Pairs, estimate, remedies
 from dpo_flax.validation import validate
 
 _TOPOLOGY = flags.DEFINE_string('topology', None, 'Chips and their grid, such as v5e:4x4.')

@@ -15,18 +15,19 @@ from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 
-from dpo_flax import assemble, command, hosts
-from dpo_flax.assemble import Run
-from dpo_flax.checkpoint import Checkpoints
+from dpo_flax import command, hosts
+from dpo_flax.assembly import assemble
+from dpo_flax.assembly.assemble import Run
+from dpo_flax.assembly.models import count_parameters
 from dpo_flax.data import loader
+from dpo_flax.durability.checkpoint import Checkpoints
+from dpo_flax.durability.lock import sole_writer
+from dpo_flax.durability.preemption import Preempted, Preemption
 from dpo_flax.export import export
 from dpo_flax.learner.optimizer import make_schedule
 from dpo_flax.learner.state import TrainState
-from dpo_flax.lock import sole_writer
-from dpo_flax.models import count_parameters
 from dpo_flax.objective.metrics import displacement
-from dpo_flax.out_of_memory import explained
-from dpo_flax.preemption import Preempted, Preemption
+from dpo_flax.planning.out_of_memory import explained
 from dpo_flax.reporting import Monitor, Reporter, displacement_warning, summarize
 from dpo_flax.sharding import make_mesh, row_shard, shard_batch
 from dpo_flax.validation import validate

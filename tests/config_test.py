@@ -32,6 +32,7 @@ def test_the_defaults_are_the_published_ones():
 
 FREE = {
   'workdir': '/elsewhere',
+  'allow_data_change': True,
   'initialize_from_hf': 'moved',
   'peft_save_path': 'p',
   'merged_hf_save_path': 'm',
@@ -43,6 +44,8 @@ FREE = {
   'train.eval_every': 7,
   'train.save_every': 7,
   'train.keep': 9,
+  'train.grace_seconds': 3.0,
+  'train.on_save_error': 'continue',
   'mesh.data': 2,
   'mesh.fsdp': 2,
   'mesh.tensor': 2,

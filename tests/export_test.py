@@ -14,9 +14,9 @@ import transformers
 from flax import nnx
 
 from dpo_flax import config as config_lib
-from dpo_flax.assemble import build
-from dpo_flax.checkpoint import Checkpoints
+from dpo_flax.assembly.assemble import build
 from dpo_flax.data import loader
+from dpo_flax.durability.checkpoint import Checkpoints
 from dpo_flax.examples import make_tiny
 from dpo_flax.learner.step import pair_logps
 from dpo_flax.sharding import make_mesh, shard_batch

@@ -12,12 +12,14 @@ import hypothesis.strategies as st
 import jax
 import pytest
 
-from dpo_flax import aot, assemble, chips, config, estimate, plan, search
+from dpo_flax import config, plan
+from dpo_flax.assembly import assemble
+from dpo_flax.planning import aot, chips, estimate, search
 from dpo_flax.sharding import make_mesh, shard_batch
 from dpo_flax.train import train_batches
 from dpo_flax.validation import validate
 
-TINY = pathlib.Path(assemble.__file__).parent / 'examples' / 'tiny'
+TINY = pathlib.Path(plan.__file__).parent / 'examples' / 'tiny'
 
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec('libtpu') is None,

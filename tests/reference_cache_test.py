@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from dpo_flax import assemble, reference_cache
 from dpo_flax import config as config_lib
+from dpo_flax import reference_cache
+from dpo_flax.assembly import assemble
 from dpo_flax.data import loader
 from dpo_flax.examples import make_tiny
 from dpo_flax.learner.step import make_eval_step, make_train_step

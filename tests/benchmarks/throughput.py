@@ -21,6 +21,7 @@ import optax
 from flax import nnx
 
 from dpo_flax import config as config_lib
+from dpo_flax.assembly.tuning import make_lora_config
 from dpo_flax.data import pack
 from dpo_flax.learner.state import Models, init_state, split_models
 from dpo_flax.learner.step import StepOptions, make_train_step
@@ -28,7 +29,6 @@ from dpo_flax.model.hf_config import from_hf_config
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.objective.settings import Objective
 from dpo_flax.sharding import make_mesh
-from dpo_flax.tuning import make_lora_config
 
 VOCABULARY, MAX_PROMPT, MAX_RESPONSE = 32_000, 64, 192
 WARMUP = 3  # steps

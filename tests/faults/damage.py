@@ -13,11 +13,11 @@ import pathlib
 import random
 import shutil
 
-import runs
 from absl import logging
 from etils import epath
 
-from dpo_flax import steps
+import runs
+from dpo_flax.durability import steps
 
 _PAGE = 4096
 

@@ -23,10 +23,10 @@ import socket
 import subprocess
 import time
 
-import runs
 from etils import epath
 
-from dpo_flax import manifest
+import runs
+from dpo_flax.durability import manifest
 
 SIGNALS_PER_RUN = 5
 PATIENCE = {'TERM': 10, 'KILL': 30}  # seconds until all processes have ended

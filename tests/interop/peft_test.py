@@ -11,10 +11,10 @@ import torch
 import transformers
 from flax import nnx
 
+from dpo_flax.assembly.models import load_model
 from dpo_flax.interop.hf_weights import open_checkpoint, save_merged
 from dpo_flax.interop.peft import load_adapter, open_adapter, save_adapter
 from dpo_flax.model.lora import TRAINABLE, LowRank, train_whole
-from dpo_flax.models import load_model
 from dpo_flax.sharding import make_mesh
 
 pytestmark = [

@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from dpo_flax.assembly.models import load_model
 from dpo_flax.learner.state import Models, RecentNorms, RewardMean, init_state, split_models
-from dpo_flax.models import load_model
 
 
 def names(tree):

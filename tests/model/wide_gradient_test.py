@@ -7,8 +7,8 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dpo_flax.compiled import hlo
 from dpo_flax.model.wide_gradient import matmul
+from dpo_flax.planning.compiled import hlo
 from dpo_flax.sharding import make_mesh
 
 

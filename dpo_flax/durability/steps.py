@@ -14,7 +14,7 @@ import re
 from absl import logging
 from etils import epath
 
-from dpo_flax import manifest
+from dpo_flax.durability import manifest
 
 _STEP = re.compile(r'0|[1-9][0-9]*')
 _LEFTOVER = re.compile(r'(0|[1-9][0-9]*)\.(unfinished|deleted)')

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterable
 
-from dpo_flax.compiled.hlo import HBM, Array, Computation, Instruction, Program
+from dpo_flax.planning.compiled.hlo import HBM, Array, Computation, Instruction, Program
 
 COLLECTIVES = (
   'all-gather',

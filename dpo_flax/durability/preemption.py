@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from dpo_flax.peers import PREEMPTED, Peers, end
+from dpo_flax.durability.peers import PREEMPTED, Peers, end
 
 _INTERVAL = 0.25  # seconds
 

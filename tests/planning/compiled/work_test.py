@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dpo_flax.compiled import hlo, work
+from dpo_flax.planning.compiled import hlo, work
 
 # A loop of 3 that holds a loop of 5, a branch and a collective; 64 bytes make an f32[16].
 NESTED = textwrap.dedent("""\

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 
-from dpo_flax.compiled.hlo import Computation, Instruction
+from dpo_flax.planning.compiled.hlo import Computation, Instruction
 
 
 def matrix_flops(computation: Computation, instruction: Instruction) -> float:

@@ -22,7 +22,8 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from dpo_flax import hosts, manifest, steps
+from dpo_flax import hosts
+from dpo_flax.durability import manifest, steps
 from dpo_flax.learner.state import TrainState
 
 _STATE, _RUN = 'state', 'run.json'

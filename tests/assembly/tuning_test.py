@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpo_flax.tuning import make_lora_config
+from dpo_flax.assembly.tuning import make_lora_config
 
 
 @pytest.fixture

@@ -9,21 +9,21 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dpo_flax import config as config_lib
-from dpo_flax.checkpoint import RunIdentity
+from dpo_flax.assembly.models import load_models
+from dpo_flax.assembly.sources import make_sources, reference_fingerprint
+from dpo_flax.assembly.tuning import make_lora_config
 from dpo_flax.compiler_options import compiler_options
 from dpo_flax.data.loader import steps_for_epochs
 from dpo_flax.data.prepare import PreparedData, prepare
+from dpo_flax.durability.checkpoint import RunIdentity
 from dpo_flax.interop.hf_weights import Checkpoint, open_checkpoint
 from dpo_flax.learner.optimizer import make_optimizer
 from dpo_flax.learner.state import TrainState, init_state, split_models
 from dpo_flax.learner.step import StepOptions, make_eval_step, make_train_step
 from dpo_flax.model.lora import LoraConfig
-from dpo_flax.models import load_models
 from dpo_flax.objective.settings import SORTED, Objective, check_records
 from dpo_flax.reference_cache import with_reference_logps
 from dpo_flax.sharding import row_parts
-from dpo_flax.sources import make_sources, reference_fingerprint
-from dpo_flax.tuning import make_lora_config
 from dpo_flax.validation import validate_rows
 
 

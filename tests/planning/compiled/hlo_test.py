@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_flax.compiled import hlo
-from dpo_flax.compiled.arithmetic import matrix_flops
+from dpo_flax.planning.compiled import hlo
+from dpo_flax.planning.compiled.arithmetic import matrix_flops
 
 TEXT = textwrap.dedent("""\
   HloModule one, is_scheduled=true, num_partitions=2

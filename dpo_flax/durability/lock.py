@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from absl import logging
 from etils import epath
 
-from dpo_flax.manifest import is_local
+from dpo_flax.durability.manifest import is_local
 
 _NAME = 'lock'
 

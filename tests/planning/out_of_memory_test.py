@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dpo_flax.out_of_memory import OutOfMemoryError, explained
+from dpo_flax.planning.out_of_memory import OutOfMemoryError, explained
 
 GIB = 2**30
 

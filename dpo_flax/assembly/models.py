@@ -5,6 +5,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dpo_flax.assembly.sources import Sources
 from dpo_flax.interop.hf_weights import Checkpoint, load_base
 from dpo_flax.interop.peft import load_adapter
 from dpo_flax.learner.state import Models
@@ -24,7 +25,6 @@ from dpo_flax.model.projection import Projection
 from dpo_flax.model.quantization import ChannelScale
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.sharding import named_shardings
-from dpo_flax.sources import Sources
 
 
 def load_models(

@@ -5,8 +5,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dpo_flax.chips import Slice
-from dpo_flax.estimate import Estimate
+from dpo_flax.planning.chips import Slice
+from dpo_flax.planning.estimate import Estimate
 from dpo_flax.sharding import make_mesh, row_parts
 
 _REMATS = ('none', 'dots', 'full', 'offload')  # from the least recomputed to the least kept

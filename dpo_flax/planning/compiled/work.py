@@ -4,10 +4,10 @@ import collections
 import dataclasses
 import re
 
-from dpo_flax.compiled.arithmetic import matrix_flops
-from dpo_flax.compiled.hlo import Computation, Instruction, Program
-from dpo_flax.compiled.loops import trip_count
-from dpo_flax.compiled.traffic import collective, hbm_bytes, received_bytes
+from dpo_flax.planning.compiled.arithmetic import matrix_flops
+from dpo_flax.planning.compiled.hlo import Computation, Instruction, Program
+from dpo_flax.planning.compiled.loops import trip_count
+from dpo_flax.planning.compiled.traffic import collective, hbm_bytes, received_bytes
 
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _KERNEL_COST = re.compile(r'"cost_estimate":\{[^}]*?"flops":"?(\d+)')

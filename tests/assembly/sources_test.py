@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpo_flax import config
-from dpo_flax.sources import make_model_config
+from dpo_flax.assembly.sources import make_model_config
 
 
 def make(preset, changes, *, platform='cpu'):

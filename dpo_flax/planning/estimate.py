@@ -12,10 +12,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from dpo_flax.aot import abstract_train_step
-from dpo_flax.chips import Slice
-from dpo_flax.compiled import hlo, memory, work
 from dpo_flax.interop.hf_weights import Checkpoint
+from dpo_flax.planning.aot import abstract_train_step
+from dpo_flax.planning.chips import Slice
+from dpo_flax.planning.compiled import hlo, memory, work
 from dpo_flax.sharding import make_mesh, row_parts
 
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}

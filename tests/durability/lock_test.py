@@ -12,12 +12,12 @@ import sys
 import pytest
 from etils import epath
 
-from dpo_flax.lock import sole_writer
+from dpo_flax.durability.lock import sole_writer
 
 HOLDER = """
 import os, sys, time
 from etils import epath
-from dpo_flax.lock import sole_writer
+from dpo_flax.durability.lock import sole_writer
 
 with sole_writer(epath.Path(sys.argv[1])):
   child = os.fork() if 'forks' in sys.argv else None

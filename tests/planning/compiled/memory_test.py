@@ -2,7 +2,7 @@
 
 import textwrap
 
-from dpo_flax.compiled import hlo, memory
+from dpo_flax.planning.compiled import hlo, memory
 
 # b and c are alive together; d replaces them. The loop's own temporary comes on top of c.
 TEXT = textwrap.dedent("""\

@@ -9,7 +9,7 @@ import dataclasses
 import re
 from collections.abc import Iterable
 
-from dpo_flax.compiled.hlo import HBM, Computation, Instruction, Program
+from dpo_flax.planning.compiled.hlo import HBM, Computation, Instruction, Program
 
 # Their results are their operands under another name.
 _ALIASES = frozenset(['bitcast', 'optimization-barrier', 'opt-barrier', 'while', 'async-update'])

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from dpo_flax.estimate import remedies
+from dpo_flax.planning.estimate import remedies
 
 
 class OutOfMemoryError(ValueError):

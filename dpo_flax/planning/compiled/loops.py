@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 
-from dpo_flax.compiled.hlo import Computation, Instruction, Program
+from dpo_flax.planning.compiled.hlo import Computation, Instruction, Program
 
 _MOST_TRIPS = 100_000
 

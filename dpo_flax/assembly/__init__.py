@@ -1,0 +1,1 @@
+"""A config -> the parts of a run."""
