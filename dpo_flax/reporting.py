@@ -9,12 +9,14 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 import tqdm
+from absl import logging
 from etils import epath
 
+from dpo_flax.manifest import is_local
 from dpo_flax.objective import metrics
 from dpo_flax.objective.metrics import Sums
+from dpo_flax.tensorboard import EventFiles
 
 StepMetrics = dict[str, Any]  # of learner.step's train_step
 
@@ -43,12 +45,11 @@ class Reporter:
     self._lines = _kept_lines(self._file, start_step)  # all processes agree on what was written
     if not speaks:
       return
-    rewritten = self._file.with_name(f'{self._file.name}.tmp')
-    rewritten.write_text(''.join(self._lines))
-    rewritten.replace(self._file)  # in one step: a kill must not lose what was there
-    self._board = tensorboardX.SummaryWriter(
-      str(workdir / 'tensorboard'), purge_step=start_step + 1 if start_step else 0
+    self._rewrite()
+    self._board = EventFiles(
+      workdir / 'tensorboard', purge_step=start_step + 1 if start_step else 0
     )
+    self._behind = False  # a line could not be written
     self._bar = None
     if sys.stdout.isatty():
       self._bar = tqdm.tqdm(total=num_steps, initial=start_step, unit='step', file=sys.stdout)
@@ -59,10 +60,11 @@ class Reporter:
       return
     # JSON has no NaN: a mean over nothing is null.
     values = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
-    self._append(json.dumps({'step': step, 'split': split, **values}) + '\n')
-    for name, value in metrics.items():
-      self._board.add_scalar(f'{split}/{name}', value, step)
-    self._board.flush()
+    try:
+      self._append(json.dumps({'step': step, 'split': split, **values}) + '\n')
+      self._board.write(step, {f'{split}/{name}': value for name, value in metrics.items()})
+    except OSError as error:
+      logging.error('the report of step %d could not be written: %s', step, error)
     if 'dpo_loss' not in metrics:
       return
     shown = [(label, format(metrics[name], f)) for name, label, f in _COLUMNS if name in metrics]
@@ -98,11 +100,19 @@ class Reporter:
 
   def _append(self, line: str):
     self._lines.append(line)
-    if '://' in str(self._file):  # object stores cannot append
-      self._file.write_text(''.join(self._lines))
-      return
-    with self._file.open('a') as file:
-      file.write(line)
+    behind, self._behind = self._behind, True
+    if behind or not is_local(self._file):  # object stores cannot append
+      self._rewrite()
+    else:
+      with self._file.open('a') as file:
+        file.write(line)
+    self._behind = False
+
+  def _rewrite(self):
+    """Writes all lines in one step: a kill must not lose what was there."""
+    rewritten = self._file.with_name(f'{self._file.name}.tmp')
+    rewritten.write_text(''.join(self._lines))
+    rewritten.replace(self._file)
 
   def _time_left(self, step: int) -> str:
     """The time to the end at the rate since the first report, which waited for the compiler."""

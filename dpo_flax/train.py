@@ -123,8 +123,7 @@ class Learning:
           if self._is_due(config.train.eval_every):
             self._evaluate()
           if exports:
-            self._monitor.pause()
-            save_exports(self.run, self.state)
+            self._export()
     except Preempted:
       self._save_and_stop()
 
@@ -149,6 +148,16 @@ class Learning:
       held_out.update(displacement(held_out, start))
       reporter.write(self.done, 'validation', held_out)
     self.held_out = held_out
+
+  def _export(self):
+    self._monitor.pause()
+    try:
+      save_exports(self.run, self.state)
+    except OSError as error:
+      # Several processes can only go on together.
+      if self.run.config.train.on_save_error == 'stop' or jax.process_count() > 1:
+        raise
+      logging.error('no export after step %d: %s', self.done, error)
 
   def _save_and_stop(self):
     if self.saved != self.done:

@@ -1,5 +1,6 @@
 """What a run writes down: whole, true, and once for every step."""
 
+import errno
 import io
 import json
 import math
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import RecordWriter
 
 from dpo_flax import reporting
 from dpo_flax.objective.metrics import metric_sums
@@ -101,7 +103,7 @@ def test_resume_takes_back_what_lies_beyond_the_restored_step(open_reporter, tmp
     first.write(step, 'train', METRICS | {'run': 1})
     first.write(step, 'validation', METRICS | {'run': 1})
   first.close()
-  # Named by the second, the next file would take its place: a resume comes later than that.
+  # One process makes one reporter: the next file would take this one's place.
   (events,) = (tmp_path / 'tensorboard').iterdir()
   events.rename(events.with_name('events.out.tfevents.0'))
   second = open_reporter(start_step=3)
@@ -126,6 +128,35 @@ def test_resume_drops_a_half_written_line(open_reporter, tmp_path, tail):
     file.write(tail)
   open_reporter(start_step=3).write(4, 'train', METRICS)
   assert [line['step'] for line in read_lines(tmp_path)] == [2, 4]
+
+
+@pytest.mark.parametrize('broken', ['metrics.jsonl', 'tensorboard'])
+def test_a_full_disk_loses_no_line_once_there_is_room(
+  open_reporter, tmp_path, caplog, monkeypatch, broken
+):
+  reporter = open_reporter()
+  reporter.write(1, 'train', METRICS)
+  with monkeypatch.context() as full:
+    if broken == 'tensorboard':
+      full.setattr(RecordWriter, 'flush', raise_no_space)
+    else:
+      (tmp_path / 'metrics.jsonl').rename(tmp_path / 'kept')
+      (tmp_path / 'metrics.jsonl').mkdir()  # cannot be appended to
+    reporter.write(2, 'train', METRICS)
+  assert 'the report of step 2 could not be written' in caplog.text
+  if broken == 'metrics.jsonl':
+    (tmp_path / 'metrics.jsonl').rmdir()
+    text = (tmp_path / 'kept').read_text()
+    (tmp_path / 'metrics.jsonl').write_text(text + '{"step": 2, "sp')  # half a line
+  reporter.write(3, 'train', METRICS)
+  reporter.close()
+  assert [line['step'] for line in read_lines(tmp_path)] == [1, 2, 3]
+  scalars, _ = read_scalars(tmp_path)
+  assert {step for _, step in scalars} >= {1, 3}
+
+
+def raise_no_space(self):
+  raise OSError(errno.ENOSPC, 'No space left on device')
 
 
 def test_a_run_from_the_start_keeps_no_line_of_an_earlier_one(open_reporter, tmp_path):
