@@ -13,7 +13,7 @@ import tqdm
 from absl import logging
 from etils import epath
 
-from dpo_flax.manifest import is_local
+from dpo_flax.durability.manifest import is_local
 from dpo_flax.objective import metrics
 from dpo_flax.objective.metrics import Sums
 from dpo_flax.tensorboard import EventFiles
