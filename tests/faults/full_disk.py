@@ -23,9 +23,9 @@ import subprocess
 import time
 from collections.abc import Iterator
 
-import runs
 from etils import epath
 
+import runs
 from dpo_flax import manifest
 
 MISTAKE = 2
