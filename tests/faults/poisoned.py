@@ -1,6 +1,6 @@
 """The real command, but losses and gradients of chosen steps are multiplied by chosen factors.
 
-FACTORS='{"3": ["loss", "nan"], "5": ["gradient", "inf"]}' python tests/faults/poisoned.py --config=...
+FACTORS is a JSON object: step -> [loss or gradient, factor], such as {"3": ["loss", "nan"]}.
 """
 
 import json
