@@ -24,6 +24,7 @@ _VERBOSE = flags.DEFINE_bool(
   'verbose', False, "Show libraries' messages, and the traceback of an error."
 )
 
+INTERRUPTED = 130  # exit code: 128 + SIGINT, as shells have it
 _MISTAKES = (ValueError, FloatingPointError, OSError, ImportError)
 
 
@@ -49,6 +50,8 @@ def run(command: Callable[[ConfigDict], object], *, on_every_host: bool = False)
       if _VERBOSE.value:
         traceback.print_exc()
       _leave(MISTAKE, f'{type(error).__name__}: {error}')
+    except KeyboardInterrupt:
+      _leave(INTERRUPTED, 'interrupted (SIGINT)')
     except Exception as error:
       hosts.peers().wait_for_verdict()  # a collective fails where another process has died
       hosts.peers().leave(1, f'{type(error).__name__}: {error}')

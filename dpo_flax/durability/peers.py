@@ -5,8 +5,12 @@ every process shows a sign of life each second on the notice board of jax's coor
 thread ends the process, with a line that names the one at fault, when another's signs stop.
 """
 
+import atexit
 import contextlib
+import ctypes
+import faulthandler
 import os
+import signal
 import socket
 import sys
 import threading
@@ -24,6 +28,7 @@ PREEMPTED = 75  # EX_TEMPFAIL
 _TIMEOUT = 20.0  # seconds without a sign of life
 _INTERVAL = 1.0  # seconds
 _BOARD = 'dpo_flax'
+_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)  # of a signal
 
 
 class Peers:
@@ -46,6 +51,10 @@ class Peers:
       self.post('name', self._name)
       for task in (self._talk, self._judge):
         threading.Thread(target=task, name=task.__name__, daemon=True).start()
+      atexit.register(self.leave, 1, 'it has ended before the run has')
+      # jax's client aborts the process, without a name, once the coordinator's socket is closed.
+      self._last_words = _HANDLER(self._aborted)
+      ctypes.CDLL(None).signal(signal.SIGABRT, self._last_words)
 
   def post(self, topic: str, text: str):
     """Pins a note to the board, over an earlier one of this process on the topic."""
@@ -66,9 +75,9 @@ class Peers:
 
   def leave(self, code: int, why: str):
     """Says goodbye, so that the others need not wait for signs. Process 0 waits for theirs."""
-    self._closed.set()
-    if self.count == 1:
+    if self.count == 1 or self._closed.is_set():
       return
+    self._closed.set()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       self.post('parting', f'{code} {why}')
       self._keep_the_board()
@@ -106,6 +115,15 @@ class Peers:
 
   def _describe(self, peer: int) -> str:
     return f'process {peer} of {self.count} ({self._names.get(peer, "never heard of")})'
+
+  def _aborted(self, _: int):
+    """Runs on the thread that aborts, which does so once this returns."""
+    host, _, port = distributed.global_state.coordinator_address.rpartition(':')
+    try:
+      socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError:
+      end(f'{self._describe(0)}, the coordinator, is gone. This process ends too.', LOST_PEER)
+    faulthandler.dump_traceback()
 
   def _talk(self):
     """Shows signs of life and collects the others'. It blocks while the coordinator is frozen."""

@@ -50,7 +50,8 @@ class Preemption:
     self._closed.set()
     self._thread.join()
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGTERM, self._before)
+    # One that is on its way out for a first SIGTERM is not to be killed by a second.
+    signal.signal(signal.SIGTERM, self._before if self._told is None else signal.SIG_IGN)
     for descriptor in self._pipe:
       os.close(descriptor)
 

@@ -9,7 +9,7 @@ is to be disturbed: builds the token cache, compiles, saves, deletes an old step
 every listed step must be whole; after five of them in one workdir, or at the end of the run, the
 command runs to its end, and its final state and metrics must be those of a run that nothing befell.
 With two processes the signal goes to either, and the other must end within 30 s, non-zero, naming
-it. Prints how often each moment was met and what the runs had to say.
+it; here SIGSTOP, which freezes it, and SIGINT, by which it leaves, may be sent as well. Prints how often each moment was met and what the runs had to say.
 """
 
 import argparse
@@ -29,8 +29,8 @@ import runs
 from dpo_flax.durability import manifest
 
 SIGNALS_PER_RUN = 5
-PATIENCE = {'TERM': 10, 'KILL': 30}  # seconds until all processes have ended
-PREEMPTED, LOST_PEER = 75, 69
+PATIENCE = {'TERM': 10, 'KILL': 30, 'STOP': 30, 'INT': 30}  # seconds until the processes end
+PREEMPTED, LOST_PEER, INTERRUPTED = 75, 69, 130
 
 # What is seen in the workdir at the moments worth disturbing.
 MOMENTS = {
@@ -64,6 +64,7 @@ class Trial:
   def __init__(self, options: argparse.Namespace, workdir: pathlib.Path, seconds: float):
     self.options, self.workdir, self.seconds = options, workdir, seconds
     self.faults: list[str] = []
+    self._ended: dict[subprocess.Popen[str], tuple[int, str]] = {}
 
   def disturb(self, seen: collections.Counter) -> bool:
     """Starts the run and ends it by one signal; returns whether it was still running."""
@@ -81,6 +82,9 @@ class Trial:
       time.sleep(generator.uniform(0, 0.5))
       processes[victim].send_signal(signal.SIGTERM)
     since = time.monotonic()
+    if name == 'STOP':
+      self._finish([process for process in processes if process is not processes[victim]])
+      processes[victim].kill()
     ended = self._finish(processes)
     waited = time.monotonic() - since
     if waited > PATIENCE[name]:
@@ -108,13 +112,17 @@ class Trial:
     """Waits for all; returns their exit codes and errors."""
     ended = []
     for process in processes:
+      if process in self._ended:
+        ended.append(self._ended[process])
+        continue
       try:
         _, errors = process.communicate(timeout=120)
       except subprocess.TimeoutExpired:
         process.kill()
         _, errors = process.communicate()
         self.faults.append(f'did not end: {errors[-500:]}')
-      ended.append((process.returncode, errors))
+      self._ended[process] = process.returncode, errors
+      ended.append(self._ended[process])
     return ended
 
   def _judge(self, moment: str, ended: list[tuple[int, str]], victim: int):
@@ -126,7 +134,7 @@ class Trial:
         well = well and int(saved[1]) == runs.listed_steps(self.workdir)[-1]
       others = {PREEMPTED, LOST_PEER, 0}
     else:
-      well, others = code in {-signal.SIGKILL, 0}, {LOST_PEER}
+      well, others = code in {-signal.SIGKILL, 0, INTERRUPTED, -signal.SIGINT}, {LOST_PEER, 0}
     if not well:
       self.faults.append(f'{moment}: exit code {code}: {errors[-800:]}')
     for number, (other, said) in enumerate(ended):
@@ -184,7 +192,7 @@ if __name__ == '__main__':
     rounds=200,
     doc=__doc__,
     options={
-      'signal': {'choices': ['KILL', 'TERM'], 'default': 'KILL'},
+      'signal': {'choices': list(PATIENCE), 'default': 'KILL'},
       'processes': {'type': int, 'default': 1},
     },
   )

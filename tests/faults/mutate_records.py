@@ -23,7 +23,7 @@ from dpo_flax.data.token_cache import Report
 from dpo_flax.data.tokenizer import Tokenizer, load_tokenizer
 
 CHATML = (
-  "{% if tools %}{{ tools | tojson }}{% endif %}"
+  '{% if tools %}{{ tools | tojson }}{% endif %}'
   "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
   "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )

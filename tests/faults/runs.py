@@ -66,22 +66,25 @@ def environment(devices: int = 1) -> Mapping[str, str]:
   }
 
 
-def start(command: list[str], *, devices: int = 1) -> subprocess.Popen[str]:
-  """Starts a command from the project's root."""
+def start(
+  command: list[str], *, devices: int = 1, variables: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
+  """Starts a command from the project's root, with more variables in its environment."""
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
-  return subprocess.Popen(command, env=environment(devices), cwd=ROOT, **pipes)
+  variables = {**environment(devices), **(variables or {})}
+  return subprocess.Popen(command, env=variables, cwd=ROOT, **pipes)
 
 
-def run(command: list[str], *, devices: int = 1) -> subprocess.CompletedProcess[str]:
-  """Runs a command to its end."""
-  process = start(command, devices=devices)
+def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+  """Runs a command to its end, as `start` does."""
+  process = start(command, **options)
   output, errors = process.communicate(timeout=600)
   return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
-def must(command: list[str], *, devices: int = 1) -> subprocess.CompletedProcess[str]:
+def must(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
   """Runs a command that is to succeed."""
-  finished = run(command, devices=devices)
+  finished = run(command, **options)
   assert finished.returncode == 0, (finished.returncode, finished.stderr[-2000:])
   return finished
 
@@ -101,16 +104,19 @@ def digest(workdir: pathlib.Path, step: int) -> str:
   in the data, which is the step.
   """
   content = hashlib.sha256(str(step).encode())
+  for name, array in sorted(arrays(workdir, step).items()):
+    content.update(f'{name} {array.dtype} {array.shape}'.encode())
+    content.update(array.tobytes())
+  return content.hexdigest()
+
+
+def arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
+  """Returns path -> array of a step."""
   place = workdir / 'checkpoints' / str(step) / 'state'
   with ocp.StandardCheckpointer() as checkpointer:
     saved = checkpointer.metadata(place).item_metadata
     targets = {name: np.zeros(array.shape, array.dtype) for name, array in saved.items()}
-    arrays = checkpointer.restore(place, targets)  # whatever devices they were saved on
-  for name, value in sorted(arrays.items()):
-    array = np.asarray(value)
-    content.update(f'{name} {array.dtype} {array.shape}'.encode())
-    content.update(array.tobytes())
-  return content.hexdigest()
+    return checkpointer.restore(place, targets)  # whatever devices they were saved on
 
 
 def metrics(workdir: pathlib.Path) -> dict[tuple[int, str], dict[str, float]]:
