@@ -9,7 +9,8 @@ is to be disturbed: builds the token cache, compiles, saves, deletes an old step
 every listed step must be whole; after five of them in one workdir, or at the end of the run, the
 command runs to its end, and its final state and metrics must be those of a run that nothing befell.
 With two processes the signal goes to either, and the other must end within 30 s, non-zero, naming
-it; here SIGSTOP, which freezes it, and SIGINT, by which it leaves, may be sent as well. Prints how often each moment was met and what the runs had to say.
+it; here SIGSTOP, which freezes it, and SIGINT, by which it leaves, may be sent as well. Prints how
+often each moment was met and what the runs had to say.
 """
 
 import argparse
