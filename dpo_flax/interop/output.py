@@ -78,6 +78,11 @@ def check_replaceable(output: epath.PathLike):
     raise ValueError(f'{output} exists and was not written by an earlier export: choose another')
 
 
+def same_place(left: epath.PathLike, right: epath.PathLike) -> bool:
+  """Whether two paths lead to one directory."""
+  return str(_resolved(left)) == str(_resolved(right))
+
+
 def _is_ours(file: epath.Path) -> bool:
   try:
     return read_header(file)[0].get('written_by') == WRITER

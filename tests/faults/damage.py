@@ -13,10 +13,10 @@ import pathlib
 import random
 import shutil
 
+import runs
 from absl import logging
 from etils import epath
 
-import runs
 from dpo_flax import steps
 
 _PAGE = 4096

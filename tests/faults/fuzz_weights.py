@@ -11,6 +11,7 @@ a pickle, takes more than 2 s, or more than 256 MiB. The test suite runs a short
 import argparse
 import collections
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -199,13 +200,13 @@ def _change(values: Any, generator: random.Random):
     case 0:
       values.pop(key)
     case 1:
-      values[key] = values[other]
+      values[key] = copy.deepcopy(values[other])
     case 2 if isinstance(values, dict):
       values[generator.choice(_NAMES)] = values.pop(key)
     case 3 if isinstance(values[key], int):
       values[key] += generator.choice([-4, -1, 1, 4, 2**62])
     case _:
-      values[key] = generator.choice(_VALUES)
+      values[key] = copy.deepcopy(generator.choice(_VALUES))
 
 
 def _replace(path: pathlib.Path, generator: random.Random):

@@ -23,9 +23,9 @@ import socket
 import subprocess
 import time
 
+import runs
 from etils import epath
 
-import runs
 from dpo_flax import manifest
 
 SIGNALS_PER_RUN = 5
