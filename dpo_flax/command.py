@@ -19,7 +19,6 @@ from dpo_flax import hosts
 from dpo_flax.durability.peers import MISTAKE, PREEMPTED, end
 from dpo_flax.durability.preemption import Preempted
 
-_CONFIG = config_flags.DEFINE_config_file('config', help_string='A file of configs/.')
 _VERBOSE = flags.DEFINE_bool(
   'verbose', False, "Show libraries' messages, and the traceback of an error."
 )
@@ -33,7 +32,13 @@ def run(command: Callable[[ConfigDict], object], *, on_every_host: bool = False)
 
   With `on_every_host`, it first joins the same command on the run's other hosts.
   """
+  config = config_flags.DEFINE_config_file('config', help_string='A file of configs/.')
   flags.mark_flag_as_required('config')
+  run_flags(lambda: command(config.value), on_every_host=on_every_host)
+
+
+def run_flags(command: Callable[[], object], *, on_every_host: bool = False):
+  """Parses the command line and calls a command that has flags of its own and no config."""
 
   def main(argv: list[str]):
     if len(argv) > 1:
@@ -43,7 +48,7 @@ def run(command: Callable[[ConfigDict], object], *, on_every_host: bool = False)
     try:
       if on_every_host:
         hosts.connect()
-      command(_CONFIG.value)
+      command()
     except Preempted as stopped:
       _leave(PREEMPTED, f'told to stop (SIGTERM), {stopped}: the same command goes on.')
     except _MISTAKES as error:

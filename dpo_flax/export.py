@@ -1,30 +1,104 @@
-"""A trained policy -> the directories that other programs load."""
+"""The command that exports: python -m dpo_flax.export --workdir=runs/mine --output=DIR.
 
+Writes any checkpoint of a run for other programs to load: --format=peft, the adapter, or merged,
+base and adapter in one model. Without --step it takes the newest. It reads the run's config from
+its workdir and needs neither the data nor the devices of the training; JAX_PLATFORMS=cpu does it on
+any machine that holds the model in memory.
+"""
+
+import jax
+from absl import flags
 from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dpo_flax.interop.hf_weights import Checkpoint, save_merged
-from dpo_flax.interop.peft import save_adapter
-from dpo_flax.model.lora import LoraConfig
-from dpo_flax.model.transformer import Transformer
+from dpo_flax import command
+from dpo_flax.assembly.models import load_models
+from dpo_flax.assembly.sources import Sources, make_sources
+from dpo_flax.assembly.tuning import make_lora_config
+from dpo_flax.durability.checkpoint import newest_step, restore_trainable
+from dpo_flax.exporting import check_outputs, export_adapter, export_merged
+from dpo_flax.interop.hf_weights import open_checkpoint
+from dpo_flax.learner.state import split_models
+from dpo_flax.model_card import Facts
+from dpo_flax.reporting import read_metrics
+from dpo_flax.run_record import RunRecord, read_record
+from dpo_flax.sharding import make_mesh
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'That of the run.')
+_OUTPUT = flags.DEFINE_string('output', None, 'A new directory, or an earlier export.')
+_FORMAT = flags.DEFINE_enum('format', 'peft', ['peft', 'merged'], 'The adapter, or all weights.')
+_STEP = flags.DEFINE_integer('step', None, 'Which checkpoint; default: the newest.')
 
 
-def export(
-  config: ConfigDict,
-  policy: Transformer,
-  lora: LoraConfig | None,  # None: the whole policy learned
-  checkpoint: Checkpoint | None,
-) -> list[epath.Path]:
-  """Writes the PEFT adapter and, if `merged_hf_save_path` is set, the merged model.
+def export(workdir: str, output: str, *, merged: bool, step: int | None = None):
+  """Writes a checkpoint of the run in `workdir` to `output`.
 
-  Of a policy that learned whole there is no adapter, and always the merged model. An earlier export
-  in the same place is replaced in one rename. Returns where they are.
+  Raises:
+    ValueError: there is no such step, its base has changed, `output` holds something else, or what
+      was written is not what was trained.
   """
-  written = []
-  if lora is not None:
-    written.append(epath.Path(config.peft_save_path or f'{config.workdir}/peft'))
-    save_adapter(policy, lora, base_name=config.initialize_from_hf or '', output=written[-1])
-  if config.merged_hf_save_path or lora is None:
-    written.append(epath.Path(config.merged_hf_save_path or f'{config.workdir}/merged'))
-    save_merged(policy, checkpoint, written[-1])
-  return written
+  place, output = epath.Path(workdir), epath.Path(output)
+  record = read_record(place)
+  config = record.config
+  if config.tuning.method == 'full' and not merged:
+    raise ValueError(f'{place}: the whole policy has learned, so there is no adapter: give merged')
+  check_outputs(config, {'merged' if merged else 'peft': output})
+  if step is None:
+    step = newest_step(place / 'checkpoints')
+  facts = Facts(record, step, read_metrics(place / 'metrics.jsonl', step, 'validation'))
+  mesh = _make_mesh(config)
+  with jax.set_mesh(mesh):
+    sources = _open_sources(record, mesh)
+    lora = make_lora_config(
+      config, sources.model, start=sources.adapter, reference=sources.reference_adapter
+    )
+    models = load_models(config, sources, lora, keeps_reference=False, mesh=mesh)
+    graphdef, trainable, frozen = split_models(models)
+    trainable = restore_trainable(place / 'checkpoints', step, trainable)
+    policy = nnx.merge(graphdef, trainable, frozen).policy
+    if merged:
+      export_merged(policy, sources.base, facts, output, mesh)
+    else:
+      export_adapter(policy, lora, facts, output, mesh)
+
+
+def _open_sources(record: RunRecord, mesh: Mesh) -> Sources:
+  """Opens what the policy of a run was made of, which must not have changed since."""
+  config = record.config
+  base = config.initialize_from_hf and open_checkpoint(config.initialize_from_hf)
+  sources = make_sources(config, base, None, mesh)
+  for field, found in sources.fingerprints().items():
+    if field != 'reference_model_path' and found != record.fingerprints[field]:
+      raise ValueError(f'{field}={config[field]} holds something else than when the run began')
+  return sources
+
+
+def _make_mesh(config: ConfigDict) -> Mesh:
+  """Returns the run's own mesh where it fits these devices, or one that does.
+
+  The devices of a CPU share their memory: one of them holds as much as all. What was asked of the
+  training's devices is set to what any can do.
+  """
+  config.model.attention, config.model.remat = 'auto', 'none'
+  if jax.default_backend() == 'cpu' and jax.process_count() == 1:
+    return make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, jax.devices()[:1])
+  try:
+    return make_mesh(config.mesh)
+  except ValueError:
+    return make_mesh({'data': 1, 'fsdp': -1, 'tensor': 1})
+
+
+def main():
+  """Exports what the flags ask for."""
+  for flag in (_WORKDIR, _OUTPUT):
+    if not flag.value:
+      raise ValueError(f'--{flag.name} is not set')
+  export(_WORKDIR.value, _OUTPUT.value, merged=_FORMAT.value == 'merged', step=_STEP.value)
+  if jax.process_index() == 0:
+    print(f'wrote {_OUTPUT.value}')
+
+
+if __name__ == '__main__':
+  command.run_flags(main, on_every_host=True)

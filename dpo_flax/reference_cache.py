@@ -9,23 +9,19 @@ import hashlib
 import json
 import os
 import uuid
-from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from etils import epath
-from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dpo_flax.data import loader
 from dpo_flax.data.prepare import PreparedData
 from dpo_flax.data.split import Split
-from dpo_flax.learner.step import Batch, reference_logps
 from dpo_flax.model.transformer import Transformer
-from dpo_flax.sharding import row_shard, shard_batch
+from dpo_flax.scoring import score_side
 
 _VERSION = 1  # of how the numbers are computed
 _DIGEST = 32  # bytes of a SHA-256
@@ -39,7 +35,11 @@ def with_reference_logps(
   fingerprint: str,  # of the reference's weights
   mesh: Mesh,
 ) -> PreparedData:
-  """Returns the data with `reference_logps` in every batch, read from disk or computed and kept."""
+  """Returns the data with `reference_logps` in every batch, read from disk or computed and kept.
+
+  Raises:
+    ValueError: a log-prob is not finite.
+  """
   directory = epath.Path(config.data.cache_dir or f'{config.workdir}/token_cache')
   sides = {'train': data.train, 'validation': data.validation}
   filled = {}
@@ -49,7 +49,8 @@ def with_reference_logps(
     path = directory / f'reference-{_key(pairs, fingerprint, config)}.float32'
     logps = _read(path, len(pairs))
     if _missing_anywhere(logps):
-      logps = _compute(data, side, reference, config, mesh)
+      logps = score_side(reference, data, side, config, mesh)
+      _check_finite(pairs, logps)
       if jax.process_index() == 0:
         _write(path, logps)
     filled[side] = dataclasses.replace(pairs, reference_logps=logps)
@@ -95,36 +96,8 @@ def _missing_anywhere(logps: np.ndarray | None) -> bool:
   return bool(np.any(multihost_utils.process_allgather(missing)))
 
 
-def _compute(
-  data: PreparedData, side: str, reference: Transformer, config: ConfigDict, mesh: Mesh
-) -> np.ndarray:
-  """Returns [n, 2] float32 by one pass over all pairs of a side.
-
-  Raises:
-    ValueError: a log-prob that is not finite, naming its pair's file and line.
-  """
-  graphdef, weights = nnx.split(reference)
-
-  @jax.jit
-  def score(weights: Any, batch: Batch) -> jax.Array:
-    return reference_logps(nnx.merge(graphdef, weights), batch, chunk=config.model.logits_chunk)
-
-  index, count = row_shard(mesh)
-  every_row = data.every_row(side)
-  found = np.full((len(getattr(data, side)), 2), np.nan, np.float32)
-  batches = loader.every_pair(data, side, config, shard_index=index, shard_count=count)
-  for step, batch in enumerate(batches):
-    scores = score(weights, shard_batch(batch, mesh))
-    scores = multihost_utils.process_allgather(scores, tiled=True)
-    for row, values in enumerate(scores, start=step * config.batch.rows):
-      if row < len(every_row):
-        places = every_row[row]
-        found[places] = values[: len(places)]
-  _check_finite(getattr(data, side), found)
-  return found
-
-
 def _check_finite(pairs: Split, logps: np.ndarray):
+  """Refuses log-probs that are not finite, naming the first pair's file and line."""
   bad = np.flatnonzero(~np.isfinite(logps).all(axis=1))
   if len(bad):
     first = bad[0]

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -78,8 +78,7 @@ class Reporter:
 
   def written(self, step: int, split: str) -> dict[str, Any]:
     """Returns what this run, or what it resumes, wrote of `split` after `step`; {} if nothing."""
-    lines = map(json.loads, self._lines)
-    return next((line for line in lines if (line['step'], line['split']) == (step, split)), {})
+    return _find(self._lines, step, split)
 
   def say(self, text: str):
     """Prints a line without disturbing the progress bar."""
@@ -122,6 +121,18 @@ class Reporter:
     first, since = self._start
     seconds = (time.monotonic() - since) / (step - first) * (self.num_steps - step)
     return f'  left {int(seconds) // 60}:{int(seconds) % 60:02d}'
+
+
+def read_metrics(path: epath.Path, step: int, split: str) -> dict[str, Any]:
+  """Returns what a run wrote of `split` after `step`; {} if nothing."""
+  return _find(path.read_text().splitlines(), step, split) if path.exists() else {}
+
+
+def _find(lines: Iterable[str], step: int, split: str) -> dict[str, Any]:
+  found = (
+    line for line in map(json.loads, lines) if (line['step'], line['split']) == (step, split)
+  )
+  return next(found, {})
 
 
 def _kept_lines(path: epath.Path, start_step: int) -> list[str]:

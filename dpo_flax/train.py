@@ -23,12 +23,14 @@ from dpo_flax.data import loader
 from dpo_flax.durability.checkpoint import Checkpoints
 from dpo_flax.durability.lock import sole_writer
 from dpo_flax.durability.preemption import Preempted, Preemption
-from dpo_flax.export import export
+from dpo_flax.exporting import check_outputs, export_adapter, export_merged, output_paths
 from dpo_flax.learner.optimizer import make_schedule
 from dpo_flax.learner.state import TrainState
+from dpo_flax.model_card import Facts
 from dpo_flax.objective.metrics import displacement
 from dpo_flax.planning.out_of_memory import explained
 from dpo_flax.reporting import Monitor, Reporter, displacement_warning, summarize
+from dpo_flax.run_record import write_record
 from dpo_flax.sharding import make_mesh, row_shard, shard_batch
 from dpo_flax.validation import validate
 
@@ -63,9 +65,11 @@ def train(config: ConfigDict) -> dict[str, float]:
     mesh = make_mesh(config.mesh)
     enter(jax.set_mesh(mesh))
     hosts.first_does(lambda: enter(sole_writer(workdir)))
+    hosts.first_does(lambda: check_outputs(config, output_paths(config)))
     run, state = assemble.build(config, mesh)
     checkpoints = enter(contextlib.closing(make_checkpoints(run)))
     state, done = checkpoints.resume(state, allow_data_change=config.allow_data_change)
+    hosts.first_does(lambda: write_record(run.record, workdir))
     reporter = Reporter(
       workdir, start_step=done, num_steps=run.num_steps, speaks=jax.process_index() == 0
     )
@@ -152,7 +156,7 @@ class Learning:
   def _export(self):
     self._monitor.pause()
     try:
-      save_exports(self.run, self.state)
+      save_exports(self.run, self.state, self.done, self.session.reporter)
     except OSError as error:
       # Several processes can only go on together.
       if self.run.config.train.on_save_error == 'stop' or jax.process_count() > 1:
@@ -243,10 +247,16 @@ def make_monitor(run: Run, reporter: Reporter) -> Monitor:
   )
 
 
-def save_exports(run: Run, state: TrainState) -> list[epath.Path]:
-  """Writes the policy as it is now for other programs to load; returns where."""
+def save_exports(run: Run, state: TrainState, step: int, reporter: Reporter):
+  """Writes the policy as it is after `step` for other programs to load, and says where."""
   policy = nnx.merge(run.graphdef, state.trainable, run.frozen).policy
-  return export(run.config, policy, run.lora, run.base)
+  facts = Facts(run.record, step, reporter.written(step, 'validation'))
+  for name, output in output_paths(run.config).items():
+    if name == 'peft':
+      export_adapter(policy, run.lora, facts, output, run.mesh)
+    else:
+      export_merged(policy, run.base, facts, output, run.mesh)
+    reporter.say(f'wrote {output}')
 
 
 def introduce(run: Run, state: TrainState, start_step: int, reporter: Reporter):
@@ -292,8 +302,7 @@ def conclude(learning: Learning):
     )
   if warning := displacement_warning(held_out):
     reporter.say(warning)
-  for path in save_exports(run, learning.state):
-    reporter.say(f'wrote {path}')
+  save_exports(run, learning.state, run.num_steps, learning.session.reporter)
 
 
 if __name__ == '__main__':

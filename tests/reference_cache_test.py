@@ -92,7 +92,7 @@ def test_training_runs_no_reference_stream(config):
 def test_a_second_run_reads_what_the_first_has_written(config, monkeypatch):
   first, _ = build(config, 'cache')
   assert len(files(config)) == 2
-  monkeypatch.setattr('dpo_flax.reference_cache._compute', None)
+  monkeypatch.setattr('dpo_flax.reference_cache.score_side', None)
   second, _ = build(config, 'cache')
   for side in ('train', 'validation'):
     np.testing.assert_array_equal(
@@ -145,7 +145,7 @@ def test_two_runs_that_write_at_once_do_not_meet(tmp_path, monkeypatch):
 
 def test_log_probs_that_are_not_finite_are_refused_with_their_place(config, monkeypatch):
   monkeypatch.setattr(
-    'dpo_flax.reference_cache.reference_logps',
+    'dpo_flax.scoring.reference_logps',
     lambda reference, batch, chunk: jnp.full((*batch['pair_mask'].shape, 2), jnp.nan),
   )
   with pytest.raises(ValueError, match=r'pairs\.jsonl:\d+: the log-probs .* not finite'):

@@ -23,6 +23,7 @@ from dpo_flax.learner.step import StepOptions, make_eval_step, make_train_step
 from dpo_flax.model.lora import LoraConfig
 from dpo_flax.objective.settings import SORTED, Objective, check_records
 from dpo_flax.reference_cache import with_reference_logps
+from dpo_flax.run_record import RunRecord, make_record
 from dpo_flax.sharding import row_parts
 from dpo_flax.validation import validate_rows
 
@@ -43,6 +44,7 @@ class Run:
   options: StepOptions
   identity: RunIdentity
   starts_as_reference: bool  # policy and reference are one before the first step
+  record: RunRecord
 
 
 def build(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
@@ -78,6 +80,8 @@ def build(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     data = with_reference_logps(data, reference, config, fingerprint=weights, mesh=mesh)
   graphdef, trainable, frozen = split_models(models)
   optimizer = make_optimizer(config.optimizer, num_steps)
+  fingerprints = {'data': data.fingerprint, **sources.fingerprints()}
+  identity = RunIdentity(config_lib.identity(config), fingerprints)
   run = Run(
     config=config,
     mesh=mesh,
@@ -89,10 +93,9 @@ def build(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     frozen=frozen,
     optimizer=optimizer,
     options=options,
-    identity=RunIdentity(
-      config_lib.identity(config), {'data': data.fingerprint, **sources.fingerprints()}
-    ),
+    identity=identity,
     starts_as_reference=sources.starts_as_reference(),
+    record=make_record(config, data, identity, num_steps),
   )
   return run, init_state(trainable, optimizer, mesh)
 

@@ -1,5 +1,7 @@
 """Config and opened sources -> the policy and its reference on a mesh."""
 
+from collections.abc import Callable
+
 import jax
 from flax import nnx
 from jax.sharding import Mesh
@@ -7,7 +9,7 @@ from ml_collections import ConfigDict
 
 from dpo_flax.assembly.sources import Sources
 from dpo_flax.interop.hf_weights import Checkpoint, load_base
-from dpo_flax.interop.peft import load_adapter
+from dpo_flax.interop.peft import Adapter, load_adapter
 from dpo_flax.learner.state import Models
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.embedding import Embedding
@@ -79,6 +81,33 @@ def load_model(
 ) -> Transformer:
   """Returns a model with fresh adapters, whose every array is made or read into its shards."""
 
+  def load(base):
+    return load_base(checkpoint, base, mesh)
+
+  return _make_model(model_config, lora, checkpoint and load, mesh, seed)
+
+
+def load_onto(policy: Transformer, adapter: Adapter, mesh: Mesh) -> Transformer:
+  """Returns an adapter on the policy's own base, of which it makes no copy."""
+
+  def share(base):
+    own = dict(nnx.to_flat_state(nnx.state(policy, BASE)))
+    wanted = nnx.to_flat_state(base)
+    return nnx.from_flat_state([(path, place.replace(own[path][...])) for path, place in wanted])
+
+  model = _make_model(policy.config, adapter.lora, share, mesh, seed=0)
+  train_whole(model, adapter.lora.saved)
+  nnx.update(model, load_adapter(adapter, nnx.state(model, TRAINABLE), mesh))
+  return model
+
+
+def _make_model(
+  model_config: ModelConfig,
+  lora: LoraConfig | None,
+  find_base: Callable[[nnx.State], nnx.State] | None,  # the arrays of abstract ones; None: random
+  mesh: Mesh,
+  seed: int,
+) -> Transformer:
   def make():
     return nnx.split(Transformer(model_config, lora, nnx.Rngs(params=seed, lora=seed + 1)))
 
@@ -89,11 +118,11 @@ def load_model(
     # Whatever the state leaves out, the compiler does not compute.
     return jax.jit(lambda: nnx.filter_state(make()[1], kind), out_shardings=shardings)()
 
-  if checkpoint is None:
+  if find_base is None:
     return nnx.merge(graphdef, init(...))
   base, others = nnx.split_state(abstract, BASE, ...)
   others = init(nnx.Not(BASE)) if others else others
-  model = nnx.merge(graphdef, load_base(checkpoint, base, mesh), others)
+  model = nnx.merge(graphdef, find_base(base), others)
   _fit_magnitudes(model, mesh)
   return model
 

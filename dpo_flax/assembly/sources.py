@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from dpo_flax.interop import hf_weights, peft
 from dpo_flax.interop.hf_weights import Checkpoint
 from dpo_flax.interop.peft import Adapter, open_adapter
 from dpo_flax.interop.premerge import merge_adapter
-from dpo_flax.interop.tensor_files import parse_json
+from dpo_flax.interop.safe_files import parse_json
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.hf_config import from_hf_config
 from dpo_flax.model.presets import from_preset
@@ -178,7 +179,7 @@ def _check_same_tokenizer(policy: epath.Path, reference: epath.Path):
 
 def _read_tokenizer(file: epath.Path) -> dict[str, Any]:
   """Returns what of a tokenizer.json decides the ids of a text."""
-  values = parse_json(file.read_bytes(), file)
+  values = parse_json(file.read_bytes(), file, max_values=math.inf)
   model = dict(values.get('model') or {})
   # Older files write a merge as one string.
   merges = [

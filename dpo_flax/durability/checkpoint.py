@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from flax import nnx
 from jax.experimental import multihost_utils
 
 from dpo_flax import hosts
@@ -277,7 +278,45 @@ def _check_finite(state: TrainState, step: int):
     )
 
 
-def _named_arrays(state: TrainState) -> dict[str, jax.Array]:
+def newest_step(directory: epath.Path) -> int:
+  """Returns the newest finished step.
+
+  Raises:
+    ValueError: there is none.
+  """
+  found = steps.finished(directory)
+  if not found:
+    raise ValueError(f'{directory} holds no checkpoint')
+  return found[-1]
+
+
+def restore_trainable(directory: epath.Path, step: int, trainable: nnx.State) -> nnx.State:
+  """Returns what the state saved as `step` learned, on the shardings of `trainable`.
+
+  Neither the optimizer's part of the state nor a running training is touched.
+
+  Raises:
+    ValueError: there is no such step, or it is damaged.
+  """
+  found = steps.finished(directory)
+  if step not in found:
+    raise ValueError(f'{directory} holds no step {step}, but {", ".join(map(str, found))}')
+  if faults := manifest.faults(directory / str(step)):
+    raise ValueError(f'{directory}/{step} is damaged: {faults[0]}')
+  arrays = {f'trainable.{name}': array for name, array in _named_arrays(trainable).items()}
+  targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, arrays)
+  args = ocp.args.PyTreeRestore(
+    targets,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(targets),
+    partial_restore=True,
+  )
+  place = epath.Path(directory).resolve() / str(step) / _STATE
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    restored = checkpointer.restore(place, args=args)
+  return jax.tree.unflatten(jax.tree.structure(trainable), [restored[name] for name in arrays])
+
+
+def _named_arrays(state: TrainState | nnx.State) -> dict[str, jax.Array]:
   """Path -> array, in the order of the state's leaves."""
   leaves = jax.tree.leaves_with_path(state)
   return {jax.tree_util.keystr(path, simple=True, separator='.'): leaf for path, leaf in leaves}

@@ -21,14 +21,9 @@ from dpo_flax.interop.language_model import has_language_model, language_model
 from dpo_flax.interop.merging import check_mergeable, gather_factors, merge
 from dpo_flax.interop.named_arrays import Slot, gather_slot, load_arrays, make_slots, match
 from dpo_flax.interop.names import HARMLESS, name_table
-from dpo_flax.interop.tensor_files import (
-  DTYPES,
-  TensorFile,
-  new_directory,
-  parse_json,
-  read_header,
-  write_tensors,
-)
+from dpo_flax.interop.safe_files import find_file, read_json
+from dpo_flax.interop.tensor_files import DTYPES, TensorFile, read_header, write_tensors
+from dpo_flax.messages import shown, shown_list
 from dpo_flax.model.hf_config import to_hf_config
 from dpo_flax.model.lora import BASE, Trained
 from dpo_flax.model.quantization import scale_path
@@ -39,6 +34,8 @@ COPIED_FILES = (
   'generation_config.json',
   'tokenizer.json',
   'tokenizer.model',
+  'vocab.json',
+  'merges.txt',
   'tokenizer_config.json',
   'special_tokens_map.json',
   'added_tokens.json',
@@ -66,17 +63,22 @@ def open_checkpoint(path: str) -> Checkpoint:
   """Opens a directory, local or gs://, or downloads a hub id (needs the `hub` extra).
 
   Raises:
-    ValueError: there is no such checkpoint, or its files contradict each other.
+    ValueError: there is no such checkpoint, its files contradict each other, or one of them is a
+      link that leads elsewhere.
   """
   directory = epath.Path(path).expanduser()
   if not directory.is_dir():
     directory = _download(path)
-  config = directory / 'config.json'
-  if not config.exists():
+  files = {name: find_file(directory, name) for name in COPIED_FILES}
+  config = files['config.json']
+  if config is None:
     raise ValueError(f'{directory} has no config.json: no checkpoint in Hugging Face layout')
-  values, tensors = parse_json(config.read_bytes(), config), _open_tensors(directory)
+  values, tensors = read_json(config), _open_tensors(directory)
   if has_language_model(values):
     values, tensors = language_model(values, tensors, str(directory))
+  layers = values.get('num_hidden_layers')
+  if isinstance(layers, int) and layers > len(tensors):
+    raise ValueError(f'{config}: num_hidden_layers is {layers}, for {len(tensors)} tensors')
   return Checkpoint(directory, values, tensors)
 
 
@@ -111,18 +113,17 @@ def load_base(
 def save_merged(
   model: Transformer,
   checkpoint: Checkpoint | None,  # None: random weights, which no checkpoint holds
-  output: epath.PathLike,
+  directory: epath.PathLike,  # made if it is missing; what it holds is not looked at
   *,
   shard_bytes: int = SHARD_BYTES,
 ) -> None:
-  """Writes base + adapters as a Hugging Face directory from process 0, one tensor at a time.
+  """Writes base + adapters in Hugging Face layout from process 0, one tensor at a time.
 
   What is adapted or trained is computed in float32 and rounded to the checkpoint's dtype. All other
   tensors and files are the checkpoint's own; without one they are the model's.
 
   Raises:
-    ValueError: `checkpoint` is not this model's, its layout cannot hold the model, or `output`
-      holds something else.
+    ValueError: `checkpoint` is not this model's, or its layout cannot hold the model.
   """
   check_mergeable(model)
   base = nnx.state(model, BASE)
@@ -139,12 +140,13 @@ def save_merged(
     _merged(model, base, slots[name], tensors and tensors[name], dtypes[name]) for name in order
   )
   if jax.process_index() == 0:
-    with new_directory(output) as directory:
-      _write_shards(directory, specs, arrays, shard_bytes)
-      _write_sidecars(directory, model, checkpoint)
+    directory = epath.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_shards(directory, specs, arrays, shard_bytes)
+    _write_sidecars(directory, model, checkpoint)
   else:
     collections.deque(arrays, maxlen=0)  # takes part in gathering
-  multihost_utils.sync_global_devices(f'wrote {output}')
+  multihost_utils.sync_global_devices(f'wrote {directory}')
 
 
 def _download(path: str) -> epath.Path:
@@ -167,29 +169,42 @@ def _download(path: str) -> epath.Path:
 
 def _open_tensors(directory: epath.Path) -> dict[str, TensorFile]:
   """Reads the headers of the one file, or of all that the index lists."""
-  if (directory / FILE).exists():
-    return read_header(directory / FILE)[1]
-  index = directory / INDEX
-  if not index.exists():
+  whole, index = (find_file(directory, name) for name in (FILE, INDEX))
+  if whole is not None:
+    return read_header(whole)[1]
+  if index is None:
     raise ValueError(f'{directory} has no {FILE} and no {INDEX}; .bin and .pt files are not read')
-  listed = parse_json(index.read_bytes(), index).get('weight_map')
+  listed = read_json(index).get('weight_map')
   if not isinstance(listed, dict):
     raise ValueError(f'{index}: no weight_map')
   tensors, faults = {}, []
   for file in sorted(set(map(str, listed.values()))):
-    # The index may come from anyone: only plain names, so that nothing outside is opened.
-    if not re.fullmatch(r'\w[\w.-]*\.safetensors', file):
-      raise ValueError(f'{index}: {file!r} is no plain name of a .safetensors file beside it')
-    if not (directory / file).exists():
-      raise ValueError(f'{index}: {directory / file} does not exist: an incomplete download?')
-    for name, tensor in read_header(directory / file)[1].items():
+    for name, tensor in read_header(_find_shard(directory, file))[1].items():
       if listed.get(name) != file:
-        faults.append(f'{name}: in {file}, but the index says {listed.get(name, "nothing of it")}')
+        said = shown(listed.get(name, 'nothing of it'))
+        faults.append(f'{name}: in {file}, but the index says {said}')
       tensors[name] = tensor
-  faults += [f'{name}: not in {file}' for name, file in listed.items() if name not in tensors]
+  faults += [
+    f'{shown(name)}: not in {file}' for name, file in listed.items() if name not in tensors
+  ]
   if faults:
-    raise ValueError(f'{index} contradicts the files:\n  ' + '\n  '.join(faults))
+    raise ValueError(f'{index} contradicts the files:{shown_list(faults)}')
   return tensors
+
+
+def _find_shard(directory: epath.Path, name: str) -> epath.Path:
+  """Returns a file that the index lists."""
+  # Only plain names, so that no path leads out of the directory, and no pickle is opened.
+  if not re.fullmatch(r'\w[\w.-]{0,200}\.safetensors', name, re.ASCII):
+    raise ValueError(
+      f'{directory / INDEX}: {shown(repr(name))} is no plain name of a .safetensors file beside it'
+    )
+  file = find_file(directory, name)
+  if file is None:
+    raise ValueError(
+      f'{directory / INDEX}: {directory / name} does not exist: an incomplete download?'
+    )
+  return file
 
 
 def _matched(
@@ -199,14 +214,13 @@ def _matched(
   table = name_table(checkpoint.config['model_type'])
   slots, tensors = make_slots(base, table), dict(checkpoint.tensors)
   head, embedding = 'lm_head.weight', 'model.embed_tokens.weight'
-  if head not in slots and head in tensors and embedding in tensors:
-    # Some writers store a tied head again. An equal copy is harmless, another one is no tied head.
-    copy = tensors.pop(head)
-    if not _equal(copy, tensors[embedding]):
-      raise ValueError(
-        f'{checkpoint.directory}: tie_word_embeddings, but {head} differs from {embedding}'
-      )
+  # Some writers store a tied head again. An equal copy is harmless, another one is no tied head.
+  copy = None if head in slots else tensors.pop(head, None)
   match(tensors, slots, harmless=HARMLESS, where=str(checkpoint.directory))
+  if copy is not None and not _equal(copy, tensors[embedding]):
+    raise ValueError(
+      f'{checkpoint.directory}: tie_word_embeddings, but {head} differs from {embedding}'
+    )
   return tensors, slots
 
 
@@ -278,5 +292,5 @@ def _write_sidecars(directory: epath.Path, model: Transformer, checkpoint: Check
   for name in COPIED_FILES:
     if (checkpoint.directory / name).exists():
       (directory / name).write_bytes((checkpoint.directory / name).read_bytes())
-  if has_language_model(parse_json(config.read_bytes(), config)):
+  if has_language_model(read_json(config)):
     config.write_text(json.dumps(checkpoint.config, indent=2))

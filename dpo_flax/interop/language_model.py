@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from dpo_flax.messages import shown
 from dpo_flax.model.families import FAMILIES
 from dpo_flax.model.fields import check_fields
 from dpo_flax.model.hf_config import HARMLESS_FIELDS
@@ -25,7 +26,7 @@ _PREFIX = re.compile(r'language_model\.(?=model\.|lm_head\.)|(?<=^model\.)langua
 
 def has_language_model(config: Mapping[str, Any]) -> bool:
   """Whether config.json describes a language model and something else."""
-  return config.get('model_type') in _TEXT
+  return str(config.get('model_type')) in _TEXT
 
 
 def language_model(
@@ -42,7 +43,7 @@ def language_model(
   inner = config.get('text_config')
   model_type = _TEXT[config['model_type']]
   if not isinstance(inner, Mapping) or inner.get('model_type', model_type) != model_type:
-    raise ValueError(f'{where}: text_config is {inner!r}, not the config of a {model_type}')
+    raise ValueError(f'{where}: text_config is {shown(inner)}, not the config of a {model_type}')
   alone = {'architectures': [FAMILIES[model_type].architecture], 'model_type': model_type}
   for name in ('dtype', 'torch_dtype'):
     if name in config:

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, Sharding
 
 from dpo_flax.interop.tensor_files import DTYPES, TensorFile
+from dpo_flax.messages import shown, shown_list
 from dpo_flax.model.quantization import ChannelScale, quantize, scale_path
 from dpo_flax.sharding import named_shardings
 
@@ -68,13 +69,14 @@ def match(
   for name, tensor in tensors.items():
     if name not in slots:
       if not harmless.fullmatch(name):
-        faults.append(f'{name}: unexpected')
+        faults.append(f'{shown(name)}: unexpected')
     elif tensor.shape != slots[name].shape:
       faults.append(f'{name}: shape {list(tensor.shape)}, expected {list(slots[name].shape)}')
     elif tensor.dtype not in DTYPES:
-      faults.append(f'{name}: dtype {tensor.dtype}, expected one of {", ".join(DTYPES)}')
+      expected = ', '.join(DTYPES)
+      faults.append(f'{name}: dtype {shown(tensor.dtype)}, expected one of {expected}')
   if faults:
-    raise ValueError(f'{where} does not fit the model:\n  ' + '\n  '.join(faults))
+    raise ValueError(f'{where} does not fit the model:{shown_list(faults)}')
 
 
 def load_arrays(

@@ -18,13 +18,8 @@ from dpo_flax.interop.merging import side_by_side
 from dpo_flax.interop.named_arrays import gather, match
 from dpo_flax.interop.names import Table, names_of
 from dpo_flax.interop.peft_config import PREFIX, read_config, write_config
-from dpo_flax.interop.tensor_files import (
-  TensorFile,
-  new_directory,
-  parse_json,
-  read_header,
-  write_tensors,
-)
+from dpo_flax.interop.safe_files import find_file, read_json
+from dpo_flax.interop.tensor_files import TensorFile, read_header, write_tensors
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.lora import TRAINABLE, LoraConfig
 from dpo_flax.model.transformer import Transformer
@@ -84,9 +79,9 @@ def open_adapter(path: epath.PathLike, config: ModelConfig) -> Adapter:
   """
   directory = epath.Path(path).expanduser()
   for name in (CONFIG, WEIGHTS):
-    if not (directory / name).exists():
+    if find_file(directory, name) is None:
       raise ValueError(f'{directory} has no {name}: no PEFT adapter in safetensors')
-  values = parse_json((directory / CONFIG).read_bytes(), directory / CONFIG)
+  values = read_json(directory / CONFIG)
   _, tensors = read_header(directory / WEIGHTS)
   shapes = {name: tensor.shape for name, tensor in tensors.items()}
   lora = read_config(values, shapes, config, directory / CONFIG)
@@ -134,14 +129,14 @@ def save_adapter(
   model: Transformer,
   lora: LoraConfig,
   base_name: str | None,  # what PEFT users load the adapter onto
-  output: epath.PathLike,
+  directory: epath.PathLike,  # made if it is missing; what it holds is not looked at
 ) -> None:
-  """Writes what the policy learned in float32 as a PEFT directory, from process 0.
+  """Writes what the policy learned in float32 in PEFT's layout, from process 0.
 
   Where it learned on top of an adapter of the reference, the two are written as one.
 
   Raises:
-    ValueError: `lora` does not describe the model's adapters, or `output` holds something else.
+    ValueError: `lora` does not describe the model's adapters.
   """
   state = nnx.state(model, TRAINABLE)
   if lora.continues:
@@ -150,13 +145,14 @@ def save_adapter(
   specs = {name: (np.dtype(np.float32), part.shape) for name, part in parts.items()}
   arrays = _gather_parts(dict(nnx.to_flat_state(state)), parts)
   if jax.process_index() == 0:
-    with new_directory(output) as directory:
-      write_tensors(directory / WEIGHTS, specs, arrays)
-      values = write_config(lora, model.config, base_name)
-      (directory / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True))
+    directory = epath.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tensors(directory / WEIGHTS, specs, arrays)
+    values = write_config(lora, model.config, base_name)
+    (directory / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True))
   else:
     collections.deque(arrays, maxlen=0)  # takes part in gathering
-  multihost_utils.sync_global_devices(f'wrote {output}')
+  multihost_utils.sync_global_devices(f'wrote {directory}')
 
 
 def make_parts(state: nnx.State, lora: LoraConfig, names: Table) -> dict[str, Part]:

@@ -1,14 +1,16 @@
 """PEFT's adapter_config.json <-> our LoraConfig."""
 
 import collections
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
 from dpo_flax.interop.names import names_of
+from dpo_flax.messages import shown
 from dpo_flax.model.config import ModelConfig
-from dpo_flax.model.fields import check_fields
+from dpo_flax.model.fields import check_fields, typed
 from dpo_flax.model.lora import LoraConfig, LowRank
 from dpo_flax.model.targets import low_rank, module_names, pattern_lookup
 
@@ -33,6 +35,8 @@ INITIALISERS = (True, False, None, 'gaussian', 'eva', 'orthogonal')
 
 PREFIX = 'base_model.model.'
 
+_REPETITIONS = 3  # in one pattern
+
 
 def read_config(
   values: Mapping[str, Any],  # of adapter_config.json
@@ -48,16 +52,17 @@ def read_config(
   check_fields(values, known=USED_FIELDS | HARMLESS_FIELDS, fixed=FIXED_FIELDS, where=str(where))
   if values.get('init_lora_weights') not in INITIALISERS:
     raise ValueError(
-      f'{where}: init_lora_weights={values["init_lora_weights"]!r} changes the base weights;'
+      f'{where}: init_lora_weights={shown(values["init_lora_weights"])} changes the base weights;'
       ' convert the adapter to a plain LoRA first'
     )
   _check_numbers(values, where)
   saved = _saved(shapes, config)
   tied = bool(config.tie_word_embeddings and values.get('ensure_weight_tying'))
   if config.tie_word_embeddings and not tied and saved & {'embed_tokens', 'lm_head'}:
+    given = shown(values.get('modules_to_save'))
     raise ValueError(
-      f'{where}: modules_to_save={values.get("modules_to_save")} unties the head from the token '
-      'table; supported with ensure_weight_tying=true'
+      f'{where}: modules_to_save={given} unties the head from the token table; supported with '
+      'ensure_weight_tying=true'
     )
   modules = _modules(values, shapes, config, where)
   if tied and 'embed_tokens' in modules:
@@ -112,14 +117,20 @@ def _every_layer(module: LowRank, count: int) -> list[tuple[int, float]]:
 
 
 def _check_numbers(values: Mapping[str, Any], where: epath.Path):
-  rank, alpha, dropout = values.get('r'), values.get('lora_alpha'), values.get('lora_dropout', 0.0)
-  if type(rank) is not int or rank < 1 or not isinstance(alpha, (int, float)):
-    raise ValueError(f'{where}: r={rank!r} and lora_alpha={alpha!r} are not a rank and a number')
+  for field, kind in (('r', int), ('lora_alpha', float)):
+    typed({field: None} | values, field, kind, str(where))
+  dropout = values.get('lora_dropout') or 0.0
   if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-    raise ValueError(f'{where}: lora_dropout={dropout!r} is not in [0, 1)')
-  for field in ('rank_pattern', 'alpha_pattern'):
-    if not isinstance(values.get(field) or {}, Mapping):
-      raise ValueError(f'{where}: {field}={values[field]!r} is no mapping')
+    raise ValueError(f'{where}: lora_dropout={shown(dropout)} is not in [0, 1)')
+  for field, kind in (('rank_pattern', int), ('alpha_pattern', float)):
+    patterns = values.get(field) or {}
+    if not isinstance(patterns, Mapping):
+      raise ValueError(f'{where}: {field}={shown(patterns)} is no mapping')
+    for pattern in patterns:
+      typed(patterns, pattern, kind, f'{where}: {field}')
+      # A regular expression of anyone's: repeated groups can take forever.
+      if len(re.findall(r'[*+{]', pattern)) > _REPETITIONS or re.search(r'\)[*+{]', pattern):
+        raise ValueError(f'{where}: {field}: {shown(pattern)} is too complex an expression')
 
 
 def _modules(
@@ -130,6 +141,7 @@ def _modules(
 ) -> dict[str, LowRank]:
   """Returns rank and alpha of each module that has tensors."""
   names = module_names(config)
+  largest = max((shape[0] for shape in shapes.values() if shape), default=0)
   rank_of, alpha_of = (
     pattern_lookup(values.get(field) or {}, names, f'{where}: {field}')
     for field in ('rank_pattern', 'alpha_pattern')
@@ -145,6 +157,9 @@ def _modules(
       float(alpha_of(place, values['lora_alpha'])) if there else 0.0
       for place, there in zip(places, held, strict=True)
     ]
+    # Before anything of that size is made.
+    if max(ranks) > largest:
+      raise ValueError(f'{where}: {name} has rank {max(ranks)}, no factor more than {largest} rows')
     if any(held):
       modules[name] = low_rank(ranks, alphas)
   return modules

@@ -5,16 +5,18 @@ data_offsets) and the tensors' bytes (https://huggingface.co/docs/safetensors). 
 its offset lets one reader serve disks and gs://; writing in order keeps one tensor in memory.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from etils import epath
+
+from dpo_flax.interop.safe_files import MAX_JSON_BYTES, parse_json
+from dpo_flax.messages import shown
 
 DTYPES = {
   'BF16': np.dtype(ml_dtypes.bfloat16),
@@ -23,14 +25,18 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-METADATA = {'format': 'pt', 'written_by': 'dpo_flax'}
+WRITER = 'dpo_flax'
+METADATA = {'format': 'pt', 'written_by': WRITER}
+
+_MAX_AXES, _MAX_SIZE = 8, 2**63  # of a tensor; a product of these is still an ordinary number
+_CHECKED_VALUES = 1 << 18  # at once: they stay in the processor's cache
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorFile:
   """One tensor inside a file; nothing of it is read yet."""
 
+  name: str
   path: epath.Path
   dtype: str  # the format's name of it; DTYPES holds those that can be read
   shape: tuple[int, ...]
@@ -42,34 +48,29 @@ class TensorFile:
     return math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
 
   def read(self, start: int, stop: int) -> np.ndarray:
-    """Reads the indices start ... stop of the first axis, and no other byte."""
+    """Reads the indices start ... stop of the first axis, and no other byte.
+
+    Raises:
+      ValueError: the file has become shorter, or a value is not finite.
+    """
     with self.path.open('rb') as file:
       file.seek(self.offset + start * self.row_bytes)
       data = file.read((stop - start) * self.row_bytes)
-    return np.frombuffer(data, DTYPES[self.dtype]).reshape(stop - start, *self.shape[1:])
+    if len(data) != (stop - start) * self.row_bytes:
+      raise ValueError(f'{self.path}: truncated since it was opened, within {shown(self.name)}')
+    values = np.frombuffer(data, DTYPES[self.dtype])
+    if not _is_finite(values):
+      raise ValueError(f'{self.path}: {shown(self.name)} holds NaN or infinite values: damaged?')
+    return values.reshape(stop - start, *self.shape[1:])
 
 
-def parse_json(text: bytes, where: epath.Path) -> dict[str, Any]:
-  """Parses a JSON object, refusing keys that occur twice.
-
-  Raises:
-    ValueError: it is not one.
-  """
-
-  def unique(pairs):
-    values = dict(pairs)
-    if len(values) < len(pairs):
-      keys = [key for key, _ in pairs]
-      raise ValueError(f'duplicate {sorted({key for key in keys if keys.count(key) > 1})}')
-    return values
-
-  try:
-    values = json.loads(text, object_pairs_hook=unique)
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f'{where}: not valid JSON: {error}') from error
-  if not isinstance(values, dict):
-    raise ValueError(f'{where}: a JSON object is expected, not {type(values).__name__}')
-  return values
+def _is_finite(values: np.ndarray) -> bool:
+  """Whether no value is NaN or infinite: those have the largest bits, once the sign is off."""
+  bits = np.dtype(f'u{values.itemsize}')
+  infinity = np.array(np.inf, values.dtype).view(bits)
+  values, unsigned = values.view(bits), np.array(np.iinfo(bits).max >> 1, bits)
+  starts = range(0, len(values), _CHECKED_VALUES)
+  return all((values[at : at + _CHECKED_VALUES] & unsigned).max() < infinity for at in starts)
 
 
 def read_header(path: epath.Path) -> tuple[dict[str, str], dict[str, TensorFile]]:
@@ -84,14 +85,18 @@ def read_header(path: epath.Path) -> tuple[dict[str, str], dict[str, TensorFile]
     length = int.from_bytes(prefix, 'little')
     if prefix == b'version ':
       raise ValueError(f'{path}: a git-lfs pointer, not the file itself: run `git lfs pull`')
-    if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+    if len(prefix) < 8 or length > size - 8:
       raise ValueError(f'{path}: no safetensors file: {size} bytes, header of {length}')
+    if length > MAX_JSON_BYTES:
+      raise ValueError(f'{path}: a header of {length} bytes; at most {MAX_JSON_BYTES} are read')
     header = parse_json(file.read(length), path)
   metadata = header.pop('__metadata__', {})
+  if not isinstance(metadata, dict):
+    raise ValueError(f'{path}: __metadata__ is {shown(metadata)}, not an object')
   start, tensors, spans = 8 + length, {}, []
   for name, entry in header.items():
     dtype, shape, span = _entry(entry, name, path)
-    tensors[name] = TensorFile(path, dtype, shape, start + span[0])
+    tensors[name] = TensorFile(name, path, dtype, shape, start + span[0])
     spans.append(span)
   end = 0
   for span in sorted(spans):
@@ -123,56 +128,22 @@ def write_tensors(
       file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-@contextlib.contextmanager
-def new_directory(output: epath.PathLike) -> Iterator[epath.Path]:
-  """Yields a temporary sibling that takes the place of `output` when the block ends without error.
-
-  A reader sees the old directory or the whole new one, except in buckets: they have no atomic
-  rename, and the files appear one by one.
-
-  Raises:
-    ValueError: `output` exists and is no earlier export, so that replacing it would lose something.
-  """
-  output = epath.Path(output)
-  if output.exists() and not _is_export(output):
-    raise ValueError(f'{output} exists and was not written by an earlier export: choose another')
-  temporary = output.parent / f'.{output.name}.new'
-  retired = output.parent / f'.{output.name}.old'
-  for leftover in (temporary, retired):
-    if leftover.exists():
-      leftover.rmtree()
-  temporary.mkdir(parents=True)
-  yield temporary
-  if output.exists():
-    output.rename(retired)
-  temporary.rename(output)
-  if retired.exists():
-    retired.rmtree()
-
-
-def _is_export(directory: epath.Path) -> bool:
-  """Whether a directory is empty, or all its tensors were written by `write_tensors`."""
-  if not directory.is_dir():
-    return False
-  files = list(directory.iterdir())
-  tensors = [file for file in files if file.suffix == '.safetensors']
-  written = all(read_header(file)[0].get('written_by') == 'dpo_flax' for file in tensors)
-  return not files or (bool(tensors) and written)
-
-
 def _entry(entry: Any, name: str, path: epath.Path) -> tuple[str, tuple[int, ...], tuple[int, int]]:
   """Checks one tensor of a header: (dtype, shape, (begin, end) in the data)."""
 
   def sizes(values):
-    return isinstance(values, list) and all(type(size) is int and size >= 0 for size in values)
+    return isinstance(values, list) and all(
+      type(size) is int and 0 <= size < _MAX_SIZE for size in values
+    )
 
   try:
     dtype, shape, span = entry['dtype'], entry['shape'], entry['data_offsets']
     valid = isinstance(dtype, str) and sizes(shape) and sizes(span) and len(span) == 2
+    valid = valid and len(shape) <= _MAX_AXES and name.isprintable()
   except (KeyError, TypeError):
     valid = False
   if valid and dtype in DTYPES:
     valid = math.prod(shape) * DTYPES[dtype].itemsize == span[1] - span[0]
   if not valid:
-    raise ValueError(f'{path}: tensor {name} is malformed: {entry}')
+    raise ValueError(f'{path}: tensor {shown(name)} is malformed: {shown(entry)}')
   return dtype, tuple(shape), tuple(span)

@@ -3,6 +3,8 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from dpo_flax.messages import shown
+
 
 def check_fields(
   values: Mapping[str, Any], *, known: Collection[str], fixed: Mapping[str, Any], where: str
@@ -17,9 +19,9 @@ def check_fields(
     # None, False and empty containers are how a config.json says that it lacks a feature.
     off = value is None or value is False or value in ([], {})
     if name in fixed and value is not None and value != fixed[name]:
-      refused.append(f'{name}={value!r} (supported: {fixed[name]!r})')
+      refused.append(f'{shown(name)}={shown(value)} (supported: {fixed[name]!r})')
     elif name not in known and name not in fixed and not off:
-      refused.append(f'{name}={value!r} (unknown)')
+      refused.append(f'{shown(name)}={shown(value)} (unknown)')
   if refused:
     raise ValueError(f'{where}: these fields may change the result: {", ".join(refused)}')
 
@@ -35,5 +37,5 @@ def typed(values: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
   limit = 10**7 if kind is int else 1e12  # no model comes near; NaN is not below it
   if not right or (kind is not bool and (isinstance(value, bool) or not 0 < value < limit)):
     expected = 'true or false' if kind is bool else f'a positive {kind.__name__}'
-    raise ValueError(f'{where}: {name} is {value!r}, not {expected}')
+    raise ValueError(f'{where}: {name} is {shown(value)}, not {expected}')
   return kind(value)

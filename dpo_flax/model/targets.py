@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from dpo_flax.messages import shown
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.lora import LowRank
 
@@ -180,7 +181,7 @@ def pattern_lookup(
   regexes = {_compiled(rf'(.*\.)?({key})$', field): value for key, value in patterns.items()}
   for regex, key in zip(regexes, patterns, strict=True):
     if not any(regex.match(place) for places in modules.values() for place in places):
-      raise ValueError(f'{field}: {key!r} matches none of {", ".join(modules)}')
+      raise ValueError(f'{field}: {shown(key)} matches none of {", ".join(modules)}')
   return lambda module, default: next(
     (value for regex, value in regexes.items() if regex.match(module)), default
   )
@@ -190,7 +191,7 @@ def _compiled(pattern: str, field: str) -> re.Pattern:
   try:
     return re.compile(pattern)
   except re.error as error:
-    raise ValueError(f'{field}={pattern!r} is not a regular expression: {error}') from None
+    raise ValueError(f'{field}={shown(pattern)} is not a regular expression: {error}') from None
 
 
 def _ends(modules: Modules) -> str:

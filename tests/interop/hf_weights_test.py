@@ -250,34 +250,6 @@ def test_view_without_adapters_exports_the_base(llama, tmp_path):
   assert_same_weights(left, right)
 
 
-def test_export_replaces_an_earlier_export_and_nothing_else(llama, tmp_path):
-  base, merged = tmp_path / 'base', tmp_path / 'merged'
-  llama.write(base)
-  checkpoint, model = open_checkpoint(str(base)), llama.read(base)
-  save_merged(model, checkpoint, merged, shard_bytes=20_000)
-  save_merged(model, checkpoint, merged)
-  assert [path.name for path in merged.glob('*.safetensors')] == ['model.safetensors']
-  with pytest.raises(ValueError, match='not written by an earlier export'):
-    save_merged(model, checkpoint, base)
-  assert sorted(path.name for path in tmp_path.iterdir()) == ['base', 'merged']
-
-
-def test_failed_export_leaves_the_earlier_one(llama, tmp_path, monkeypatch):
-  base, merged = tmp_path / 'base', tmp_path / 'merged'
-  llama.write(base)
-  checkpoint, model = open_checkpoint(str(base)), llama.read(base)
-  save_merged(model, checkpoint, merged)
-  before = {path.name: path.read_bytes() for path in merged.iterdir()}
-
-  def fail(*_):
-    raise OSError('disk full')
-
-  monkeypatch.setattr(hf_weights, '_write_sidecars', fail)
-  with pytest.raises(OSError, match='disk full'):
-    save_merged(model, checkpoint, merged)
-  assert {path.name: path.read_bytes() for path in merged.iterdir()} == before
-
-
 def test_export_of_another_model_is_refused(llama, tmp_path):
   llama.write(tmp_path / 'base')
   llama.write(tmp_path / 'other', num_hidden_layers=2)

@@ -8,7 +8,8 @@ import pytest
 import safetensors.numpy
 from etils import epath
 
-from dpo_flax.interop.tensor_files import new_directory, read_header, write_tensors
+from dpo_flax.interop import tensor_files
+from dpo_flax.interop.tensor_files import read_header, write_tensors
 
 ARRAYS = {
   'a': np.arange(24, dtype=np.float32).reshape(4, 6),
@@ -64,6 +65,10 @@ def test_safetensors_reads_what_we_write(tmp_path):
     ({'a': entry(0, 8), 'b': entry(4, 12)}, 12, 'overlap'),
     ({'a': entry(0, 8), 'b': entry(12, 16)}, 16, 'gap'),
     ({'a': entry(8, 0, [4], 'I8')}, 8, 'overlap or leave a gap'),
+    ({'a': entry(0, 8, [1] * 9)}, 8, 'tensor a is malformed'),
+    ({'a': entry(0, 8, [10**4000] * 8, 'I8')}, 8, 'tensor a is malformed'),
+    ({'a\x1b[2J': entry(0, 8)}, 8, r"tensor 'a.x1b\[2J' is malformed"),
+    ({'a': entry(0, 8), '__metadata__': []}, 8, '__metadata__'),
     ({'a': entry(0, 8)}, 4, 'truncated'),
     ({'a': entry(0, 8)}, 12, 'truncated'),
   ],
@@ -88,9 +93,35 @@ def test_git_lfs_pointer_is_explained(tmp_path):
     read_header(epath.Path(tmp_path / 'x.safetensors'))
 
 
-def test_new_directory_keeps_what_it_did_not_write(tmp_path):
-  (tmp_path / 'home').mkdir()
-  (tmp_path / 'home' / 'thesis.txt').write_text('years of work')
-  with pytest.raises(ValueError, match='choose another'), new_directory(tmp_path / 'home'):
-    pass
-  assert (tmp_path / 'home' / 'thesis.txt').exists()
+def test_header_beyond_the_limit_is_not_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(tensor_files, 'MAX_JSON_BYTES', 50)
+  path = write_raw(tmp_path / 'x.safetensors', {'a': entry(0, 8)}, bytes(8))
+  with pytest.raises(ValueError, match='a header of 61 bytes; at most 50 are read'):
+    read_header(path)
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('dtype', [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_value_that_is_not_finite_is_found_where_it_is_read(tmp_path, monkeypatch, dtype, value):
+  monkeypatch.setattr(tensor_files, '_CHECKED_VALUES', 7)
+  array = np.full((10, 3), np.finfo(np.float16).min, np.float32).astype(dtype)
+  array[0] = ml_dtypes.finfo(dtype).max
+  array[6, 1] = value
+  path = epath.Path(tmp_path / 'x.safetensors')
+  write_tensors(path, {'some.weight': (array.dtype, array.shape)}, [array])
+  tensor = read_header(path)[1]['some.weight']
+  np.testing.assert_array_equal(tensor.read(0, 6), array[:6])
+  np.testing.assert_array_equal(tensor.read(7, 10), array[7:])
+  with pytest.raises(
+    ValueError, match=r'x\.safetensors: some\.weight holds NaN or infinite values'
+  ):
+    tensor.read(5, 7)
+
+
+def test_file_that_shrinks_while_it_is_read_is_named(tmp_path):
+  path = epath.Path(tmp_path / 'x.safetensors')
+  write_tensors(path, {'a': (np.dtype(np.float32), (4, 2))}, [np.ones((4, 2), np.float32)])
+  tensor = read_header(path)[1]['a']
+  path.write_bytes(path.read_bytes()[:-4])
+  with pytest.raises(ValueError, match=r'x\.safetensors: truncated since it was opened, within a'):
+    tensor.read(0, 4)

@@ -1,0 +1,108 @@
+"""Directories that exports write: whole or not at all, and never over something else."""
+
+import contextlib
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+
+from etils import epath
+
+from dpo_flax.interop.safe_files import is_remote
+from dpo_flax.interop.tensor_files import WRITER, read_header
+
+# What an export may hold besides its tensors.
+_SIDECARS = re.compile(
+  r'README\.md|[\w.-]+\.json|tokenizer\.model|chat_template\.jinja|merges\.txt'
+)
+
+
+def staging_path(output: epath.PathLike) -> epath.Path:
+  """Returns the sibling of `output` that `new_directory` yields."""
+  output = _resolved(output)
+  return output.parent / f'.{output.name}.new'
+
+
+@contextlib.contextmanager
+def new_directory(output: epath.PathLike) -> Iterator[epath.Path]:
+  """Yields an empty sibling that takes the place of `output` when the block ends without error.
+
+  A reader sees the old directory or the whole new one, except in buckets: they have no atomic
+  rename, and the files appear one by one.
+
+  Raises:
+    ValueError: `output` cannot be replaced.
+  """
+  check_replaceable(output)
+  output, staging = _resolved(output), staging_path(output)
+  retired = output.parent / f'.{output.name}.old'
+  for leftover in (staging, retired):
+    if leftover.exists():
+      leftover.rmtree()
+  staging.mkdir(parents=True)
+  try:
+    yield staging
+    _flush(staging)
+  except BaseException:
+    staging.rmtree()
+    raise
+  if output.exists():
+    output.rename(retired)
+  staging.rename(output)
+  if retired.exists():
+    retired.rmtree()
+
+
+def check_replaceable(output: epath.PathLike):
+  """Checks that nothing is lost when `output` is replaced.
+
+  Raises:
+    ValueError: it exists, and is neither empty nor an earlier export with nothing added to it.
+  """
+  output = _resolved(output)
+  if not output.exists():
+    return
+  if not output.is_dir():
+    raise ValueError(f'{output} exists and is no directory: choose another place')
+  tensors, others = [], []
+  for file in output.iterdir():
+    if file.suffix == '.safetensors':
+      tensors.append(file)
+    elif file.is_dir() or not _SIDECARS.fullmatch(file.name):
+      others.append(file.name)
+  if others:
+    raise ValueError(
+      f'{output} holds {sorted(others)[0]}, which no export writes: choose another place'
+    )
+  if not all(map(_is_ours, tensors)) or (not tensors and any(output.iterdir())):
+    raise ValueError(f'{output} exists and was not written by an earlier export: choose another')
+
+
+def same_place(left: epath.PathLike, right: epath.PathLike) -> bool:
+  """Whether two paths lead to one directory."""
+  return str(_resolved(left)) == str(_resolved(right))
+
+
+def _is_ours(file: epath.Path) -> bool:
+  try:
+    return read_header(file)[0].get('written_by') == WRITER
+  except ValueError:
+    return False
+
+
+def _resolved(output: epath.PathLike) -> epath.Path:
+  """A link to a directory stays: what it leads to is replaced."""
+  output = epath.Path(output).expanduser()
+  return output if is_remote(output) else epath.Path(os.path.realpath(os.fspath(output)))
+
+
+def _flush(directory: epath.Path):
+  """Puts the files on the disk itself, so that the rename is never there before them."""
+  if is_remote(directory):
+    return
+  for path in (*pathlib.Path(directory).iterdir(), directory):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+      os.fsync(descriptor)
+    finally:
+      os.close(descriptor)
