@@ -5,6 +5,8 @@
       --config.workdir=runs/mine
 
 The weights are bfloat16 and split over all devices; adapters and Adam moments are float32.
+
+By `python -m dpo_flax.plan`, v5e-1 takes 6.31 GiB of 15.75. Nothing was timed on hardware.
 """
 
 from dpo_flax import config as config_lib
