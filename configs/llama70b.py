@@ -17,6 +17,7 @@ from dpo_flax import config as config_lib
 VARIANTS = {
   'v5p-8': (4, 4096),
   'v5p-32': (16, 4096),
+  'v6e-4-int8': (4, 4096),
   'v6e-8': (8, 4096),
   'v6e-64': (64, 4096),
 }
@@ -30,4 +31,6 @@ def get_config(hardware: str = 'v5p-32'):
   config.initialize_from_hf = 'meta-llama/Llama-3.1-70B'
   config.batch.rows, config.batch.tokens = VARIANTS[hardware]
   config.train.num_epochs = 1.0
+  if hardware.endswith('-int8'):
+    config.model.weight_dtype = 'int8'  # in bfloat16 they alone would fill the chips
   return config
