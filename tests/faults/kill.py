@@ -23,6 +23,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 
 from etils import epath
 
@@ -48,15 +49,17 @@ MOMENTS = {
 }
 
 
-def start(workdir: pathlib.Path, processes: int) -> list[subprocess.Popen[str]]:
-  """Starts the run on so many processes, two devices in all."""
-  command = runs.arguments(workdir)
+def start(
+  workdir: pathlib.Path, processes: int, devices: int = 0, flags: Sequence[str] = ()
+) -> list[subprocess.Popen[str]]:
+  """Starts the run on so many processes of so many devices each; 0: two devices in all."""
+  command, devices = runs.arguments(workdir, *flags), devices or 2 // processes
   if processes == 1:
-    return [runs.start(command, devices=2)]
+    return [runs.start(command, devices=devices)]
   with socket.create_server(('127.0.0.1', 0)) as server:
     shared = [f'--coordinator=127.0.0.1:{server.getsockname()[1]}', f'--num_processes={processes}']
   numbers = [f'--process_id={i}' for i in range(processes)]
-  return [runs.start([*command, *shared, number]) for number in numbers]
+  return [runs.start([*command, *shared, number], devices=devices) for number in numbers]
 
 
 class Trial:

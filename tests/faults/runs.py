@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -67,10 +67,15 @@ def environment(devices: int = 1) -> Mapping[str, str]:
 
 
 def start(
-  command: list[str], *, devices: int = 1, variables: Mapping[str, str] | None = None
+  command: list[str],
+  *,
+  devices: int = 1,
+  variables: Mapping[str, str] | None = None,
+  output: IO[str] | int = subprocess.PIPE,
 ) -> subprocess.Popen[str]:
   """Starts a command from the project's root, with more variables in its environment."""
-  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+  errors = subprocess.PIPE if output == subprocess.PIPE else subprocess.STDOUT
+  pipes = {'stdout': output, 'stderr': errors, 'text': True}
   variables = {**environment(devices), **(variables or {})}
   return subprocess.Popen(command, env=variables, cwd=ROOT, **pipes)
 
