@@ -219,7 +219,7 @@ def test_base_that_has_changed_is_refused(config, base, exports, tmp_path):
   (workdir / 'run.json').write_text(record.replace(str(base), str(changed)))
   (workdir / 'checkpoints').symlink_to(exports[0] / 'checkpoints')
   with pytest.raises(
-    ValueError, match='initialize_from_hf=.* holds something else than when the run began'
+    ValueError, match=r'initialize_from_hf=.* holds something else than when the run began'
   ):
     export(str(workdir), str(tmp_path / 'out'), merged=False)
 
