@@ -63,7 +63,7 @@ def make_sources(
   if reference is not None:
     _check_same_shape(model, other, config.reference_model_path)
     if base is not None:
-      _check_same_tokenizer(base.directory, reference.directory)
+      check_same_tokenizer(base.directory, reference.directory)
   merged, adapter, reference_adapter = (
     open_adapter(path, model) if path else None
     for path in (
@@ -158,7 +158,7 @@ def _check_same_shape(policy: ModelConfig, reference: ModelConfig, path: str):
       )
 
 
-def _check_same_tokenizer(policy: epath.Path, reference: epath.Path):
+def check_same_tokenizer(policy: epath.Path, reference: epath.Path):
   """Compares the tokenizers where both directories hold one of the same kind.
 
   Raises:

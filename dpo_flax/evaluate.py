@@ -1,0 +1,253 @@
+"""The command that evaluates: python -m dpo_flax.evaluate --base=DIR --adapter=DIR --data=FILE.
+
+Scores every pair of a preference file by a model and, beside it, by a reference: its own base where
+--adapter is given, or --reference and --reference_adapter. A base is a directory in Hugging Face
+layout, such as a merged export, or a hub id; an adapter is a PEFT directory. Prints the metrics as
+one JSON object; --scores=FILE writes a line for each pair.
+"""
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dpo_flax import command
+from dpo_flax import config as config_lib
+from dpo_flax.data.prepare import PreparedData, prepare
+from dpo_flax.data.split import Split
+from dpo_flax.interop.hf_weights import Checkpoint, open_checkpoint
+from dpo_flax.interop.peft import open_adapter
+from dpo_flax.model.transformer import Transformer
+from dpo_flax.models import load_model, load_onto
+from dpo_flax.objective import metrics
+from dpo_flax.objective.pairs import PairLogps
+from dpo_flax.objective.settings import Objective
+from dpo_flax.objective.total import total_loss
+from dpo_flax.scoring import score_side
+from dpo_flax.sharding import make_mesh, row_parts
+from dpo_flax.sources import check_same_tokenizer, make_model_config
+from dpo_flax.validation import validate
+
+_BASE = flags.DEFINE_string('base', None, 'The model: a directory or a hub id.')
+_ADAPTER = flags.DEFINE_string('adapter', None, 'A PEFT adapter on it.')
+_REFERENCE = flags.DEFINE_string('reference', None, 'Another model beside it; default: its base.')
+_REFERENCE_ADAPTER = flags.DEFINE_string('reference_adapter', None, "The reference's adapter.")
+_DATA = flags.DEFINE_string('data', None, 'The pairs: anything that data.train of a config names.')
+_SCORES = flags.DEFINE_string('scores', None, 'A file for the scores, one JSON object a pair.')
+# Fields of a config, that evaluations need too.
+_FIELDS = {
+  'batch.tokens': flags.DEFINE_integer('tokens', 2048, 'Tokens in a row.'),
+  'batch.rows': flags.DEFINE_integer('rows', None, 'Rows at once; default: 4 a shard.'),
+  'data.format': flags.DEFINE_string('data_format', 'auto', "A config's data.format."),
+  'data.tokenizer': flags.DEFINE_string('tokenizer', None, "Default: the base's."),
+  'data.chat_template': flags.DEFINE_string('chat_template', None, "Default: the tokenizer's."),
+  'data.too_long': flags.DEFINE_string('too_long', 'raise', 'raise | drop | truncate_prompt'),
+  'data.cache_dir': flags.DEFINE_string('cache_dir', None, 'Keeps the tokens there.'),
+  'model.dtype': flags.DEFINE_string('dtype', None, 'bfloat16 | float32; default: as the device.'),
+  'model.weight_dtype': flags.DEFINE_string('weight_dtype', None, 'Also int8; default: dtype.'),
+  'objective.beta': flags.DEFINE_float('beta', 0.1, 'Scales the rewards.'),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """A model to evaluate."""
+
+  base: str
+  adapter: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """Log-probs of all pairs, [n, 2] of chosen and rejected, float32."""
+
+  data: PreparedData
+  lengths: np.ndarray  # [n, 2] response tokens
+  policy: np.ndarray
+  reference: np.ndarray | None
+
+
+def evaluate(config: ConfigDict, policy: Candidate, reference: Candidate | None) -> Evaluation:
+  """Scores every pair of `config.data.train` by one model or two, one after the other.
+
+  Raises:
+    ValueError: the data, the weights or an adapter are unfit, or the tokenizers differ.
+  """
+  mesh = make_mesh(config.mesh)
+  config.batch.rows = config.batch.rows or 4 * row_parts(mesh)
+  config = validate(config)
+  bases = {place: open_checkpoint(place) for place in _bases(policy, reference)}
+  shapes = {place: make_model_config(config, base, mesh) for place, base in bases.items()}
+  first, *others = bases.values()
+  for other in others:
+    check_same_tokenizer(first.directory, other.directory)
+  config.data.tokenizer = config.data.tokenizer or str(first.directory)
+  with jax.set_mesh(mesh):
+    data = prepare(config, vocab_size=min(shape.vocab_size for shape in shapes.values()))
+    found = {}
+    for place, base in bases.items():
+      # A second base takes the place of the first; adapters of one base share it.
+      candidates = [each for each in (policy, reference) if each and each.base == place]
+      found |= _score_all(candidates, base, data, config, mesh)
+  lengths = _response_lengths(data.train)
+  return Evaluation(data, lengths, found[policy], reference and found[reference])
+
+
+def _bases(policy: Candidate, reference: Candidate | None) -> list[str]:
+  return list(dict.fromkeys([policy.base, *([reference.base] if reference else [])]))
+
+
+def _score_all(
+  candidates: list[Candidate],
+  checkpoint: Checkpoint,
+  data: PreparedData,
+  config: ConfigDict,
+  mesh: Mesh,
+) -> dict[Candidate, np.ndarray]:
+  """Scores models of one base."""
+  model_config = make_model_config(config, checkpoint, mesh)
+  adapters = {c: c.adapter and open_adapter(c.adapter, model_config) for c in candidates}
+  base = load_model(model_config, None, checkpoint=checkpoint, mesh=mesh, seed=0)
+
+  def model(candidate) -> Transformer:
+    adapter = adapters[candidate]
+    return load_onto(base, adapter, mesh) if adapter else base
+
+  return {c: score_side(model(c), data, 'train', config, mesh) for c in candidates}
+
+
+def _response_lengths(pairs: Split) -> np.ndarray:
+  """Returns [n, 2] how many tokens of chosen and rejected have a log-prob."""
+  places = np.array_split(np.arange(len(pairs)), len(pairs) // 4096 + 1)
+  # ~id is no target.
+  counts = [
+    [np.sum(pair.chosen >= 0), np.sum(pair.rejected >= 0)]
+    for part in places
+    for pair in pairs.packed_pairs(part)
+  ]
+  return np.array(counts, np.int64)
+
+
+def summarize(found: Evaluation, beta: float) -> dict[str, Any]:
+  """Returns the metrics: those of each model alone, and those of DPO for one against the other."""
+  summary = {
+    'pairs': len(found.lengths),
+    'left_out': _left_out(found.data),
+    'policy': _alone(found.policy, found.lengths),
+  }
+  if found.reference is None:
+    return summary
+  return summary | {
+    'reference': _alone(found.reference, found.lengths),
+    'policy_against_reference': _against(found, beta),
+  }
+
+
+def _left_out(data: PreparedData) -> dict[str, int]:
+  report = data.report['train']
+  counts = report['dropped'] | {'longer than a row': report['too_long']}
+  return {reason: count for reason, count in counts.items() if count}
+
+
+def _alone(logps: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
+  """Returns how a model alone judges the pairs; a tie is a guess, 1/2."""
+  logps = logps.astype(np.float64)
+  means = logps / np.maximum(lengths, 1)
+  found = {
+    'accuracy': (np.sign(logps[:, 0] - logps[:, 1]).mean() + 1) / 2,
+    'accuracy_per_token': (np.sign(means[:, 0] - means[:, 1]).mean() + 1) / 2,
+    'margin': (logps[:, 0] - logps[:, 1]).mean(),
+  }
+  for i, side in enumerate(('chosen', 'rejected')):
+    found[f'{side}_logps'] = logps[:, i].mean()
+    found[f'{side}_logps_per_token'] = logps[:, i].sum() / lengths[:, i].sum()
+  return {name: float(value) for name, value in found.items()}
+
+
+def _against(found: Evaluation, beta: float) -> dict[str, float]:
+  """Returns what training reports of the sigmoid loss."""
+  settings = config_lib.default().objective
+  settings.beta = beta
+  objective = Objective.from_config(settings)
+  rows = {
+    'policy_chosen': found.policy[:, 0],
+    'policy_rejected': found.policy[:, 1],
+    'reference_chosen': found.reference[:, 0],
+    'reference_rejected': found.reference[:, 1],
+    'chosen_lengths': found.lengths[:, 0],
+    'rejected_lengths': found.lengths[:, 1],
+    'pair_mask': np.ones(len(found.lengths)),
+  }
+  logps = PairLogps(**{name: jnp.asarray(row[None], jnp.float32) for name, row in rows.items()})
+  return metrics.summarize(metrics.metric_sums(logps, total_loss(logps, objective), objective))
+
+
+def per_pair(found: Evaluation) -> Iterator[dict[str, Any]]:
+  """Yields what is known of each pair, in the order of the file."""
+  pairs = found.data.train
+  models = {'policy': found.policy, 'reference': found.reference}
+  for i, place in enumerate(pairs.pairs.tolist()):
+    scores = {
+      f'{name}_{side}_logps': float(logps[i, j])
+      for name, logps in models.items()
+      if logps is not None
+      for j, side in enumerate(('chosen', 'rejected'))
+    }
+    ratios = found.policy[i] if found.reference is None else found.policy[i] - found.reference[i]
+    yield {
+      'index': int(pairs.cache.records[place]),
+      'where': pairs.cache.where(place),
+      **scores,
+      'margin': float(ratios[0] - ratios[1]),
+      'chosen_tokens': int(found.lengths[i, 0]),
+      'rejected_tokens': int(found.lengths[i, 1]),
+    }
+
+
+def _config(data: str, base: str, directory: str) -> ConfigDict:
+  """Returns a config of the flags; what concerns training alone has its default."""
+  config = config_lib.default()
+  config.workdir, config.initialize_from_hf, config.data.train = directory, base, data
+  config.data.validation_split_fraction, config.train.num_train_steps = 0.0, 1
+  config.model.dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  config.batch.rows = 0
+  given = {field: flag.value for field, flag in _FIELDS.items() if flag.value is not None}
+  config.update_from_flattened_dict(given)
+  config.model.weight_dtype = given.get('model.weight_dtype', config.model.dtype)
+  return config
+
+
+def main():
+  """Evaluates what the flags name."""
+  for flag in (_BASE, _DATA):
+    if not flag.value:
+      raise ValueError(f'--{flag.name} is not set')
+  policy, reference = Candidate(_BASE.value, _ADAPTER.value), None
+  if _ADAPTER.value or _REFERENCE.value or _REFERENCE_ADAPTER.value:
+    reference = Candidate(_REFERENCE.value or _BASE.value, _REFERENCE_ADAPTER.value)
+  if policy == reference:
+    raise ValueError('the reference is the policy: give another --reference_adapter or --reference')
+  with tempfile.TemporaryDirectory() as directory:
+    config = _config(_DATA.value, policy.base, directory)
+    found = evaluate(config, policy, reference)
+    if jax.process_index():
+      return
+    if _SCORES.value:
+      lines = (json.dumps(pair) + '\n' for pair in per_pair(found))
+      epath.Path(_SCORES.value).write_text(''.join(lines))
+    models = {'policy': dataclasses.asdict(policy)}
+    models |= {'reference': dataclasses.asdict(reference)} if reference else {}
+    print(json.dumps({'models': models, **summarize(found, config.objective.beta)}, indent=1))
+
+
+if __name__ == '__main__':
+  command.run_flags(main, on_every_host=True)
