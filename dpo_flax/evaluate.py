@@ -22,19 +22,19 @@ from ml_collections import ConfigDict
 
 from dpo_flax import command
 from dpo_flax import config as config_lib
+from dpo_flax.assembly.models import load_model, load_onto
+from dpo_flax.assembly.sources import check_same_tokenizer, make_model_config
 from dpo_flax.data.prepare import PreparedData, prepare
 from dpo_flax.data.split import Split
 from dpo_flax.interop.hf_weights import Checkpoint, open_checkpoint
 from dpo_flax.interop.peft import open_adapter
 from dpo_flax.model.transformer import Transformer
-from dpo_flax.models import load_model, load_onto
 from dpo_flax.objective import metrics
 from dpo_flax.objective.pairs import PairLogps
 from dpo_flax.objective.settings import Objective
 from dpo_flax.objective.total import total_loss
 from dpo_flax.scoring import score_side
 from dpo_flax.sharding import make_mesh, row_parts
-from dpo_flax.sources import check_same_tokenizer, make_model_config
 from dpo_flax.validation import validate
 
 _BASE = flags.DEFINE_string('base', None, 'The model: a directory or a hub id.')
