@@ -10,8 +10,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from dpo_flax import assemble, command, train
-from dpo_flax.checkpoint import Checkpoints
+from dpo_flax import command, train
+from dpo_flax.assembly import assemble
+from dpo_flax.durability.checkpoint import Checkpoints
 from dpo_flax.sharding import make_mesh
 from dpo_flax.validation import validate
 
