@@ -256,6 +256,31 @@ def summarize(sums: Sums) -> dict[str, float]:
   }
 
 
+def data_lines(reports: Mapping[str, Mapping[str, Any]], tokens: int) -> list[str]:
+  """Returns what to tell of a run's data: for each side its pairs, and what of them is left out.
+
+  Args:
+    reports: of `PreparedData`.
+    tokens: of a row.
+  """
+  lines = []
+  for side, report in reports.items():
+    lines.append(
+      f'{side}: {report["pairs"]} pairs in {report["rows"]} rows of {tokens} tokens, '
+      f'{report["padding_fraction"]:.2%} padding'
+    )
+    left_out = report['dropped'] | {'longer than a row': report['too_long']}
+    for reason, count in left_out.items():
+      if count:
+        examples = report['examples'].get(reason) or report['too_long_examples']
+        lines.append(f'  {count} left out: {reason}, such as {examples[0]}')
+    if report['truncated']:
+      lines.append(
+        f'  {report["truncated"]} prompts cut, such as {report["truncated_examples"][0]}'
+      )
+  return lines
+
+
 def displacement_warning(held_out: Mapping[str, float]) -> str | None:
   """Returns what to tell of a run after which held-out chosen responses are less likely, or None.
 

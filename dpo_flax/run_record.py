@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from dpo_flax import config as config_lib
 from dpo_flax.data import pack
 from dpo_flax.data.prepare import PreparedData
-from dpo_flax.durability.checkpoint import RunIdentity
+from dpo_flax.durability.identity import RunIdentity
 
 NAME = 'run.json'
 _CHECKED = 4  # pairs

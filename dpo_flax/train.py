@@ -29,7 +29,7 @@ from dpo_flax.learner.state import TrainState
 from dpo_flax.model_card import Facts
 from dpo_flax.objective.metrics import displacement
 from dpo_flax.planning.out_of_memory import explained
-from dpo_flax.reporting import Monitor, Reporter, displacement_warning, summarize
+from dpo_flax.reporting import Monitor, Reporter, data_lines, displacement_warning, summarize
 from dpo_flax.run_record import write_record
 from dpo_flax.sharding import make_mesh, row_shard, shard_batch
 from dpo_flax.validation import validate
@@ -270,20 +270,8 @@ def introduce(run: Run, state: TrainState, start_step: int, reporter: Reporter):
       'fraction_trainable': trainable / total,
     }
     reporter.write(0, 'train', counts)
-  for side, report in run.data.report.items():
-    reporter.say(
-      f'{side}: {report["pairs"]} pairs in {report["rows"]} rows of {run.config.batch.tokens} '
-      f'tokens, {report["padding_fraction"]:.2%} padding'
-    )
-    left_out = report['dropped'] | {'longer than a row': report['too_long']}
-    for reason, count in left_out.items():
-      if count:
-        examples = report['examples'].get(reason) or report['too_long_examples']
-        reporter.say(f'  {count} left out: {reason}, such as {examples[0]}')
-    if report['truncated']:
-      reporter.say(
-        f'  {report["truncated"]} prompts cut, such as {report["truncated_examples"][0]}'
-      )
+  for line in data_lines(run.data.report, run.config.batch.tokens):
+    reporter.say(line)
   reporter.say(
     f'{total:,} parameters, {trainable:,} trainable ({trainable / total:.2%}); '
     f'mesh {dict(run.mesh.shape)} on {jax.devices()[0].device_kind}'

@@ -15,7 +15,10 @@ tpus scp "$archive" "$NAME:dpo_flax.tar.gz" --node=all --worker=all
 # shellcheck disable=SC2016 # expanded there
 on_all_workers 'set -e
 mkdir -p dpo_flax && cd dpo_flax && tar -xzf ../dpo_flax.tar.gz
-if [ -e pid ]; then kill -- "-$(cat pid)" 2>/dev/null || true; fi
+if [ -e pid ] && kill -- "-$(cat pid)" 2>/dev/null; then
+  # It saves before it ends, and holds its workdir until then.
+  for _ in $(seq 30); do kill -0 -- "-$(cat pid)" 2>/dev/null || break; sleep 1; done
+fi
 python3 -m pip install --quiet --user uv
 [ -d venv ] || python3 -m uv venv --quiet --python 3.12 venv
 python3 -m uv pip install --quiet --python venv/bin/python -e ".[tpu,gcs]"'

@@ -15,7 +15,7 @@ from dpo_flax.assembly.tuning import make_lora_config
 from dpo_flax.compiler_options import compiler_options
 from dpo_flax.data.loader import steps_for_epochs
 from dpo_flax.data.prepare import PreparedData, prepare
-from dpo_flax.durability.checkpoint import RunIdentity
+from dpo_flax.durability.identity import RunIdentity
 from dpo_flax.interop.hf_weights import Checkpoint, open_checkpoint
 from dpo_flax.learner.optimizer import make_optimizer
 from dpo_flax.learner.state import TrainState, init_state, split_models

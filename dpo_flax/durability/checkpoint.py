@@ -11,8 +11,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +24,10 @@ from jax.experimental import multihost_utils
 
 from dpo_flax import hosts
 from dpo_flax.durability import manifest, steps
+from dpo_flax.durability.identity import RunIdentity
 from dpo_flax.learner.state import TrainState
 
 _STATE, _RUN = 'state', 'run.json'
-
-# Where data, tokenizer, template and the order of the pairs enter a run's identity.
-_OF_THE_DATA = ('data', 'data.', 'batch.rows', 'batch.tokens', 'batch.pairs_per_row')
 
 # What a save may take beyond the arrays' bytes: their names, the manifest, file system blocks.
 _OVERHEAD_BYTES = 1 << 20
@@ -38,42 +35,6 @@ _OVERHEAD_BYTES = 1 << 20
 
 class SaveError(OSError):
   """A step could not be saved; those before it are as they were."""
-
-
-class Difference(NamedTuple):
-  """What is not as it was when a checkpoint was saved."""
-
-  name: str
-  saved: Any
-  now: Any
-
-  def __str__(self) -> str:
-    return f'{self.name}: saved {self.saved!r}, now {self.now!r}'
-
-  @property
-  def is_of_the_data(self) -> bool:
-    """Whether it decides only which pairs are seen, and when."""
-    return any(
-      self.name.startswith(name) if name.endswith('.') else self.name == name
-      for name in _OF_THE_DATA
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class RunIdentity:
-  """What a checkpoint may only be continued under."""
-
-  config: Mapping[str, Any]  # the fields that change a run's numbers (config.identity)
-  fingerprints: Mapping[str, str]  # of what the config names by path: data, base, reference
-
-  def differences(self, other: 'RunIdentity') -> list[Difference]:
-    """Returns each difference to the run that wants to go on."""
-    return [
-      Difference(name, mine.get(name), theirs.get(name))
-      for mine, theirs in ((self.config, other.config), (self.fingerprints, other.fingerprints))
-      for name in sorted(mine.keys() | theirs.keys())
-      if mine.get(name) != theirs.get(name)
-    ]
 
 
 def _raise(error: SaveError):

@@ -15,7 +15,8 @@ import pytest
 from flax import nnx
 
 from dpo_flax.durability import checkpoint
-from dpo_flax.durability.checkpoint import Checkpoints, RunIdentity
+from dpo_flax.durability.checkpoint import Checkpoints
+from dpo_flax.durability.identity import RunIdentity
 from dpo_flax.learner.state import RewardMean, init_state, split_models
 
 IDENTITY = RunIdentity({'lora.r': 4, 'batch.rows': 8}, {'data': 'ab12'})
