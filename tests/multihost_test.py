@@ -23,6 +23,7 @@ def start(workdir, *overrides, devices=2, flags=()):
     'train.num_train_steps': STEPS,
     'train.eval_every': 2,
     'train.save_every': 2,
+    'train.keep': 3,  # an export saves its step as well
     'train.log_every': 1,
     'batch.rows': 4,
     'batch.tokens': 256,
