@@ -6,9 +6,12 @@
 
 The weights are bfloat16 and split over all devices; adapters and Adam moments are float32.
 
-By `python -m dpo_flax.plan`, of a chip's memory: v6e-8 25.68 GiB of 31.24, v5p-8 (4 chips) 50.8 GiB
-of 95.7. With --config.model.weight_dtype=int8 four v6e chips take 28.42 GiB each. Nothing was timed
-on hardware.
+What dpo_flax.plan measured for a step: peak HBM of a chip, and estimated cycles.
+
+    v6e-4-int8  v6e:2x2  4 rows of 4,096   28.42 GiB of 31.24   9.49e9
+    v6e-8       v6e:2x4  8 rows of 4,096   25.68 GiB of 31.24   7.60e9
+
+The variants for v5p and v6e-64 have not been compiled.
 """
 
 from dpo_flax import config as config_lib

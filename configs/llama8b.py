@@ -6,8 +6,12 @@
 
 The weights are bfloat16 and split over all devices; adapters and Adam moments are float32.
 
-By `python -m dpo_flax.plan`, of a chip's memory: v5e-16 3.78 GiB of 15.75, v5e-4 6.87 GiB of 15.75,
-v6e-1 21.37 GiB of 31.24, v5e-1-int8 12.07 GiB of 15.75. Nothing was timed on hardware.
+What dpo_flax.plan measured for a step: peak HBM of a chip, and estimated cycles.
+
+    v5e-16      v5e:4x4  16 rows of 4,096   3.78 GiB of 15.75   2.37e9
+    v5e-4       v5e:2x2  4 rows of 4,096    6.87 GiB of 15.75   2.43e9
+    v6e-1       v6e:1x1  1 row of 8,192    21.37 GiB of 31.24   1.97e9
+    v5e-1-int8  v5e:1x1  1 row of 4,096    12.07 GiB of 15.75   2.48e9
 """
 
 from dpo_flax import config as config_lib

@@ -106,7 +106,7 @@ def rotate(
   """Rotates the (first half, second half) pairs of each head's rotated part, in float32.
 
   The halves are swapped by a matrix product, which is exact: each sum has one term. On TPU it costs
-  a third of slicing the halves out of registers and joining them again.
+  about half of slicing the halves out of registers and joining them again.
   """
   cos, sin, turn = rotation
   turned = jnp.matmul(
