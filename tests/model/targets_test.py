@@ -128,7 +128,7 @@ def test_layers_alike_are_told_once(config):
     (ask(exclude_modules=('q_prj',)), "exclude_modules: 'q_prj' matches none"),
     (ask(['q_proj'], exclude_modules=('q_proj',)), 'leaves no module'),
     (ask([]), 'leaves no module'),
-    (ask(rank_pattern={'q_prj': 2}), "rank_pattern: 'q_prj' matches none"),
+    (ask(rank_pattern={'q_prj': 2}), 'rank_pattern: q_prj matches none'),
     (ask(layers_to_transform=[0, 3]), r'layers_to_transform=\[0, 3\]: the layers are 0 to 2'),
     (ask('.*q_proj', layers_to_transform=[0]), 'can name the layers itself'),
   ],
