@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -85,6 +86,7 @@ def test_a_second_run_in_the_workdir_is_refused_while_the_first_lives(tmp_path):
   while not (tmp_path / 'lock').exists() or not (tmp_path / 'lock').read_text():
     assert first.poll() is None
     time.sleep(0.01)
+  first.send_signal(signal.SIGSTOP)  # or it may be done before the second has begun
   second = run(tmp_path)
   first.kill()
   first.communicate()
