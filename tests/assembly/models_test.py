@@ -18,8 +18,8 @@ from dpo_flax import config as config_lib
 from dpo_flax.assembly.models import count_parameters, load_models
 from dpo_flax.assembly.sources import make_sources, reference_fingerprint
 from dpo_flax.assembly.tuning import make_lora_config
-from dpo_flax.export import export
-from dpo_flax.interop.hf_weights import open_checkpoint
+from dpo_flax.interop.hf_weights import open_checkpoint, save_merged
+from dpo_flax.interop.peft import save_adapter
 from dpo_flax.learner.state import init_state, split_models
 from dpo_flax.learner.step import make_eval_step, make_train_step
 from dpo_flax.model.lora import Trained
@@ -202,17 +202,18 @@ def test_training_moves_the_policy_alone_and_its_export_is_it(
   ours = our_logits(models.policy, tokens)
   assert np.abs(ours - before).max() > 0.05
 
-  config.merged_hf_save_path = str(tmp_path / 'merged')
-  paths = export(config, models.policy, lora, sources.base)
+  save_merged(models.policy, sources.base, tmp_path / 'merged')
   merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / 'merged')
   np.testing.assert_allclose(their_logits(merged, tokens), ours, atol=2e-4)
-  assert (len(paths) == 1) == (name == 'full')
-  if name not in {'full', 'merged'}:
+  if name == 'full':
+    return
+  save_adapter(models.policy, lora, config.initialize_from_hf, tmp_path / 'peft')
+  if name != 'merged':
     base = transformers.LlamaForCausalLM.from_pretrained(places / 'base')
-    loaded = peft.PeftModel.from_pretrained(base, paths[0])
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / 'peft')
     np.testing.assert_allclose(their_logits(loaded, tokens), ours, atol=2e-4)
   if name == 'on_top':
-    values = json.loads((paths[0] / 'adapter_config.json').read_text())
+    values = json.loads((tmp_path / 'peft' / 'adapter_config.json').read_text())
     assert values['r'] == 64 and values['rank_pattern']['model.layers.0.mlp.down_proj'] == 67
 
 
