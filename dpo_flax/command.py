@@ -77,11 +77,21 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
-    _fail(str(error))
+    _fail(_without_traceback(str(error)))
   except (AttributeError, KeyError, TypeError) as error:  # ml_collections: no such field
     _fail(_unknown_field(argv) or f'{type(error).__name__}: {error}')
   except FileNotFoundError as error:
     _fail(f'--config: {error}')
+
+
+def _without_traceback(message: str) -> str:
+  """Says in one line what a config file raised, of which ml_collections quotes all."""
+  _, quotes, quoted = message.partition('Traceback (most recent call last):')
+  if not quotes:
+    return message
+  file, line = re.findall(r'^  File "(.+)", line (\d+)', quoted, re.MULTILINE)[-1]
+  error = re.split(r'\n(?=\S)', quoted.strip())[-1]
+  return f'--config: {file}:{line}: {error}'
 
 
 def _unknown_field(argv: list[str]) -> str | None:

@@ -1,12 +1,14 @@
 """The schema of a run: names, defaults, overrides, and what makes two runs the same."""
 
 import json
+import re
 import sys
 
 import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from dpo_flax import command
 from dpo_flax import config as config_lib
 from dpo_flax.objective import settings
 
@@ -148,6 +150,16 @@ def test_an_unknown_field_fails_with_a_suggestion(parse, override, suggestion):
   with pytest.raises(Exception, match='Did you mean') as error:
     parse(override)
   assert suggestion.rsplit('.', maxsplit=1)[-1] in str(error.value)
+
+
+def test_what_a_config_file_raises_is_one_line(capsys, monkeypatch):
+  monkeypatch.setattr(flags, 'FLAGS', flags.FlagValues())
+  config_flags.DEFINE_config_file('config', flag_values=flags.FLAGS)
+  with pytest.raises(SystemExit) as stopped:
+    command._parse(['plan', '--config=configs/llama8b.py:v9'])
+  said = capsys.readouterr().err
+  assert stopped.value.code == 2 and said.count('\n') == 1
+  assert re.match(r'--config: configs/llama8b.py:\d+: ValueError: .*give one of v5e-16', said)
 
 
 @pytest.mark.parametrize(
