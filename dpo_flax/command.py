@@ -9,6 +9,7 @@ import difflib
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -44,7 +45,7 @@ def run_flags(command: Callable[[], object], *, on_every_host: bool = False):
     if len(argv) > 1:
       _fail(f'unexpected arguments: {" ".join(argv[1:])}')
     if not _VERBOSE.value:
-      logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
+      _quieten_libraries()
     try:
       if on_every_host:
         hosts.connect()
@@ -64,6 +65,25 @@ def run_flags(command: Callable[[], object], *, on_every_host: bool = False):
     hosts.peers().close()
 
   app.run(main, flags_parser=_parse)
+
+
+def _quieten_libraries():
+  """Leaves to Orbax and asyncio only what they raise, which is then told in our words.
+
+  When Orbax cannot write, it also leaves coroutines and callbacks behind, which tell of themselves.
+  """
+
+  def is_ours(record):
+    return '/orbax/' not in record.pathname and record.name != 'asyncio'
+
+  def tell(unraisable):
+    if 'Event loop is closed' not in str(unraisable.exc_value):
+      sys.__unraisablehook__(unraisable)
+
+  logging.set_verbosity(logging.WARNING)
+  logging.get_absl_handler().addFilter(is_ours)
+  sys.unraisablehook = tell
+  warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
 
 
 def _leave(code: int, message: str):

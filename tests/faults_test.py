@@ -1,4 +1,4 @@
-"""What survives which fault: the short form of nearly every command in tests/faults/."""
+"""What survives which fault: the short form of the commands in tests/faults/."""
 
 import os
 import pathlib
@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).parent.parent
     'kill.py --rounds=2 --signal=TERM',
     'kill.py --rounds=1 --processes=2',
     'kill.py --rounds=1 --processes=2 --signal=STOP',
+    'full_disk.py --rounds=2',
     'change.py --rounds=3',
     'not_finite.py --rounds=1',
     'shapes.py --rounds=1',

@@ -62,6 +62,7 @@ class Checkpoints:
     self._checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'commit')
     self._writing: tuple[int, concurrent.futures.Future] | None = None
+    self._failed: SaveError | None = None  # the newest failure
 
   def latest(self) -> int | None:
     """Returns the newest finished step, None when there is none."""
@@ -92,7 +93,7 @@ class Checkpoints:
     (step, writing), self._writing = self._writing, None
     error = writing.exception()
     if error is not None:
-      self._on_error(self._failure(step, error))
+      self._handle(step, error)
 
   def finish(self, step: int):
     """Waits until `step` is saved.
@@ -104,7 +105,7 @@ class Checkpoints:
 
     def require():
       if self.latest() != step:
-        raise self._failure(step, 'its save has failed')
+        raise self._failed or SaveError(f'step {step} is not in {self.directory}')
 
     hosts.first_does(require)
 
@@ -194,7 +195,7 @@ class Checkpoints:
     try:
       hosts.first_does(make)
     except (OSError, ValueError) as error:
-      self._on_error(self._failure(step, error))
+      self._handle(step, error)
       return False
     return True
 
@@ -214,13 +215,14 @@ class Checkpoints:
     if free < needed:
       raise OSError(f'{free / 1e6:,.0f} MB are free, {needed / 1e6:,.0f} MB are needed')
 
-  def _failure(self, step: int, error: BaseException | str) -> SaveError:
+  def _handle(self, step: int, error: BaseException):
     if jax.process_index() == 0:
       with contextlib.suppress(OSError):
         steps.abandon(self.directory, step)  # it takes room
     newest = self.latest()
     kept = 'there is no earlier one' if newest is None else f'the newest one is step {newest}'
-    return SaveError(f'step {step} could not be saved in {self.directory}: {error}; {kept}')
+    self._failed = SaveError(f'step {step} could not be saved in {self.directory}: {error}; {kept}')
+    self._on_error(self._failed)
 
 
 @jax.jit
