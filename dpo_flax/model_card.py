@@ -87,10 +87,14 @@ def _origins(facts: Facts) -> dict[str, str]:
   record = facts.record
   config, prints = record.config, record.fingerprints
   base = config.initialize_from_hf or f'random weights ({config.model.preset})'
+  weights = prints.get('initialize_from_hf')
   pairs = ', '.join(f'{count} for {side}' for side, count in record.pairs.items())
   found = {
     'base model': f'`{base}`',
-    'its fingerprint': f'`{prints.get("initialize_from_hf")}`',
+    **(
+      {'its fingerprint': f'`{weights}`'} if (weights := prints.get('initialize_from_hf')) else {}
+    ),
+    'what learned': f'{config.tuning.method}',
     'pairs': pairs,
     'fingerprint of data and order': f'`{prints["data"]}`',
     'loss': f'`{config.objective.loss}`, beta {config.objective.beta:g}',

@@ -3,6 +3,7 @@
     python tests/faults/kill.py --rounds=200
     python tests/faults/kill.py --rounds=200 --signal=TERM
     python tests/faults/kill.py --rounds=100 --processes=2
+    python tests/faults/kill.py --rounds=50 --method=full
 
 A round is one signal, at a random time after the start or as soon as the run does something that
 is to be disturbed: builds the token cache, compiles, saves, deletes an old step, exports. After it
@@ -44,8 +45,14 @@ MOMENTS = {
   'sealing': f'checkpoints/*.unfinished/{manifest.NAME}',
   'saved': 'checkpoints/?',
   'deleting': 'checkpoints/*.deleted',
-  'exporting': '.peft*',
-  'exported': 'peft',
+  'exporting': '.[mp]e*',
+  'exported': '[mp]e*',
+}
+
+METHODS = {
+  'lora': (),
+  'dora': ('--config.tuning.method=dora',),
+  'full': ('--config.tuning.method=full', *runs.WITHOUT_ADAPTERS),
 }
 
 
@@ -70,13 +77,17 @@ class Trial:
     self.faults: list[str] = []
     self._ended: dict[subprocess.Popen[str], tuple[int, str]] = {}
 
+  def run(self) -> list[tuple[int, str]]:
+    """Runs to the end; returns the exit codes and errors of all processes."""
+    return self._finish(self._start())
+
   def disturb(self, seen: collections.Counter) -> bool:
     """Starts the run and ends it by one signal; returns whether it was still running."""
     generator, name = self.options.generator, self.options.signal
     # What is in the workdir from the first start on cannot be met again.
     gone = {'tokenizing', 'starting'} if (self.workdir / 'metrics.jsonl').exists() else set()
     moment = generator.choice([moment for moment in MOMENTS if moment not in gone])
-    processes = start(self.workdir, self.options.processes)
+    processes = self._start()
     victim = generator.randrange(len(processes))
     if not self._wait(moment, processes, generator):
       self._finish(processes)
@@ -97,6 +108,10 @@ class Trial:
     seen[moment, ', '.join(str(code) for code, _ in ended)] += 1
     self._check_steps()
     return True
+
+  def _start(self) -> list[subprocess.Popen[str]]:
+    flags = METHODS[self.options.method]
+    return start(self.workdir, self.options.processes, flags=flags)
 
   def _wait(self, moment: str, processes, generator: random.Random) -> bool:
     """Waits for a moment that was not there before; whether it came before the end."""
@@ -153,7 +168,7 @@ class Trial:
 
   def compare(self, expected: pathlib.Path):
     """Runs to the end and compares with a run that nothing befell."""
-    ended = self._finish(start(self.workdir, self.options.processes))
+    ended = self.run()
     if any(code for code, _ in ended):
       self.faults.append(f'did not go on: {ended}')
       return
@@ -168,8 +183,8 @@ def kills(options: argparse.Namespace, directory: pathlib.Path) -> bool:
   for _ in range(2):  # the second finds the programs compiled
     shutil.rmtree(whole, ignore_errors=True)
     since = time.monotonic()
-    ended = [process.communicate() for process in start(whole, options.processes)]
-    assert (whole / 'peft').exists(), ended
+    ended = Trial(options, whole, 0).run()
+    assert not any(code for code, _ in ended), ended
   seconds = time.monotonic() - since
   seen, faults, done, trials = collections.Counter(), [], 0, 0
   while done < options.rounds:
@@ -198,5 +213,6 @@ if __name__ == '__main__':
     options={
       'signal': {'choices': list(PATIENCE), 'default': 'KILL'},
       'processes': {'type': int, 'default': 1},
+      'method': {'choices': list(METHODS), 'default': 'lora'},
     },
   )

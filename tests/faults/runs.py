@@ -35,6 +35,12 @@ SMALL = {
   'batch.rows': 4,
   'batch.tokens': 128,
 }
+# What the tiny config and SMALL say of adapters, undone.
+WITHOUT_ADAPTERS = (
+  '--config.lora.r=64',
+  '--config.lora.alpha=64',
+  '--config.lora.target_modules=None',
+)
 
 
 def arguments(workdir: pathlib.Path, *overrides: str, program: str = '-m dpo_flax.train'):
