@@ -16,6 +16,7 @@ often each moment was met and what the runs had to say.
 
 import argparse
 import collections
+import glob
 import pathlib
 import random
 import re
@@ -116,16 +117,20 @@ class Trial:
   def _wait(self, moment: str, processes, generator: random.Random) -> bool:
     """Waits for a moment that was not there before; whether it came before the end."""
     pattern = MOMENTS[moment]
-    before = set(self.workdir.glob(pattern)) if pattern else set()
+    before = self._seen(pattern)
     until = time.monotonic() + (generator.uniform(0, self.seconds) if pattern is None else 600)
     while time.monotonic() < until:
       if any(process.poll() is not None for process in processes):
         return False
-      if pattern and set(self.workdir.glob(pattern)) - before:
+      if self._seen(pattern) - before:
         time.sleep(generator.expovariate(1 / 0.02))
         break
       time.sleep(0.001)
     return all(process.poll() is None for process in processes)
+
+  def _seen(self, pattern: str | None) -> set[str]:
+    # pathlib's glob fails when a directory goes away under it.
+    return set(glob.glob(pattern, root_dir=self.workdir)) if pattern else set()
 
   def _finish(self, processes) -> list[tuple[int, str]]:
     """Waits for all; returns their exit codes and errors."""
