@@ -50,6 +50,7 @@ _FIELDS = {
   'data.format': flags.DEFINE_string('data_format', 'auto', "A config's data.format."),
   'data.tokenizer': flags.DEFINE_string('tokenizer', None, "Default: the base's."),
   'data.chat_template': flags.DEFINE_string('chat_template', None, "Default: the tokenizer's."),
+  'data.bad_record': flags.DEFINE_string('bad_record', 'raise', 'raise | skip'),
   'data.too_long': flags.DEFINE_string('too_long', 'raise', 'raise | drop | truncate_prompt'),
   'data.cache_dir': flags.DEFINE_string('cache_dir', None, 'Keeps the tokens there.'),
   'model.dtype': flags.DEFINE_string('dtype', None, 'bfloat16 | float32; default: as the device.'),

@@ -269,7 +269,9 @@ def data_lines(reports: Mapping[str, Mapping[str, Any]], tokens: int) -> list[st
       f'{side}: {report["pairs"]} pairs in {report["rows"]} rows of {tokens} tokens, '
       f'{report["padding_fraction"]:.2%} padding'
     )
-    left_out = report['dropped'] | {'longer than a row': report['too_long']}
+    # A validation side that was split off has the same files, of which train has told already.
+    of_train = side != 'train' and report['examples'] == reports['train']['examples']
+    left_out = ({} if of_train else report['dropped']) | {'longer than a row': report['too_long']}
     for reason, count in left_out.items():
       if count:
         examples = report['examples'].get(reason) or report['too_long_examples']

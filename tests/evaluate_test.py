@@ -150,20 +150,33 @@ def test_models_of_other_tokenizers_are_refused(places, tmp_path):
 
 
 def test_command_prints_metrics_and_writes_scores(places, tmp_path):
+  pairs, bad = tmp_path / 'pairs.jsonl', '{"prompt": "p", "chosen": " ", "rejected": "r"}\n'
+  pairs.write_text(bad + (places / 'pairs.jsonl').read_text())
   flags = {'base': places / 'base', 'adapter': places / 'adapter', 'tokens': 256}
-  flags |= {'data': places / 'pairs.jsonl', 'scores': tmp_path / 'scores.jsonl'}
-  process = subprocess.run(
-    [sys.executable, '-m', 'dpo_flax.evaluate', *(f'--{k}={v}' for k, v in flags.items())],
-    capture_output=True,
-    text=True,
-    check=False,
-    cwd=tmp_path,
-    env=os.environ | {'PYTHONPATH': str(ROOT)},
-  )
+  flags |= {'data': pairs, 'scores': tmp_path / 'scores.jsonl'}
+
+  def evaluate(**more):
+    return subprocess.run(
+      [
+        sys.executable,
+        '-m',
+        'dpo_flax.evaluate',
+        *(f'--{k}={v}' for k, v in (flags | more).items()),
+      ],
+      capture_output=True,
+      text=True,
+      check=False,
+      cwd=tmp_path,
+      env=os.environ | {'PYTHONPATH': str(ROOT)},
+    )
+
+  refused = evaluate()
+  assert refused.returncode == 2 and f'{pairs}:1: empty response' in refused.stderr
+  process = evaluate(bad_record='skip')
   assert process.returncode == 0, process.stderr
   summary = json.loads(process.stdout)
   lines = [json.loads(line) for line in (tmp_path / 'scores.jsonl').read_text().splitlines()]
-  assert summary['pairs'] == len(lines) == PAIRS
+  assert summary['pairs'] == len(lines) == PAIRS and sum(summary['left_out'].values()) == 1
   right = np.mean([line['margin'] > 0 for line in lines])
   assert summary['policy_against_reference']['dpo_accuracy'] == pytest.approx(right)
   assert summary['models']['reference'] == {'base': str(places / 'base'), 'adapter': None}

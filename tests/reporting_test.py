@@ -382,3 +382,14 @@ def test_sums_of_any_number_of_batches_give_one_mean(make_step):
   assert (values['pairs'], values['tokens']) == (13, 300)
   assert values['padding_fraction'] == pytest.approx(1 - 300 / 768)
   assert all(isinstance(value, int | float) for value in values.values())
+
+
+@pytest.mark.parametrize('split', [True, False])
+def test_what_is_left_out_of_a_file_is_told_once(split):
+  places = {'train': ['a.jsonl:7'], 'validation': ['a.jsonl:7' if split else 'b.jsonl:2']}
+  shared = {'pairs': 3, 'rows': 1, 'padding_fraction': 0.5, 'dropped': {'empty response': 1}}
+  shared |= {'too_long': 2, 'truncated': 0, 'too_long_examples': ['a.jsonl:9']}
+  reports = {side: shared | {'examples': {'empty response': at}} for side, at in places.items()}
+  lines = '\n'.join(reporting.data_lines(reports, 128))
+  assert lines.count('1 left out: empty response') == (1 if split else 2)
+  assert lines.count('2 left out: longer than a row, such as a.jsonl:9') == 2
