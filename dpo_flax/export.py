@@ -17,11 +17,11 @@ from dpo_flax import command
 from dpo_flax.assembly.models import load_models
 from dpo_flax.assembly.sources import Sources, make_sources
 from dpo_flax.assembly.tuning import make_lora_config
+from dpo_flax.delivery.exporting import check_outputs, export_adapter, export_merged
+from dpo_flax.delivery.model_card import Facts
 from dpo_flax.durability.checkpoint import newest_step, restore_trainable
-from dpo_flax.exporting import check_outputs, export_adapter, export_merged
 from dpo_flax.interop.hf_weights import open_checkpoint
 from dpo_flax.learner.state import split_models
-from dpo_flax.model_card import Facts
 from dpo_flax.reporting import read_metrics
 from dpo_flax.run_record import RunRecord, read_record
 from dpo_flax.sharding import make_mesh

@@ -20,13 +20,13 @@ from dpo_flax.assembly import assemble
 from dpo_flax.assembly.assemble import Run
 from dpo_flax.assembly.models import count_parameters
 from dpo_flax.data import loader
+from dpo_flax.delivery.exporting import check_outputs, export_adapter, export_merged, output_paths
+from dpo_flax.delivery.model_card import Facts
 from dpo_flax.durability.checkpoint import Checkpoints
 from dpo_flax.durability.lock import sole_writer
 from dpo_flax.durability.preemption import Preempted, Preemption
-from dpo_flax.exporting import check_outputs, export_adapter, export_merged, output_paths
 from dpo_flax.learner.optimizer import make_schedule
 from dpo_flax.learner.state import TrainState
-from dpo_flax.model_card import Facts
 from dpo_flax.objective.metrics import displacement
 from dpo_flax.planning.out_of_memory import explained
 from dpo_flax.reporting import Monitor, Reporter, data_lines, displacement_warning, summarize

@@ -18,10 +18,10 @@ import transformers
 from flax import nnx
 
 from dpo_flax import config as config_lib
-from dpo_flax import exporting, verification
 from dpo_flax.assembly import assemble
 from dpo_flax.assembly.assemble import build
 from dpo_flax.data import loader
+from dpo_flax.delivery import exporting, verification
 from dpo_flax.durability.checkpoint import Checkpoints
 from dpo_flax.examples import make_tiny
 from dpo_flax.export import export

@@ -8,8 +8,8 @@ import json
 from collections.abc import Mapping
 
 from dpo_flax import config as config_lib
+from dpo_flax.delivery.verification import Verdict
 from dpo_flax.run_record import RunRecord
-from dpo_flax.verification import Verdict
 
 _METRICS = (
   *('pairs', 'dpo_loss', 'dpo_accuracy', 'dpo_margin_policy', 'dpo_margin_ref'),

@@ -10,16 +10,17 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dpo_flax import hosts, model_card
+from dpo_flax import hosts
+from dpo_flax.delivery import model_card
+from dpo_flax.delivery.model_card import Facts
+from dpo_flax.delivery.verification import Verdict, compare, reload_adapter, reload_merged
 from dpo_flax.interop.hf_weights import Checkpoint, save_merged
 from dpo_flax.interop.output import check_replaceable, new_directory, same_place, staging_path
 from dpo_flax.interop.peft import save_adapter
 from dpo_flax.interop.tensor_files import DTYPES
 from dpo_flax.model.lora import LoraConfig
 from dpo_flax.model.transformer import Transformer
-from dpo_flax.model_card import Facts
 from dpo_flax.scoring import score_pairs
-from dpo_flax.verification import Verdict, compare, reload_adapter, reload_merged
 
 _SOURCES = (
   *('initialize_from_hf', 'merge_adapter_path', 'initialize_from_adapter'),

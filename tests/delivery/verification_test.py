@@ -5,7 +5,7 @@ import pytest
 from etils import epath
 
 from dpo_flax.data.pack import PackedPair
-from dpo_flax.verification import compare
+from dpo_flax.delivery.verification import compare
 
 
 def ids(count):

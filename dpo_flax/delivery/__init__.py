@@ -1,0 +1,1 @@
+"""How a trained policy leaves: as directories that other programs load, checked, with a card."""
