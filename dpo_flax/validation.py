@@ -1,6 +1,7 @@
 """What is wrong with a config: illegal values, and fields that contradict each other."""
 
 import math
+import re
 from collections.abc import Sequence
 
 from absl import logging
@@ -69,6 +70,11 @@ _SHORTEST_PAIR = 4  # tokens: one of a prompt before one of a response, twice
 # Above this, DPO tends to leave the reference faster than the loss can tell.
 _HIGH_LEARNING_RATES = {'lora': 5e-5, 'dora': 5e-5, 'full': 5e-6}
 
+# Tokens of Hugging Face, GitHub, OpenAI, Amazon, Google, and a password in an address.
+_SECRETS = re.compile(
+  r'\b(hf_|gh[pousr]_|sk-)[A-Za-z0-9_-]{20}|\bAKIA[A-Z0-9]{16}\b|\bya29\.|://[^/@\s]*:[^/@\s]+@'
+)
+
 # Of the lora section, what an adapter to start from leaves to the run.
 _FREE_OF_ADAPTERS = ('dropout', 'zero_init_b')
 
@@ -80,6 +86,7 @@ def validate(config: ConfigDict) -> ConfigDict:
     ValueError: a field has no legal value, or two fields contradict each other.
   """
   _check_names(config)
+  _check_secrets(config)
   config = config.copy_and_resolve_references()
   for field, choices in _CHOICES.items():
     if get(config, field) not in choices:
@@ -140,6 +147,18 @@ def _check_names(config: ConfigDict):
       pairs = ', '.join(f'({name!r}, {item!r})' for name, item in value.items())
       raise ValueError(
         f'{field} is a mapping, and in a config its names cannot have dots: give pairs, ({pairs},)'
+      )
+
+
+def _check_secrets(config: ConfigDict, prefix: str = ''):
+  """Refuses what must not be written down, as the config is: in checkpoints, exports, messages."""
+  for name, value in config.items():
+    if isinstance(value, ConfigDict):
+      _check_secrets(value, f'{prefix}{name}.')
+    elif _SECRETS.search(str(value)):
+      raise ValueError(
+        f'{prefix}{name} holds what looks like a token or password, and the config is written into '
+        'checkpoints and exports. Libraries read theirs from the environment, such as HF_TOKEN.'
       )
 
 

@@ -168,3 +168,26 @@ def test_what_a_way_of_tuning_would_ignore_is_refused(config, set_field, fields,
     set_field(config, field, value)
   with pytest.raises(ValueError, match=message):
     validate(config)
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [
+    ('initialize_from_hf', 'https://me:passw0rd@example.com/model'),
+    ('data.train', 'pairs-hf_' + 'aB3' * 10 + '.jsonl'),
+    ('data.template_variables', {'key': 'AKIA' + 'A1' * 8}),
+    ('data.chat_template', "{% set key = 'sk-" + 'x' * 24 + "' %}"),
+    ('workdir', 'runs/ghp_' + 'a' * 36),
+  ],
+)
+def test_what_looks_like_a_secret_is_refused_and_not_repeated(config, field, value):
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(ValueError, match=f'{field} holds what looks like a token') as error:
+    validate(config)
+  assert str(value)[-6:] not in str(error.value)
+
+
+@pytest.mark.parametrize('path', ['gs://bucket/sk-small/hf_model', 'runs/2026-11-21@12:00'])
+def test_ordinary_names_are_no_secrets(config, path):
+  config.workdir = path
+  validate(config)
