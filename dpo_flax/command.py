@@ -25,6 +25,7 @@ _VERBOSE = flags.DEFINE_bool(
 )
 
 INTERRUPTED = 130  # exit code: 128 + SIGINT, as shells have it
+_BUCKETS = ": pip install 'dpo_flax[gcs]' brings what reads gs:// paths"
 _MISTAKES = (ValueError, FloatingPointError, OSError, ImportError)
 
 
@@ -55,7 +56,8 @@ def run_flags(command: Callable[[], object], *, on_every_host: bool = False):
     except _MISTAKES as error:
       if _VERBOSE.value:
         traceback.print_exc()
-      _leave(MISTAKE, f'{type(error).__name__}: {error}')
+      hint = _BUCKETS if isinstance(error, ImportError) and 'gcsfs' in str(error) else ''
+      _leave(MISTAKE, f'{type(error).__name__}: {error}{hint}')
     except KeyboardInterrupt:
       _leave(INTERRUPTED, 'interrupted (SIGINT)')
     except Exception as error:

@@ -171,7 +171,7 @@ def check_same_tokenizer(policy: epath.Path, reference: epath.Path):
       if ours != theirs:
         differs = [part for part in ours if ours[part] != theirs[part]]
         raise ValueError(
-          f'{files[1]} is another tokenizer than {files[0]}: its {", ".join(differs)} differ. A '
+          f'{files[1]} is another tokenizer than {files[0]} (other {", ".join(differs)}): a '
           'reference must read the same token ids'
         )
       return
