@@ -230,7 +230,7 @@ def _work(found: Estimate) -> list[str]:
   kernels = ', '.join(f'{count} of {name}' for name, count in found.kernels.items())
   lines = [
     f'a step does, on each chip, {found.flops / 1e12:.4g} TFLOP of matrix products, in '
-    f'{found.estimated_cycles:.4g} estimated cycles,',
+    f'{found.estimated_cycles:.3e} estimated cycles,',
     f'  moves {_size(found.hbm_traffic_bytes)} to and from HBM and gets '
     f'{_size(found.collective_bytes)} from other chips',
   ]
