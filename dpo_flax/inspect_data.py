@@ -11,17 +11,15 @@ import json
 import os
 import sys
 
-import jax.numpy as jnp
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
 from dpo_flax import command
+from dpo_flax.assembly.sources import vocabulary_size
 from dpo_flax.data.prepare import prepare
 from dpo_flax.data.reports import examples, page, statistics, text
 from dpo_flax.interop.hf_weights import open_checkpoint
-from dpo_flax.model.hf_config import from_hf_config
-from dpo_flax.model.presets import from_preset
 from dpo_flax.validation import validate
 
 _EXAMPLES = flags.DEFINE_integer('examples', 3, 'Pairs to show.', lower_bound=0)
@@ -43,7 +41,9 @@ def inspect(config: ConfigDict, count: int) -> tuple[dict, list[examples.Example
   config.data.bad_record = 'skip'
   if config.data.too_long == 'raise':
     config.data.too_long = 'drop'
-  prepared = prepare(config, vocab_size=_vocab_size(config))
+  path, preset = config.initialize_from_hf, config.model.preset
+  vocab_size = vocabulary_size(open_checkpoint(path) if path else None, preset)
+  prepared = prepare(config, vocab_size=vocab_size)
   found = statistics.describe(prepared, config)
   shown = examples.pick(prepared.train, prepared.tokenizer, count, seed=config.seed)
   return found, shown
@@ -69,15 +69,6 @@ def refusals(found: dict, config: ConfigDict) -> list[str]:
       '(data.too_long=drop leaves them out, truncate_prompt cuts their prompts)'
     )
   return reasons
-
-
-def _vocab_size(config: ConfigDict) -> int:
-  """Returns the rows of the model's embedding, without a device to put it on."""
-  run = {'dtype': jnp.float32, 'weight_dtype': jnp.float32, 'remat': 'none', 'attention': 'xla'}
-  if config.model.preset:
-    return from_preset(config.model.preset, **run).vocab_size
-  base = open_checkpoint(config.initialize_from_hf)
-  return from_hf_config(base.config, where=str(base.directory / 'config.json'), **run).vocab_size
 
 
 def show(config: ConfigDict):

@@ -21,11 +21,11 @@ from ml_collections import ConfigDict
 
 from dpo_flax import command
 from dpo_flax import config as config_lib
+from dpo_flax.assembly.sources import vocabulary_size
 from dpo_flax.data import pack
 from dpo_flax.data.prepare import prepare
 from dpo_flax.interop.hf_weights import Checkpoint, open_checkpoint
-from dpo_flax.model.hf_config import from_hf_config
-from dpo_flax.model.presets import PRESETS, from_preset
+from dpo_flax.model.presets import PRESETS
 from dpo_flax.planning import search
 from dpo_flax.planning.chips import Slice, make_slice
 from dpo_flax.planning.estimate import Estimate, Pairs, estimate, remedies
@@ -82,7 +82,7 @@ def make_plan(
   if not (config.train.num_train_steps or config.train.num_epochs):
     config.train.num_epochs = 1.0
   config = validate(config)
-  vocab_size = _vocab_size(base, config.model.preset)
+  vocab_size = vocabulary_size(base, config.model.preset)
   pairs = _measured_pairs(config, vocab_size) if measured else _given_pairs(config, lengths)
   return Plan(config, slice_, base, reference, pairs)
 
@@ -106,14 +106,6 @@ def _published(path: str | None) -> str | None:
   name = (path or '').rpartition('/')[2].lower().removeprefix('meta-')
   name = re.sub(r'-(instruct|it|pt|hf)$', '', name).replace('-', '')
   return {preset.replace('-', ''): preset for preset in PRESETS}.get(name)
-
-
-def _vocab_size(base: Checkpoint | None, preset: str) -> int:
-  """Returns the rows of the embedding."""
-  run = {'dtype': 'float32', 'weight_dtype': 'float32', 'remat': 'none', 'attention': 'xla'}
-  if base is None:
-    return from_preset(preset, **run).vocab_size
-  return from_hf_config(base.config, where=str(base.directory / 'config.json'), **run).vocab_size
 
 
 def _measured_pairs(config: ConfigDict, vocab_size: int) -> Pairs:

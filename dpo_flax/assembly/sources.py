@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -106,13 +107,23 @@ def make_model_config(config: ConfigDict, checkpoint: Checkpoint | None, mesh: M
     'remat': config.model.remat,
     'attention': attention,
   }
-  if checkpoint is None:
-    model_config = from_preset(config.model.preset, **run)
-  else:
-    where = str(checkpoint.directory / 'config.json')
-    model_config = from_hf_config(checkpoint.config, where=where, **run)
+  model_config = _architecture(checkpoint, config.model.preset, run)
   _check_fit(model_config, config)
   return model_config
+
+
+def vocabulary_size(checkpoint: Checkpoint | None, preset: str) -> int:
+  """Returns the rows of a checkpoint's token table, or of the preset's without one."""
+  run = {'dtype': jnp.float32, 'weight_dtype': jnp.float32, 'remat': 'none', 'attention': 'xla'}
+  return _architecture(checkpoint, preset, run).vocab_size
+
+
+def _architecture(
+  checkpoint: Checkpoint | None, preset: str, run: Mapping[str, Any]
+) -> ModelConfig:
+  if checkpoint is None:
+    return from_preset(preset, **run)
+  return from_hf_config(checkpoint.config, where=str(checkpoint.directory / 'config.json'), **run)
 
 
 def base_fingerprint(config: ConfigDict, checkpoint: Checkpoint | None) -> str:
