@@ -26,6 +26,8 @@ _VERBOSE = flags.DEFINE_bool(
 
 INTERRUPTED = 130  # exit code: 128 + SIGINT, as shells have it
 _BUCKETS = ": pip install 'dpo_flax[gcs]' brings what reads gs:// paths"
+# What XLA says, in a ValueError too, of a collective that another process has left.
+_STATUS = re.compile(r'\b(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ')
 _MISTAKES = (ValueError, FloatingPointError, OSError, ImportError)
 
 
@@ -56,6 +58,8 @@ def run_flags(command: Callable[[], object], *, on_every_host: bool = False):
     except _MISTAKES as error:
       if _VERBOSE.value:
         traceback.print_exc()
+      if _STATUS.search(str(error)):
+        hosts.peers().wait_for_verdict()
       hint = _BUCKETS if isinstance(error, ImportError) and 'gcsfs' in str(error) else ''
       _leave(MISTAKE, f'{type(error).__name__}: {error}{hint}')
     except KeyboardInterrupt:
