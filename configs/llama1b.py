@@ -8,7 +8,7 @@ The weights are bfloat16 and split over all devices; adapters and Adam moments a
 
 What dpo_flax.plan measured for a step: peak HBM of a chip, and estimated cycles.
 
-    v5e-1       v5e:1x1  4 rows of 4,096    6.31 GiB of 15.75   2.10e9
+    v5e-1       v5e:1x1  4 rows of 4,096    7.52 GiB of 15.75   2.09e9
 
 v6e-1 has not been compiled.
 """
