@@ -6,7 +6,8 @@
 
 The weights are bfloat16 and split over all devices; adapters and Adam moments are float32.
 
-What dpo_flax.plan measured for a step: peak HBM of a chip, and estimated cycles.
+What dpo_flax.plan measured for a step of an earlier version, with libtpu 0.0.51, which takes less
+memory than 0.0.42: peak HBM of a chip, and estimated cycles.
 
     v6e-4-int8  v6e:2x2  4 rows of 4,096   28.42 GiB of 31.24   9.49e9
     v6e-8       v6e:2x4  8 rows of 4,096   25.68 GiB of 31.24   7.60e9

@@ -11,7 +11,7 @@ What dpo_flax.plan measured for a step: peak HBM of a chip, and estimated cycles
     v5e-16      v5e:4x4  16 rows of 4,096   4.74 GiB of 15.75   2.38e9
     v5e-4       v5e:2x2  4 rows of 4,096    8.00 GiB of 15.75   2.44e9
     v6e-1       v6e:1x1  1 row of 8,192    23.39 GiB of 31.24   1.96e9
-    v5e-1-int8  v5e:1x1  1 row of 4,096    12.07 GiB of 15.75   2.48e9
+    v5e-1-int8  v5e:1x1  1 row of 4,096    13.67 GiB of 15.75   2.52e9
 """
 
 from dpo_flax import config as config_lib
