@@ -1,7 +1,7 @@
 """A trained policy -> the directories that other programs load, each checked before it is there."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from dpo_flax import hosts
 from dpo_flax.delivery import model_card
 from dpo_flax.delivery.model_card import Facts
-from dpo_flax.delivery.verification import Verdict, compare, reload_adapter, reload_merged
+from dpo_flax.delivery.verification import compare, reload_adapter, reload_merged
 from dpo_flax.interop.hf_weights import Checkpoint, save_merged
 from dpo_flax.interop.output import check_replaceable, new_directory, same_place, staging_path
 from dpo_flax.interop.peft import save_adapter
@@ -68,15 +68,12 @@ def export_adapter(
     ValueError: `output` holds something else, or what was written is not what was trained.
   """
   config = facts.record.config
-  live = score_pairs(policy, facts.record.checks, config, mesh)
-  with _staged(output) as directory:
+
+  def write(directory):
     save_adapter(policy, lora, config.initialize_from_hf or '', directory)
-    reloaded = score_pairs(
-      reload_adapter(policy, directory, mesh), facts.record.checks, config, mesh
-    )
-    dtypes = {config.model.dtype}
-    verdict = compare(live, reloaded, facts.record.checks, dtypes=dtypes, where=output)
-    _write_card(directory, facts, verdict, merged=False)
+    return reload_adapter(policy, directory, mesh)
+
+  _export(write, policy, facts, output, mesh, dtypes={config.model.dtype}, merged=False)
 
 
 def export_merged(
@@ -90,17 +87,33 @@ def export_merged(
   Raises:
     ValueError: `output` holds something else, or what was written is not what was trained.
   """
-  config = facts.record.config
-  live = score_pairs(policy, facts.record.checks, config, mesh)
-  with _staged(output) as directory:
+
+  def write(directory):
     save_merged(policy, base, directory)
-    model = reload_merged(policy, directory, mesh)
-    reloaded = None
-    if model is not None:
-      reloaded = score_pairs(model, facts.record.checks, config, mesh)
-    dtypes = _dtypes(policy, base, mesh)
-    verdict = compare(live, reloaded, facts.record.checks, dtypes=dtypes, where=output)
-    _write_card(directory, facts, verdict, merged=True)
+    return reload_merged(policy, directory, mesh)
+
+  _export(write, policy, facts, output, mesh, dtypes=_dtypes(policy, base, mesh), merged=True)
+
+
+def _export(
+  write: Callable[[epath.Path], Transformer | None],  # returns the model that it reloads, if it can
+  policy: Transformer,
+  facts: Facts,
+  output: epath.Path,
+  mesh: Mesh,
+  *,
+  dtypes: Collection[str],
+  merged: bool,
+):
+  """Writes a directory, compares what is in it with the policy, and puts it in its place."""
+  pairs, config = facts.record.checks, facts.record.config
+  live = score_pairs(policy, pairs, config, mesh)
+  with _staged(output) as directory:
+    model = write(directory)
+    reloaded = None if model is None else score_pairs(model, pairs, config, mesh)
+    verdict = compare(live, reloaded, pairs, dtypes=dtypes, where=output)
+    if jax.process_index() == 0:
+      (directory / 'README.md').write_text(model_card.render(facts, verdict, merged=merged))
 
 
 def _dtypes(policy: Transformer, base: Checkpoint | None, mesh: Mesh) -> set[str]:
@@ -120,8 +133,3 @@ def _staged(output: epath.Path) -> Iterator[epath.Path]:
     hosts.first_does(lambda: stack.enter_context(new_directory(output)))
     yield staging_path(output)
   multihost_utils.sync_global_devices(f'wrote {output}')
-
-
-def _write_card(directory: epath.Path, facts: Facts, verdict: Verdict, *, merged: bool):
-  if jax.process_index() == 0:
-    (directory / 'README.md').write_text(model_card.render(facts, verdict, merged=merged))

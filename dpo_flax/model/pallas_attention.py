@@ -79,9 +79,13 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
   return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
-def _query_window(seen: Mask, floor_column: tuple) -> Window | None:
-  """The window of a kernel that has queries along its first axis."""
-  return seen.window and Window(seen.window.positions[0], floor_column[0][:, :1])
+def _query_scores(
+  q_ref, k_ref, seen: Mask, floor_column: Sequence, starts: tuple, softcap: float | None
+) -> tuple[jax.Array, jax.Array]:
+  """A block's scores, and which of them are visible: [queries, keys] both."""
+  scores = softly_capped(_dot(q_ref[0, 0], k_ref[0, 0], (1, 1)), softcap)
+  window = seen.window and Window(seen.window.positions[0], floor_column[0][:, :1])
+  return scores, _visible(seen.visible_until[0], window, *starts, key_axis=1)
 
 
 def _forward_kernel(keys_of, counts, q_ref, k_ref, v_ref, seen, o_ref, lse_ref, *scratch, softcap):
@@ -99,10 +103,8 @@ def _forward_kernel(keys_of, counts, q_ref, k_ref, v_ref, seen, o_ref, lse_ref, 
 
   @pl.when(step < counts[row, block])
   def _():
-    scores = softly_capped(_dot(q_ref[0, 0], k_ref[0, 0], (1, 1)), softcap)  # [queries, keys]
-    window = _query_window(seen, floor_column)
     starts = block * size, keys_of[row, block, step] * size
-    visible = _visible(seen.visible_until[0], window, *starts, key_axis=1)
+    scores, visible = _query_scores(q_ref, k_ref, seen, floor_column, starts, softcap)
     scores = jnp.where(visible, scores, _HIDDEN)
     before = max_ref[:, :1]
     now = jnp.maximum(before, scores.max(axis=1, keepdims=True))
@@ -137,10 +139,8 @@ def _query_gradient_kernel(
 
   @pl.when(step < counts[row, block])
   def _():
-    scores = softly_capped(_dot(q_ref[0, 0], k_ref[0, 0], (1, 1)), softcap)  # [queries, keys]
-    window = _query_window(seen, floor_column)
     starts = block * size, keys_of[row, block, step] * size
-    visible = _visible(seen.visible_until[0], window, *starts, key_axis=1)
+    scores, visible = _query_scores(q_ref, k_ref, seen, floor_column, starts, softcap)
     weights = jnp.exp(jnp.where(visible, scores, _HIDDEN) - lse_column[:, :1])
     slopes = _dot(do_ref[0, 0], v_ref[0, 0], (1, 1)) - delta_column[:, :1]
     slopes = weights * slopes * _steepness(scores, softcap)

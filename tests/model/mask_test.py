@@ -6,29 +6,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_flax.data import pack
 from dpo_flax.model.mask import block_size, make_block_plan, make_window
 
 TOKENS = 384  # three blocks of 128
 
 
-@st.composite
-def packings(draw):
-  """visible_until and positions [TOKENS] of a random row of pairs."""
-  random = np.random.default_rng(draw(st.integers(0, 2**32)))
-  longest, layout = (
-    draw(st.sampled_from([8, 60, 200])),
-    draw(st.sampled_from(['shared', 'separate'])),
-  )
-  row, room = [], TOKENS
-  while True:
-    lengths = random.integers(1, longest + 1, 3)
-    room -= pack.row_lengths(lengths[None], layout)[0]
-    if room < 0:
-      break
-    row.append(pack.PackedPair(0, *(np.ones(n, np.int32) for n in lengths)))
-  batch = pack.fill_batch([row], tokens=TOKENS, pairs_per_row=TOKENS // 3, layout=layout)
-  return batch['visible_until'][0], batch['positions'][0]
+PACKINGS = {
+  'seed': st.integers(0, 2**32),
+  'longest': st.sampled_from([8, 60, 200]),
+  'layout': st.sampled_from(['shared', 'separate']),
+}
+
+
+@pytest.fixture(scope='session')
+def draw_row(draw_packing):
+  """Draws visible_until and positions [TOKENS] of one row."""
+
+  def draw(seed, **options):
+    return [array[0] for array in draw_packing(seed, rows=1, tokens=TOKENS, **options)]
+
+  return draw
 
 
 def planned(until, positions, size):
@@ -59,13 +56,15 @@ def with_something_visible(until, positions, size):
   return visible.reshape(blocks, side, blocks, side).any(axis=(1, 3))
 
 
-@given(packing=packings())
-def test_plan_lists_exactly_the_blocks_in_which_something_is_visible(packing):
+@given(**PACKINGS)
+def test_plan_lists_exactly_the_blocks_in_which_something_is_visible(draw_row, **packing):
+  packing = draw_row(**packing)
   np.testing.assert_array_equal(planned(*packing, None), with_something_visible(*packing, None))
 
 
-@given(packing=packings(), size=st.sampled_from([1, 20, 130]))
-def test_plan_of_a_window_leaves_nothing_visible_out(packing, size):
+@given(**PACKINGS, size=st.sampled_from([1, 20, 130]))
+def test_plan_of_a_window_leaves_nothing_visible_out(draw_row, size, **packing):
+  packing = draw_row(**packing)
   listed = planned(*packing, size)
   assert (listed >= with_something_visible(*packing, size)).all()
   assert (listed <= with_something_visible(*packing, None)).all()
