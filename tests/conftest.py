@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = (
@@ -24,6 +25,7 @@ from ml_collections import ConfigDict
 from dpo_flax import config as config_lib
 from dpo_flax.assembly.models import load_model
 from dpo_flax.data import pack
+from dpo_flax.examples import make_tiny
 from dpo_flax.learner.state import Models
 from dpo_flax.learner.step import StepOptions
 from dpo_flax.model.config import AttentionKind, ModelConfig, Rope
@@ -162,6 +164,33 @@ def make_models(make_mesh_of):
     return Models(policy, nnx.view(policy, adapted=False))
 
   return make
+
+
+@pytest.fixture(scope='session')
+def write_example_base():
+  """Writes a random Llama with the example's tokenizer in Hugging Face layout, by transformers."""
+  # Most tests need neither, and both take seconds to import.
+  import torch
+  import transformers
+
+  def write(directory: pathlib.Path, *, seed=0, initializer_range=0.2, max_shard_size='5GB'):
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+      vocab_size=make_tiny.VOCABULARY,
+      hidden_size=64,
+      intermediate_size=96,
+      num_hidden_layers=2,
+      num_attention_heads=4,
+      num_key_value_heads=2,
+      initializer_range=initializer_range,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    tokenizer = pathlib.Path(make_tiny.__file__).parent / 'tiny' / 'tokenizer.model'
+    shutil.copy(tokenizer, directory)
+    return directory
+
+  return write
 
 
 @pytest.fixture(scope='session')

@@ -27,29 +27,12 @@ PAIRS = 21  # rows of 8 devices are then not full
 pytestmark = pytest.mark.filterwarnings('ignore:.*is_gradient_checkpointing.*:FutureWarning')
 
 
-def write_base(directory, seed):
-  """Writes a random Llama with the example's tokenizer."""
-  torch.manual_seed(seed)
-  config = transformers.LlamaConfig(
-    vocab_size=make_tiny.VOCABULARY,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    initializer_range=0.1,
-  )
-  transformers.LlamaForCausalLM(config).save_pretrained(directory)
-  shutil.copy(EXAMPLE / 'tokenizer.model', directory)
-  return directory
-
-
 @pytest.fixture(scope='module')
-def places(tmp_path_factory):
+def places(tmp_path_factory, write_example_base):
   """Two bases, two adapters on the first, and some pairs."""
   root = tmp_path_factory.mktemp('models')
-  base = write_base(root / 'base', 0)
-  write_base(root / 'other', 1)
+  base = write_example_base(root / 'base', initializer_range=0.1)
+  write_example_base(root / 'other', seed=1, initializer_range=0.1)
   for seed, name in enumerate(('adapter', 'another')):
     torch.manual_seed(seed)
     settings = peft.LoraConfig(

@@ -38,22 +38,9 @@ pytestmark = pytest.mark.filterwarnings('ignore:.*is_gradient_checkpointing.*:Fu
 
 
 @pytest.fixture(scope='module')
-def base(tmp_path_factory):
+def base(tmp_path_factory, write_example_base):
   """A random Llama in Hugging Face layout, its weights in several files."""
-  directory = tmp_path_factory.mktemp('base')
-  torch.manual_seed(0)
-  config = transformers.LlamaConfig(
-    vocab_size=make_tiny.VOCABULARY,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    initializer_range=0.2,
-  )
-  model = transformers.LlamaForCausalLM(config)
-  model.save_pretrained(directory, max_shard_size='200KB')
-  shutil.copy(EXAMPLE / 'tokenizer.model', directory)
+  directory = write_example_base(tmp_path_factory.mktemp('base'), max_shard_size='200KB')
   (directory / 'tokenizer_config.json').write_text(
     json.dumps({'bos_token': '<s>', 'eos_token': '</s>', 'add_bos_token': True})
   )
