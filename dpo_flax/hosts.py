@@ -7,9 +7,12 @@ On Cloud TPU the environment tells. Elsewhere every process is told, here for th
 Without these a run is one process that listens to nobody.
 """
 
+import contextlib
 import os
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -17,16 +20,20 @@ from absl import flags
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from dpo_flax.durability.peers import Peers
+from dpo_flax.durability.peers import LOST_PEER, Peers, end
 
 _COORDINATOR = flags.DEFINE_string(
   'coordinator', None, 'host:port where process 0 listens, and on no other address.'
 )
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Processes of the run, all together.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'This one among them, from 0.')
+_JOIN_TIMEOUT = flags.DEFINE_integer(
+  'join_timeout', 300, 'Seconds until all processes of the run must have come.', lower_bound=1
+)
 
 # peers.py notices sooner, and names who is at fault; this is for when it cannot.
 _TIMEOUTS = {'heartbeat_timeout_seconds': 60, 'shutdown_timeout_seconds': 15}
+_LONGER = 60  # seconds that jax, whose timeout aborts with a stack trace, waits beyond ours
 
 _CLOUD_TPU_PORT = '8482'  # jax's own choice
 _METADATA_SERVER = ('169.254.169.254', 80)  # that of any Google Cloud VM
@@ -58,10 +65,33 @@ def connect():
 
 def _join(*arguments, **options):
   jax.config.update('jax_enable_preemption_service', False)  # it would take SIGTERM for itself
-  jax.distributed.initialize(*arguments, **options, **_TIMEOUTS)
+  patience = _JOIN_TIMEOUT.value + _LONGER
+  with _limited_wait():
+    jax.distributed.initialize(*arguments, **options, **_TIMEOUTS, initialization_timeout=patience)
   state = distributed.global_state
   _joined.append(Peers(state.process_id, state.num_processes))
   _joined[0].watch()
+
+
+@contextlib.contextmanager
+def _limited_wait() -> Iterator[None]:
+  """Ends the process if it waits too long for the others; an interrupt ends it at once.
+
+  One that comes late cannot be told from one that has died before it came.
+  """
+  seconds, coordinator, count = _JOIN_TIMEOUT.value, _COORDINATOR.value, _NUM_PROCESSES.value
+  who = f'process {1 - _PROCESS_ID.value} of 2' if count == 2 else 'another process of the run'
+  why = 'Has it failed' + (f', or can {coordinator} not be reached' if coordinator else '')
+  said = f'{who} has not come within {seconds} s (--join_timeout). {why}? This process ends too.'
+  timer = threading.Timer(seconds, end, [said, LOST_PEER])
+  timer.daemon = True
+  timer.start()
+  before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would wait as well
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, before)
+    timer.cancel()
 
 
 def first_does(action: Callable[[], object]):

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from dpo_flax.data.prepare import PreparedData
 from dpo_flax.data.split import Split
 from dpo_flax.model.transformer import Transformer
+from dpo_flax.places import is_remote
 from dpo_flax.scoring import score_side
 
 _VERSION = 1  # of how the numbers are computed
@@ -85,7 +86,7 @@ def _write(path: epath.Path, logps: np.ndarray):
   with unfinished.open('wb') as file:
     file.write(hashlib.sha256(data).digest() + data)
     file.flush()
-    if '://' not in str(path):
+    if not is_remote(path):
       os.fsync(file.fileno())
   unfinished.replace(path)
 

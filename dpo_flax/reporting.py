@@ -13,9 +13,9 @@ import tqdm
 from absl import logging
 from etils import epath
 
-from dpo_flax.durability.manifest import is_local
 from dpo_flax.objective import metrics
 from dpo_flax.objective.metrics import Sums
+from dpo_flax.places import is_remote
 from dpo_flax.tensorboard import EventFiles
 
 StepMetrics = dict[str, Any]  # of learner.step's train_step
@@ -100,7 +100,7 @@ class Reporter:
   def _append(self, line: str):
     self._lines.append(line)
     behind, self._behind = self._behind, True
-    if behind or not is_local(self._file):  # object stores cannot append
+    if behind or is_remote(self._file):  # object stores cannot append
       self._rewrite()
     else:
       with self._file.open('a') as file:

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -50,6 +51,32 @@ def finish(process):
   finally:
     process.kill()
   return process.returncode, output, errors
+
+
+def lonely_process(*flags):
+  """Starts the one of two processes to which the other never comes."""
+  with socket.create_server(('127.0.0.1', 0)) as server:
+    port = server.getsockname()[1]
+  alone = (f'--coordinator=127.0.0.1:{port}', '--num_processes=2', *flags)
+  return start_process(['-m', 'dpo_flax.train', '--config=configs/tiny.py', *alone])
+
+
+@pytest.mark.parametrize('index', [0, 1])
+def test_a_process_to_which_no_other_comes_says_so_and_ends(index):
+  process = lonely_process(f'--process_id={index}', '--join_timeout=1')
+  code, _, errors = finish(process)
+  assert code == 69
+  assert f'process {1 - index} of 2 has not come within 1 s' in errors
+  assert 'Traceback' not in errors and 'stack trace' not in errors
+
+
+def test_a_process_that_waits_for_others_can_be_interrupted():
+  process = lonely_process('--process_id=0')
+  with pytest.raises(subprocess.TimeoutExpired):
+    process.wait(timeout=10)
+  process.send_signal(signal.SIGINT)
+  code, _, _ = finish(process)
+  assert code == -signal.SIGINT
 
 
 def run_both(start_one):

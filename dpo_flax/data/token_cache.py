@@ -12,6 +12,7 @@ from etils import epath
 
 from dpo_flax.data.caching import cache_files
 from dpo_flax.data.reading.preference import COLUMNS
+from dpo_flax.places import is_remote
 
 Ids = tuple[np.ndarray, np.ndarray, np.ndarray]  # prompt, chosen, rejected, int32
 
@@ -123,7 +124,7 @@ class TokenCache:
 
 def local_directory(path: epath.Path) -> epath.Path:
   """Returns the directory whose files are mapped: `path`, or its mirror on a local disk."""
-  if '://' not in str(path):
+  if not is_remote(path):
     return path
   return epath.Path(tempfile.gettempdir()) / 'dpo_flax_token_cache' / path.name
 

@@ -26,6 +26,7 @@ from dpo_flax import hosts
 from dpo_flax.durability import manifest, steps
 from dpo_flax.durability.identity import RunIdentity
 from dpo_flax.learner.state import TrainState
+from dpo_flax.places import absolute, is_remote
 
 _STATE, _RUN = 'state', 'run.json'
 
@@ -56,7 +57,7 @@ class Checkpoints:
     on_error: Callable[[SaveError], None] = _raise,
   ):
     self.identity = identity
-    self.directory = epath.Path(directory).resolve()  # Orbax wants an absolute path
+    self.directory = absolute(directory)  # as Orbax wants it
     self._keep = keep
     self._on_error = on_error
     self._checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
@@ -207,7 +208,7 @@ class Checkpoints:
       steps.keep_newest(self.directory, self._keep)
 
   def _check_room(self, state: TrainState):
-    if not manifest.is_local(self.directory):
+    if is_remote(self.directory):
       return
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD_BYTES
     self.directory.mkdir(parents=True, exist_ok=True)
@@ -273,7 +274,7 @@ def restore_trainable(directory: epath.Path, step: int, trainable: nnx.State) ->
     restore_args=ocp.checkpoint_utils.construct_restore_args(targets),
     partial_restore=True,
   )
-  place = epath.Path(directory).resolve() / str(step) / _STATE
+  place = absolute(directory) / str(step) / _STATE
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     restored = checkpointer.restore(place, args=args)
   return jax.tree.unflatten(jax.tree.structure(trainable), [restored[name] for name in arrays])

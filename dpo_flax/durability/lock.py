@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from absl import logging
 from etils import epath
 
-from dpo_flax.durability.manifest import is_local
+from dpo_flax.places import is_remote
 
 _NAME = 'lock'
 
@@ -32,7 +32,7 @@ def sole_writer(workdir: epath.Path) -> Iterator[None]:
   since = datetime.datetime.now().astimezone().isoformat(timespec='seconds')
   me = json.dumps({'host': socket.gethostname(), 'pid': os.getpid(), 'since': since})
   workdir.mkdir(parents=True, exist_ok=True)
-  if not is_local(workdir):
+  if is_remote(workdir):
     if path.exists():
       logging.warning('%s, or it was killed; a bucket cannot tell', _in_use(workdir, path))
     path.write_text(me)

@@ -10,6 +10,8 @@ import os
 
 from etils import epath
 
+from dpo_flax.places import is_link, is_remote
+
 NAME = 'SHA256SUMS'
 _CHUNK = 1 << 22  # bytes
 
@@ -19,7 +21,7 @@ def seal(directory: epath.Path):
   text = _describe(directory, sync=True)
   path = directory / NAME
   path.write_text(text)
-  if is_local(directory):
+  if not is_remote(directory):
     _sync(path)
     for place in {directory, *(path.parent for path in _entries(directory))}:
       _sync(place)
@@ -43,14 +45,9 @@ def faults(directory: epath.Path) -> list[str]:
   ]
 
 
-def is_local(path: epath.Path) -> bool:
-  """Whether a path is of a file system, which renames and locks, and not of an object store."""
-  return '://' not in str(path)
-
-
 def sync_directory(directory: epath.Path):
   """Puts the names in a local directory on disk."""
-  if is_local(directory):
+  if not is_remote(directory):
     _sync(directory)
 
 
@@ -85,11 +82,6 @@ def _entries(directory: epath.Path) -> list[epath.Path]:
   return found
 
 
-def is_link(path: epath.Path) -> bool:
-  """Whether a path is a symbolic link."""
-  return is_local(path) and os.path.islink(path)
-
-
 def _digest(path: epath.Path, sync: bool) -> str:
   if is_link(path):
     return '-' * 64  # no file's: what it leads to may change
@@ -97,7 +89,7 @@ def _digest(path: epath.Path, sync: bool) -> str:
   with path.open('rb') as file:
     while chunk := file.read(_CHUNK):
       digest.update(chunk)
-    if sync and is_local(path):
+    if sync and not is_remote(path):
       os.fsync(file.fileno())
   return digest.hexdigest()
 

@@ -15,6 +15,7 @@ from absl import logging
 from etils import epath
 
 from dpo_flax.durability import manifest
+from dpo_flax.places import is_link, is_remote
 
 _STEP = re.compile(r'0|[1-9][0-9]*')
 _LEFTOVER = re.compile(r'(0|[1-9][0-9]*)\.(unfinished|deleted)')
@@ -44,7 +45,7 @@ def newest_whole(directory: epath.Path) -> int | None:
 
 def place(directory: epath.Path, step: int) -> epath.Path:
   """Returns where a step is written before it is one."""
-  return directory / (f'{step}.unfinished' if manifest.is_local(directory) else str(step))
+  return directory / (str(step) if is_remote(directory) else f'{step}.unfinished')
 
 
 def begin(directory: epath.Path, step: int):
@@ -64,7 +65,7 @@ def commit(directory: epath.Path, step: int):
   """Makes a step of what was written to its place, once all of it is on disk."""
   written = place(directory, step)
   manifest.seal(written)
-  if manifest.is_local(directory):
+  if not is_remote(directory):
     written.rename(directory / str(step))
     manifest.sync_directory(directory)
 
@@ -73,7 +74,7 @@ def keep_newest(directory: epath.Path, count: int):
   """Deletes all but the newest `count` steps. A kill meanwhile leaves none that is broken."""
   for step in finished(directory)[:-count]:
     old = directory / str(step)
-    if manifest.is_local(directory):
+    if not is_remote(directory):
       old = old.rename(directory / f'{step}.deleted')
     else:
       (old / manifest.NAME).unlink()
@@ -95,7 +96,7 @@ def _named(directory: epath.Path) -> list[int]:
 def _directories(directory: epath.Path) -> list[epath.Path]:
   if not directory.exists():
     return []
-  return [path for path in directory.iterdir() if path.is_dir() and not manifest.is_link(path)]
+  return [path for path in directory.iterdir() if path.is_dir() and not is_link(path)]
 
 
 def _faults(step: epath.Path) -> list[str]:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from dpo_flax.interop.safe_files import is_remote
 from dpo_flax.interop.tensor_files import WRITER, read_header
+from dpo_flax.places import absolute, is_remote
 
 # What an export may hold besides its tensors.
 _SIDECARS = re.compile(
@@ -19,7 +19,7 @@ _SIDECARS = re.compile(
 
 def staging_path(output: epath.PathLike) -> epath.Path:
   """Returns the sibling of `output` that `new_directory` yields."""
-  output = _resolved(output)
+  output = absolute(output)
   return output.parent / f'.{output.name}.new'
 
 
@@ -28,13 +28,13 @@ def new_directory(output: epath.PathLike) -> Iterator[epath.Path]:
   """Yields an empty sibling that takes the place of `output` when the block ends without error.
 
   A reader sees the old directory or the whole new one, except in buckets: they have no atomic
-  rename, and the files appear one by one.
+  rename, and the files appear one by one. Of a link, what it leads to is replaced.
 
   Raises:
     ValueError: `output` cannot be replaced.
   """
   check_replaceable(output)
-  output, staging = _resolved(output), staging_path(output)
+  output, staging = absolute(output), staging_path(output)
   retired = output.parent / f'.{output.name}.old'
   for leftover in (staging, retired):
     if leftover.exists():
@@ -59,7 +59,7 @@ def check_replaceable(output: epath.PathLike):
   Raises:
     ValueError: it exists, and is neither empty nor an earlier export with nothing added to it.
   """
-  output = _resolved(output)
+  output = absolute(output)
   if not output.exists():
     return
   if not output.is_dir():
@@ -80,7 +80,7 @@ def check_replaceable(output: epath.PathLike):
 
 def same_place(left: epath.PathLike, right: epath.PathLike) -> bool:
   """Whether two paths lead to one directory."""
-  return str(_resolved(left)) == str(_resolved(right))
+  return str(absolute(left)) == str(absolute(right))
 
 
 def _is_ours(file: epath.Path) -> bool:
@@ -88,12 +88,6 @@ def _is_ours(file: epath.Path) -> bool:
     return read_header(file)[0].get('written_by') == WRITER
   except ValueError:
     return False
-
-
-def _resolved(output: epath.PathLike) -> epath.Path:
-  """A link to a directory stays: what it leads to is replaced."""
-  output = epath.Path(output).expanduser()
-  return output if is_remote(output) else epath.Path(os.path.realpath(os.fspath(output)))
 
 
 def _flush(directory: epath.Path):

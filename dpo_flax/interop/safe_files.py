@@ -9,6 +9,7 @@ from typing import Any
 from etils import epath
 
 from dpo_flax.messages import shown
+from dpo_flax.places import is_remote
 
 # A published index of 90,000 tensors has 9 MB and 90,000 values.
 MAX_JSON_BYTES = 32 * 2**20
@@ -38,11 +39,6 @@ def find_file(directory: epath.Path, name: str) -> epath.Path | None:
   if not real.is_file():
     raise ValueError(f'{path} is no regular file')
   return path
-
-
-def is_remote(path: epath.PathLike) -> bool:
-  """Whether a path is in a bucket, which has no links and no atomic rename."""
-  return '://' in str(path)
 
 
 def _is_blob(real: pathlib.Path, home: pathlib.Path) -> bool:

@@ -66,6 +66,7 @@ def start(
     return [runs.start(command, devices=devices)]
   with socket.create_server(('127.0.0.1', 0)) as server:
     shared = [f'--coordinator=127.0.0.1:{server.getsockname()[1]}', f'--num_processes={processes}']
+  shared.append('--join_timeout=20')
   numbers = [f'--process_id={i}' for i in range(processes)]
   return [runs.start([*command, *shared, number], devices=devices) for number in numbers]
 

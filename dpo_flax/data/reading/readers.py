@@ -20,6 +20,7 @@ from typing import IO, Any
 from etils import epath
 
 from dpo_flax.data.reading.records import RecordError
+from dpo_flax.places import is_remote
 
 Raw = bytes | dict[str, Any] | RecordError  # JSON, a row of a table, or what is wrong
 Numbered = tuple[int, Raw]  # with its line, or its number from 1
@@ -217,7 +218,7 @@ def _without_nulls(value: Any) -> Any:
 def _array_record(file: str) -> Iterator[Numbered]:
   from array_record.python import array_record_module
 
-  if '://' in file:
+  if is_remote(file):
     raise RecordError('not a local file', 'ArrayRecord files are read from local disks only')
   try:
     reader = array_record_module.ArrayRecordReader(file)
