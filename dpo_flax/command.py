@@ -25,7 +25,6 @@ _VERBOSE = flags.DEFINE_bool(
 )
 
 INTERRUPTED = 130  # exit code: 128 + SIGINT, as shells have it
-_BUCKETS = ": pip install 'dpo_flax[gcs]' brings what reads gs:// paths"
 # What XLA says, in a ValueError too, of a collective that another process has left.
 _STATUS = re.compile(r'\b(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ')
 _MISTAKES = (ValueError, FloatingPointError, OSError, ImportError)
@@ -60,8 +59,7 @@ def run_flags(command: Callable[[], object], *, on_every_host: bool = False):
         traceback.print_exc()
       if _STATUS.search(str(error)):
         hosts.peers().wait_for_verdict()
-      hint = _BUCKETS if isinstance(error, ImportError) and 'gcsfs' in str(error) else ''
-      _leave(MISTAKE, f'{type(error).__name__}: {error}{hint}')
+      _leave(MISTAKE, f'{type(error).__name__}: {error}{_hint(error)}')
     except KeyboardInterrupt:
       _leave(INTERRUPTED, 'interrupted (SIGINT)')
     except Exception as error:
@@ -90,6 +88,15 @@ def _quieten_libraries():
   logging.get_absl_handler().addFilter(is_ours)
   sys.unraisablehook = tell
   warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
+
+
+def _hint(error: Exception) -> str:
+  """Returns what may help, where a library's own words do not say."""
+  if isinstance(error, ImportError) and 'gcsfs' in str(error):
+    return ": pip install 'dpo_flax[gcs]' brings what reads gs:// paths"
+  if isinstance(error, OSError) and str(error).startswith('Forbidden'):
+    return '. May this account read and write there?'
+  return ''
 
 
 def _leave(code: int, message: str):

@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).parent.parent
     'not_finite.py --rounds=1',
     'shapes.py --rounds=1',
     'bounds.py --rounds=1',
+    'bucket.py --rounds=3',
   ],
 )
 def test_the_promise_is_kept(command):

@@ -26,19 +26,19 @@ def sole_writer(workdir: epath.Path) -> Iterator[None]:
   """Holds `workdir` for this process; the file `lock` in it tells others by whom.
 
   Raises:
-    ValueError: another process holds it; says which.
+    ValueError: another process holds it, which is named; or its bucket cannot be written to.
   """
   path = workdir / _NAME
   since = datetime.datetime.now().astimezone().isoformat(timespec='seconds')
   me = json.dumps({'host': socket.gethostname(), 'pid': os.getpid(), 'since': since})
-  workdir.mkdir(parents=True, exist_ok=True)
   if is_remote(workdir):
-    if path.exists():
-      logging.warning('%s, or it was killed; a bucket cannot tell', _in_use(workdir, path))
-    path.write_text(me)
-    yield
-    path.unlink()
+    _announce(workdir, path, me)
+    try:
+      yield
+    finally:
+      path.unlink()
     return
+  workdir.mkdir(parents=True, exist_ok=True)
   with path.open('a') as file:
     try:
       fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -49,8 +49,23 @@ def sole_writer(workdir: epath.Path) -> Iterator[None]:
     file.truncate(0)
     file.write(me)
     file.flush()
-    yield
-    file.truncate(0)
+    try:
+      yield
+    finally:
+      file.truncate(0)
+
+
+def _announce(workdir: epath.Path, path: epath.Path, me: str):
+  """Leaves word in an object store, where nothing can be held."""
+  try:
+    if path.exists():
+      logging.warning('%s, or it was killed; a bucket cannot tell', _in_use(workdir, path))
+    path.write_text(me)
+  except OSError as error:
+    raise ValueError(
+      f'{workdir} cannot be written ({error}). Is there such a bucket, and may this account write '
+      'to it?'
+    ) from error
 
 
 def _in_use(workdir: epath.Path, path: epath.Path) -> str:

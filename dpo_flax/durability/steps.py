@@ -20,6 +20,7 @@ from dpo_flax.places import is_link, is_remote
 _STEP = re.compile(r'0|[1-9][0-9]*')
 _LEFTOVER = re.compile(r'(0|[1-9][0-9]*)\.(unfinished|deleted)')
 _QUARANTINE = 'quarantine'
+_ABOUT_QUARANTINE = 'Steps that were found damaged. Nothing reads them: delete them as you like.\n'
 
 
 def finished(directory: epath.Path) -> list[int]:
@@ -109,6 +110,8 @@ def _faults(step: epath.Path) -> list[str]:
 def _set_aside(directory: epath.Path, step: int) -> epath.Path:
   quarantine = directory / _QUARANTINE
   quarantine.mkdir(exist_ok=True)
+  # Something must be in it: an object store has no empty directories, and moves to none.
+  (quarantine / 'README').write_text(_ABOUT_QUARANTINE)
   taken = {path.name for path in quarantine.iterdir()}
   names = (f'{step}.{count}' if count else str(step) for count in range(len(taken) + 1))
   return (directory / str(step)).rename(quarantine / next(n for n in names if n not in taken))

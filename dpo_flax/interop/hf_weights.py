@@ -28,6 +28,7 @@ from dpo_flax.model.hf_config import to_hf_config
 from dpo_flax.model.lora import BASE, Trained
 from dpo_flax.model.quantization import scale_path
 from dpo_flax.model.transformer import Transformer
+from dpo_flax.places import is_remote
 
 COPIED_FILES = (
   'config.json',
@@ -151,6 +152,8 @@ def save_merged(
 
 def _download(path: str) -> epath.Path:
   """Fetches a hub id into huggingface_hub's cache."""
+  if is_remote(path):
+    raise ValueError(f'{path}: no such directory, or this account may not read it')
   if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', path):
     raise ValueError(f'{path}: no such directory (and no hub id, which reads owner/name)')
   try:
