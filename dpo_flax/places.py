@@ -5,7 +5,13 @@ An object store has no links, no locks, no appending, and no rename of a directo
 
 import os
 
+import fsspec.config
 from etils import epath
+
+# fsspec, by which epath reaches object stores, keeps listings, and then never sees what TensorStore
+# and other processes write.
+for _protocol in ('gs', 's3'):
+  fsspec.config.conf.setdefault(_protocol, {})['use_listings_cache'] = False
 
 
 def is_remote(path: epath.PathLike) -> bool:

@@ -3,6 +3,8 @@
 import os
 import pathlib
 
+import fsspec
+
 from dpo_flax.places import absolute, is_link, is_remote
 
 
@@ -12,6 +14,12 @@ def test_a_path_in_an_object_store_stays_as_it_is(tmp_path, monkeypatch):
     assert is_remote(path)
     assert os.fspath(absolute(path)) == path
     assert not is_link(path)
+
+
+def test_what_others_write_to_an_object_store_is_seen():
+  assert not fsspec.filesystem(
+    'gs', token='anon', finalize_on_close=True
+  ).dircache.use_listings_cache
 
 
 def test_a_local_path_begins_at_the_root_behind_all_links(tmp_path, monkeypatch):
