@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dpo_flax.durability.peers import PREEMPTED, Peers, end
 
 _INTERVAL = 0.25  # seconds
+_GOODBYE = 1.0  # seconds of the grace in which to tell the others and end
 
 
 class Preempted(Exception):
@@ -31,6 +32,7 @@ class Preemption:
   def __init__(self, peers: Peers, *, grace: float):
     self.nothing_to_save: Callable[[], bool] = lambda: True
     self._peers, self._grace = peers, grace
+    self._limit = grace - min(_GOODBYE, grace / 2)
     self._told: float | None = None  # when, on the monotonic clock
     self._stopping = False  # at the agreed point
     self._point = 0
@@ -80,7 +82,7 @@ class Preemption:
           self._peers.ask_to_stop()
         continue
       time.sleep(_INTERVAL / 10)
-      late = time.monotonic() - self._told > self._grace
+      late = time.monotonic() - self._told > self._limit
       if late or (not self._stopping and (self._peers.parting or self.nothing_to_save())):
         self._leave(late)
 
