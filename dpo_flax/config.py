@@ -10,10 +10,8 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-# What a run may change when it goes on: where things are kept (their contents are fingerprinted),
-# how often it reports, and how the same numbers are spread over devices. Every other field is part
-# of the run's identity.
-_FREE_ON_RESUME = (
+# Where things are read: their contents are fingerprinted, and every host may have its own.
+_SOURCES = (
   'workdir',
   'initialize_from_hf',
   'reference_model_path',
@@ -24,12 +22,17 @@ _FREE_ON_RESUME = (
   'data.validation',
   'data.tokenizer',
   'data.chat_template',
-  'peft_save_path',
-  'merged_hf_save_path',
-  'hf_save_steps',
   'data.cache_dir',
   'data.cache_workers',
   'data.workers',
+)
+
+# What else a run may change when it goes on: where it writes, how often it reports, and how the
+# same numbers are spread over devices. Every other field is part of the run's identity.
+_FREE_ON_RESUME = (
+  'peft_save_path',
+  'merged_hf_save_path',
+  'hf_save_steps',
   'train.log_every',
   'train.eval_every',
   'train.save_every',
@@ -253,8 +256,14 @@ def get(config: ConfigDict, field: str) -> Any:
 
 def identity(config: ConfigDict) -> dict[str, Any]:
   """Returns dotted field -> value of all that decides a run's numbers, as plain JSON values."""
-  fields = _flatten(json.loads(config.to_json_best_effort()))
+  fields = shared(config)
   return {field: value for field, value in fields.items() if field not in _FREE_ON_RESUME}
+
+
+def shared(config: ConfigDict) -> dict[str, Any]:
+  """Returns dotted field -> value of all that must be the same on every host of a run."""
+  fields = _flatten(json.loads(config.to_json_best_effort()))
+  return {field: value for field, value in fields.items() if field not in _SOURCES}
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:

@@ -8,11 +8,14 @@ Without these a run is one process that listens to nobody.
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -109,6 +112,30 @@ def first_does(action: Callable[[], object]):
   failed = bool(multihost_utils.broadcast_one_to_all(np.array(error is not None)))
   if failed:
     raise error or ValueError('process 0 has failed, and says why')
+
+
+def check_agreement(values: Mapping[str, Any]):
+  """Checks that all processes of the run come with the same values, which JSON can hold.
+
+  Every process calls it at the same point.
+
+  Raises:
+    ValueError: one differs from the first process; names it, and what differs.
+  """
+  if jax.process_count() == 1:
+    return
+  text = json.dumps(values, sort_keys=True)
+  peers().post('values', text)
+  digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+  digests = np.asarray(multihost_utils.process_allgather(digest))
+  for other in np.flatnonzero((digests != digests[0]).any(axis=1)):
+    notes = peers().notes('values')
+    mine, theirs = json.loads(notes[0]), json.loads(notes[int(other)])
+    name = next(n for n in sorted(mine | theirs) if mine.get(n) != theirs.get(n))
+    raise ValueError(
+      f'process {other} of {len(digests)} has {name}={theirs.get(name)!r}, where process 0 has '
+      f'{mine.get(name)!r}: start all of them with the same command, on the same data'
+    )
 
 
 def _connect_as_told(coordinator: str | None, num_processes: int | None, process_id: int | None):

@@ -16,6 +16,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from dpo_flax import command, hosts
+from dpo_flax import config as config_lib
 from dpo_flax.assembly import assemble
 from dpo_flax.assembly.assemble import Run
 from dpo_flax.assembly.models import count_parameters
@@ -64,11 +65,14 @@ def train(config: ConfigDict) -> dict[str, float]:
     preemption = enter(Preemption(hosts.peers(), grace=config.train.grace_seconds))
     mesh = make_mesh(config.mesh)
     enter(jax.set_mesh(mesh))
+    enter(explained(config))
+    hosts.check_agreement(config_lib.shared(config))
     hosts.first_does(lambda: enter(sole_writer(workdir)))
     hosts.first_does(lambda: check_outputs(config, output_paths(config)))
     run, state = assemble.build(config, mesh)
     checkpoints = enter(contextlib.closing(make_checkpoints(run)))
     state, done = checkpoints.resume(state, allow_data_change=config.allow_data_change)
+    check_room_to_learn(run, done)
     hosts.first_does(lambda: write_record(run.record, workdir))
     reporter = Reporter(
       workdir, start_step=done, num_steps=run.num_steps, speaks=jax.process_index() == 0
@@ -173,6 +177,15 @@ class Learning:
   def _is_due(self, every: int) -> bool:
     """Whether something done every `every` steps (0: never) and at the end is due now."""
     return self.done == self.run.num_steps or (every > 0 and self.done % every == 0)
+
+
+def check_room_to_learn(run: Run, done: int):
+  """Refuses a checkpoint from beyond the end, as after `allow_data_change` to fewer data."""
+  if done > run.num_steps:
+    raise ValueError(
+      f'{run.config.workdir} holds step {done}, and with these data the run ends after step '
+      f'{run.num_steps}: raise train.num_epochs, or choose another workdir'
+    )
 
 
 def train_batches(run: Run, start_step: int) -> grain.DatasetIterator:

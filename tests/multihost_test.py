@@ -96,6 +96,28 @@ def run_on_two(workdir, *overrides):
   return [output for _, output, _ in finished]
 
 
+@pytest.mark.parametrize(
+  ('override', 'named'),
+  [
+    ('--config.optimizer.learning_rate=0.004', 'optimizer.learning_rate=0.004'),
+    ('--config.lora.r=4', 'lora.r=4'),
+    ('--config.data.train={}/other.jsonl', 'data='),
+  ],
+)
+def test_processes_that_are_not_of_one_run_refuse_to_train(tmp_path, override, named):
+  records = (ROOT / 'dpo_flax/examples/tiny/pairs.jsonl').read_text().splitlines(keepends=True)
+  (tmp_path / 'other.jsonl').write_text(''.join(records[:-1]))
+
+  def start_one(flags):
+    more = (override.format(tmp_path),) if '--process_id=1' in flags else ()
+    return start(tmp_path / 'run', *more, flags=flags)
+
+  for code, _, errors in run_both(start_one):
+    assert code == 2
+    assert f'process 1 of 2 has {named}' in errors
+    assert 'Traceback' not in errors
+
+
 def metrics(workdir):
   """(step, split) -> the metrics reported there, each once."""
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]

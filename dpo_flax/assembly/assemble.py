@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dpo_flax import config as config_lib
+from dpo_flax import hosts
 from dpo_flax.assembly.models import load_models
 from dpo_flax.assembly.sources import make_sources, reference_fingerprint
 from dpo_flax.assembly.tuning import make_lora_config
@@ -70,6 +71,8 @@ def build(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
   for pairs in (data.train, data.validation):
     check_records(pairs.columns if pairs else (), objective)
   num_steps = config.train.num_train_steps or steps_for_epochs(data, config)
+  fingerprints = {'data': data.fingerprint, **sources.fingerprints()}
+  hosts.check_agreement({**fingerprints, 'steps': num_steps})
   models = load_models(
     config, sources, lora, keeps_reference=runs_reference(config, objective), mesh=mesh
   )
@@ -80,7 +83,6 @@ def build(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     data = with_reference_logps(data, reference, config, fingerprint=weights, mesh=mesh)
   graphdef, trainable, frozen = split_models(models)
   optimizer = make_optimizer(config.optimizer, num_steps)
-  fingerprints = {'data': data.fingerprint, **sources.fingerprints()}
   identity = RunIdentity(config_lib.identity(config), fingerprints)
   run = Run(
     config=config,

@@ -40,12 +40,22 @@ def explained(config: ConfigDict, *held: Any) -> Iterator[None]:
     )
     raise OutOfMemoryError(
       f'out of memory on {device.device_kind}: {str(error).partition(chr(10))[0]}\n'
-      f'Weights, adapters and optimizer take {bytes_held / 2**30:.2f} GiB of '
-      + (f'the {capacity / 2**30:.1f} GiB of ' if capacity else '')
-      + 'each device; the rest is for the step. What makes it smaller, the cheapest first:\n  '
+      + _share(bytes_held, capacity)
+      + 'What makes it smaller, the cheapest first:\n  '
       + '\n  '.join(changes)
       + '\npython -m dpo_flax.plan measures each of them for a TPU, without one.'
     ) from error
+
+
+def _share(held: int, capacity: int | None) -> str:
+  """Says what is left for a step; nothing before the weights are there."""
+  if not held:
+    return ''
+  whole = f'the {capacity / 2**30:.1f} GiB of ' if capacity else ''
+  return (
+    f'Weights, adapters and optimizer take {held / 2**30:.2f} GiB of {whole}each device; the rest '
+    'is for the step. '
+  )
 
 
 def _bytes_on_a_device(array: jax.Array) -> int:
