@@ -14,16 +14,23 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dpo_flax import command
+from dpo_flax import config as config_lib
 from dpo_flax.assembly.models import load_models
 from dpo_flax.assembly.sources import Sources, make_sources
 from dpo_flax.assembly.tuning import make_lora_config
 from dpo_flax.delivery.exporting import check_outputs, export_adapter, export_merged
 from dpo_flax.delivery.model_card import Facts
-from dpo_flax.durability.checkpoint import newest_step, restore_trainable
+from dpo_flax.durability.checkpoint import (
+  check_whole,
+  newest_step,
+  restore_trainable,
+  saved_identity,
+)
+from dpo_flax.durability.identity import RunIdentity
 from dpo_flax.interop.hf_weights import open_checkpoint
 from dpo_flax.learner.state import split_models
 from dpo_flax.reporting import read_metrics
-from dpo_flax.run_record import RunRecord, read_record
+from dpo_flax.run_record import NAME, RunRecord, read_record
 from dpo_flax.sharding import make_mesh
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'That of the run.')
@@ -47,6 +54,8 @@ def export(workdir: str, output: str, *, merged: bool, step: int | None = None):
   check_outputs(config, {'merged' if merged else 'peft': output})
   if step is None:
     step = newest_step(place / 'checkpoints')
+  check_whole(place / 'checkpoints', step)
+  _check_record(record, place, step)
   facts = Facts(record, step, read_metrics(place / 'metrics.jsonl', step, 'validation'))
   mesh = _make_mesh(config)
   with jax.set_mesh(mesh):
@@ -62,6 +71,14 @@ def export(workdir: str, output: str, *, merged: bool, step: int | None = None):
       export_merged(policy, sources.base, facts, output, mesh)
     else:
       export_adapter(policy, lora, facts, output, mesh)
+
+
+def _check_record(record: RunRecord, place: epath.Path, step: int):
+  """Refuses a record that is not of the run that saved the step, which is sealed."""
+  now = RunIdentity(config_lib.identity(record.config), record.fingerprints)
+  for found in saved_identity(place / 'checkpoints', step).differences(now):
+    if not found.is_of_the_data:
+      raise ValueError(f'{place}/{NAME} is not that of step {step}. {found}')
 
 
 def _open_sources(record: RunRecord, mesh: Mesh) -> Sources:

@@ -125,7 +125,7 @@ class Reporter:
 
 def read_metrics(path: epath.Path, step: int, split: str) -> dict[str, Any]:
   """Returns what a run wrote of `split` after `step`; {} if nothing."""
-  return _find(path.read_text().splitlines(), step, split) if path.exists() else {}
+  return _find(_whole_lines(path), step, split)
 
 
 def _find(lines: Iterable[str], step: int, split: str) -> dict[str, Any]:
@@ -137,10 +137,33 @@ def _find(lines: Iterable[str], step: int, split: str) -> dict[str, Any]:
 
 def _kept_lines(path: epath.Path, start_step: int) -> list[str]:
   """The whole lines of an earlier run that its checkpoint at `start_step` has seen."""
-  if not start_step or not path.exists():
+  if not start_step:
     return []
-  lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith('\n')]
-  return [line for line in lines if json.loads(line)['step'] <= start_step]
+  return [line for line in _whole_lines(path) if json.loads(line)['step'] <= start_step]
+
+
+def _whole_lines(path: epath.Path) -> list[str]:
+  """The lines of a file of metrics; one that a kill cut short, or that is damaged, is left out."""
+  lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+  whole = {number: line for number, line in enumerate(lines, start=1) if line.endswith(b'\n')}
+  damaged = [number for number, line in whole.items() if not _is_report(line)]
+  if damaged:
+    logging.warning(
+      '%s:%d: no report, and left out%s',
+      path,
+      damaged[0],
+      f', as are {len(damaged) - 1} more' if len(damaged) > 1 else '',
+    )
+  return [line.decode() for number, line in whole.items() if number not in damaged]
+
+
+def _is_report(line: bytes) -> bool:
+  try:
+    values = json.loads(line)
+  except ValueError:  # of UTF-8 too
+    return False
+  is_report = isinstance(values, dict) and isinstance(values.get('step'), int)
+  return is_report and isinstance(values.get('split'), str)
 
 
 class Monitor:

@@ -212,6 +212,19 @@ def test_base_that_has_changed_is_refused(config, base, exports, tmp_path):
     export(str(workdir), str(tmp_path / 'out'), merged=False)
 
 
+@pytest.mark.parametrize(
+  ('was', 'now'),
+  [('"alpha": 8.0', '"alpha": 16.0'), ('"q_proj"', '"k_proj"'), ('"r": 4', '"r": 2')],
+)
+def test_a_record_that_is_not_of_the_run_is_refused(exports, tmp_path, was, now):
+  record = (exports[0] / 'run.json').read_text()
+  assert record.count(was) == 1
+  (tmp_path / 'run.json').write_text(record.replace(was, now))
+  (tmp_path / 'checkpoints').symlink_to(exports[0] / 'checkpoints')
+  with pytest.raises(ValueError, match=r'run\.json is not that of step 3\. lora\.'):
+    export(str(tmp_path), str(tmp_path / 'out'), merged=False)
+
+
 @pytest.mark.parametrize('form', ['peft', 'merged'])
 def test_export_that_is_not_what_was_trained_is_refused(exports, tmp_path, monkeypatch, form):
   name = {'peft': 'save_adapter', 'merged': 'save_merged'}[form]

@@ -17,7 +17,7 @@ from tensorboardX.record_writer import RecordWriter
 from dpo_flax import reporting
 from dpo_flax.objective.metrics import metric_sums
 from dpo_flax.objective.pairs import PairLogps
-from dpo_flax.reporting import Monitor, Reporter, summarize
+from dpo_flax.reporting import Monitor, Reporter, read_metrics, summarize
 
 METRICS = {'dpo_loss': 0.5, 'dpo_accuracy': 0.75, 'pairs': 8}
 
@@ -128,6 +128,20 @@ def test_resume_drops_a_half_written_line(open_reporter, tmp_path, tail):
     file.write(tail)
   open_reporter(start_step=3).write(4, 'train', METRICS)
   assert [line['step'] for line in read_lines(tmp_path)] == [2, 4]
+
+
+@pytest.mark.parametrize('damaged', [b'garbage', b'null', b'{}', b'\xff\xfe', b'{"step": "3"}'])
+def test_resume_leaves_out_a_damaged_line_and_names_it(open_reporter, tmp_path, caplog, damaged):
+  first = open_reporter()
+  for step in (1, 2, 3):
+    first.write(step, 'train', METRICS)
+  path = tmp_path / 'metrics.jsonl'
+  lines = path.read_bytes().splitlines(keepends=True)
+  path.write_bytes(lines[0] + damaged + b'\n' + lines[2])
+  assert read_metrics(path, 3, 'train')['step'] == 3
+  open_reporter(start_step=3)
+  assert [line['step'] for line in read_lines(tmp_path)] == [1, 3]
+  assert f'{path}:2: no report, and left out' in caplog.text
 
 
 @pytest.mark.parametrize('broken', ['metrics.jsonl', 'tensorboard'])

@@ -164,8 +164,7 @@ class Checkpoints:
 
   def saved_identity(self, step: int) -> RunIdentity:
     """Returns what the run that saved `step` was."""
-    record = json.loads((self.directory / str(step) / _RUN).read_text())
-    return RunIdentity(record['config'], record['fingerprints'])
+    return saved_identity(self.directory, step)
 
   def close(self):
     """Waits for the last save and handles its error if it failed."""
@@ -214,7 +213,7 @@ class Checkpoints:
     self.directory.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(self.directory).free
     if free < needed:
-      raise OSError(f'{free / 1e6:,.0f} MB are free, {needed / 1e6:,.0f} MB are needed')
+      raise OSError(f'{free / 1e6:,.1f} MB are free, {needed / 1e6:,.1f} MB are needed')
 
   def _handle(self, step: int, error: BaseException):
     if jax.process_index() == 0:
@@ -254,10 +253,14 @@ def newest_step(directory: epath.Path) -> int:
   return found[-1]
 
 
-def restore_trainable(directory: epath.Path, step: int, trainable: nnx.State) -> nnx.State:
-  """Returns what the state saved as `step` learned, on the shardings of `trainable`.
+def saved_identity(directory: epath.Path, step: int) -> RunIdentity:
+  """Returns what the run that saved `step` was."""
+  record = json.loads((directory / str(step) / _RUN).read_text())
+  return RunIdentity(record['config'], record['fingerprints'])
 
-  Neither the optimizer's part of the state nor a running training is touched.
+
+def check_whole(directory: epath.Path, step: int):
+  """Checks that a step is there and as it was saved.
 
   Raises:
     ValueError: there is no such step, or it is damaged.
@@ -267,6 +270,14 @@ def restore_trainable(directory: epath.Path, step: int, trainable: nnx.State) ->
     raise ValueError(f'{directory} holds no step {step}, but {", ".join(map(str, found))}')
   if faults := manifest.faults(directory / str(step)):
     raise ValueError(f'{directory}/{step} is damaged: {faults[0]}')
+
+
+def restore_trainable(directory: epath.Path, step: int, trainable: nnx.State) -> nnx.State:
+  """Returns what the state saved as `step` learned, on the shardings of `trainable`.
+
+  The step must be whole (`check_whole`). Neither the optimizer's part of its state nor a running
+  training is touched.
+  """
   arrays = {f'trainable.{name}': array for name, array in _named_arrays(trainable).items()}
   targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, arrays)
   args = ocp.args.PyTreeRestore(

@@ -3,6 +3,8 @@
 import dataclasses
 import errno
 import json
+import os
+import pathlib
 import shutil
 import subprocess
 import types
@@ -12,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from flax import nnx
 
-from dpo_flax.durability import checkpoint
+from dpo_flax.durability import checkpoint, steps
 from dpo_flax.durability.checkpoint import Checkpoints
 from dpo_flax.durability.identity import RunIdentity
 from dpo_flax.learner.state import RewardMean, init_state, split_models
@@ -121,6 +124,50 @@ def test_the_newest_are_kept_and_nothing_else(make_state, open_checkpoints, tmp_
     assert_same_bits(again.restore(make_state(0), step), make_state(step))
 
 
+def test_a_step_takes_its_name_only_when_all_of_it_is_on_disk(
+  make_state, open_checkpoints, tmp_path, monkeypatch
+):
+  synced, folder = [], tmp_path / 'checkpoints'
+  local = type(epath.Path(folder))
+  fsync, rename = os.fsync, local.rename
+
+  def note_sync(descriptor):
+    synced.append(pathlib.Path(os.readlink(f'/proc/self/fd/{descriptor}')))
+    fsync(descriptor)
+
+  def note_rename(path, target):
+    if path.name == '1.unfinished':
+      files = {pathlib.Path(found) for found in pathlib.Path(path).rglob('*')}
+      assert files | {pathlib.Path(path)} <= set(synced)
+      synced.append('renamed')
+    return rename(path, target)
+
+  monkeypatch.setattr(os, 'fsync', note_sync)
+  monkeypatch.setattr(local, 'rename', note_rename)
+  checkpoints = open_checkpoints()
+  checkpoints.save(make_state(1), 1)
+  checkpoints.close()
+  assert folder in synced[synced.index('renamed') :]  # the name, too, is on disk
+
+
+def test_a_kill_while_an_old_step_is_deleted_leaves_none_that_is_broken(
+  make_state, open_checkpoints, tmp_path, monkeypatch
+):
+  checkpoints = open_checkpoints(keep=3)
+  for step in (1, 2):
+    checkpoints.save(make_state(step), step)
+  checkpoints.close()
+  folder = epath.Path(tmp_path / 'checkpoints')
+
+  def die(path):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(type(folder), 'rmtree', die)
+  with pytest.raises(KeyboardInterrupt):
+    steps.keep_newest(folder, 1)
+  assert steps.finished(folder) == [2]
+
+
 def test_a_step_that_was_not_finished_is_not_seen_and_goes_away(
   make_state, open_checkpoints, tmp_path
 ):
@@ -189,7 +236,7 @@ def test_a_failed_save_is_told_with_its_step_and_the_next_one_works(
     if moment == 'at once':
       usage = types.SimpleNamespace(free=1_000_000)
       broken.setattr(checkpoint.shutil, 'disk_usage', lambda path: usage)
-      reason = '1 MB are free, 1 MB are needed'
+      reason = '1.0 MB are free, 1.1 MB are needed'
     else:
       reason = 'No space left'
       broken.setattr(checkpoint.steps, 'commit', raise_no_space)

@@ -58,12 +58,12 @@ def open_or_build(
   path = epath.Path(directory) / fingerprint[:16]
   local = local_directory(path)
   with cache_files.locked(local, shared=True):
-    complete = cache_files.is_complete(local)
+    complete = cache_files.is_complete(local, fingerprint)
   if not complete:
     with cache_files.locked(local):
       if local != path and (path / cache_files.MANIFEST).exists():
         _copy(path, local)
-      if not cache_files.is_complete(local):  # no other process was faster
+      if not cache_files.is_complete(local, fingerprint):  # no other process was faster
         build = _Build(source, local, bad_record=bad_record)
         shards = build.run(tokenizer, options, workers)
         cache_files.write_manifest(local, fingerprint, source.files, shards)

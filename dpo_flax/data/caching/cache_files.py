@@ -162,13 +162,16 @@ def whole_shards(directory: epath.Path) -> set[int]:
   return {int(name) for name, is_whole in zip(names, whole, strict=True) if is_whole}
 
 
-def is_complete(directory: epath.Path) -> bool:
-  """Whether a cache is there and every byte of it is as it was written."""
+def is_complete(directory: epath.Path, fingerprint: str) -> bool:
+  """Whether the cache of this fingerprint is there and every byte of it is as it was written."""
   try:
-    sha256 = read_manifest(directory)['sha256']
+    manifest = read_manifest(directory)
+    sha256, files = manifest['sha256'], manifest['files']
+    if manifest['fingerprint'] != fingerprint or not isinstance(files, list) or not sha256:
+      return False
     if any(_sha256(directory / name) != digest for name, digest in sha256.items()):
       return False
-  except (OSError, ValueError, KeyError):
+  except (OSError, ValueError, KeyError, TypeError, AttributeError):
     return False
   return whole_shards(directory) >= set(range(len(sha256)))
 

@@ -252,6 +252,27 @@ def test_a_damaged_file_is_noticed_and_built_again(many, tokenizer, tmp_path, sm
   assert content(open_or_build(many, tokenizer, tmp_path, bad_record='skip')) == before
 
 
+@pytest.mark.parametrize(
+  'change',
+  [
+    lambda manifest: [],
+    lambda manifest: None,
+    lambda manifest: {**manifest, 'sha256': {}},
+    lambda manifest: {**manifest, 'sha256': []},
+    lambda manifest: {**manifest, 'fingerprint': 'f' * 64},
+    lambda manifest: {**manifest, 'files': None},
+    lambda manifest: {'sha256': manifest['sha256']},
+  ],
+)
+def test_a_manifest_that_is_not_the_caches_is_written_again(data, tokenizer, tmp_path, change):
+  built = open_or_build(data, tokenizer, tmp_path)
+  before, path = content(built), pathlib.Path(built.path) / 'manifest.json'
+  text = path.read_text()
+  path.write_text(json.dumps(change(json.loads(text))))
+  assert content(open_or_build(data, tokenizer, tmp_path)) == before
+  assert path.read_text() == text
+
+
 def test_of_many_processes_one_builds(many, tokenizer, tmp_path):
   processes = [start_build(many, tokenizer, tmp_path / 'cache') for _ in range(3)]
   assert [process.wait() for process in processes] == [0, 0, 0]
