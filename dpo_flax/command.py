@@ -19,6 +19,7 @@ from dpo_flax import config as config_lib
 from dpo_flax import hosts
 from dpo_flax.durability.peers import MISTAKE, PREEMPTED, end
 from dpo_flax.durability.preemption import Preempted
+from dpo_flax.messages import without_secrets
 
 _VERBOSE = flags.DEFINE_bool(
   'verbose', False, "Show libraries' messages, and the traceback of an error."
@@ -35,9 +36,18 @@ def run(command: Callable[[ConfigDict], object], *, on_every_host: bool = False)
 
   With `on_every_host`, it first joins the same command on the run's other hosts.
   """
-  config = config_flags.DEFINE_config_file('config', help_string='A file of configs/.')
+  try:
+    config = config_flags.DEFINE_config_file('config', help_string='A file of configs/.')
+  except flags.Error as error:  # of a --flagfile, which it reads
+    _fail(str(error))
   flags.mark_flag_as_required('config')
-  run_flags(lambda: command(config.value), on_every_host=on_every_host)
+
+  def run_config():
+    if not isinstance(config.value, ConfigDict):
+      raise ValueError(f'--config: get_config() returned {config.value!r}, which is no ConfigDict')
+    command(config.value)
+
+  run_flags(run_config, on_every_host=on_every_host)
 
 
 def run_flags(command: Callable[[], object], *, on_every_host: bool = False):
@@ -100,6 +110,7 @@ def _hint(error: Exception) -> str:
 
 
 def _leave(code: int, message: str):
+  message = without_secrets(message)
   hosts.peers().leave(code, message)
   if hosts.peers().count > 1:
     end(message, code)  # without waiting for those that are stuck
@@ -112,9 +123,20 @@ def _parse(argv: list[str]) -> list[str]:
   except flags.Error as error:
     _fail(_without_traceback(str(error)))
   except (AttributeError, KeyError, TypeError) as error:  # ml_collections: no such field
-    _fail(_unknown_field(argv) or f'{type(error).__name__}: {error}')
+    _fail(_unknown_field(argv) or f'{_place(error)}{type(error).__name__}: {error}')
   except FileNotFoundError as error:
     _fail(f'--config: {error}')
+  except Exception as error:  # whatever a config file raises
+    _fail(f'--config: {_place(error)}{type(error).__name__}: {error}')
+
+
+def _place(error: Exception) -> str:
+  """Returns 'file:line: ' of a config file that failed; '' where that is not it."""
+  if isinstance(error, SyntaxError):  # whose text has the place
+    return ''
+  last = traceback.extract_tb(error.__traceback__)[-1]
+  is_library = 'site-packages' in last.filename or last.filename == __file__
+  return '' if is_library else f'{last.filename}:{last.lineno}: '
 
 
 def _without_traceback(message: str) -> str:
@@ -149,5 +171,5 @@ def _fields(config: ConfigDict, prefix: str = '') -> list[str]:
 
 
 def _fail(message: str, code: int = MISTAKE):
-  print(message, file=sys.stderr)
+  print(without_secrets(message), file=sys.stderr)
   sys.exit(code)

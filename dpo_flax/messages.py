@@ -1,9 +1,19 @@
-"""What error messages show of values that come from files: on lines a terminal can print."""
+"""What messages show of values that come from elsewhere: printable, not too long, no secrets."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
 _CHARACTERS, _LINES = 200, 1000
+
+# Tokens of Hugging Face, GitHub, OpenAI, Slack, Amazon and Google, JSON web tokens, and a password
+# or token in an address.
+SECRETS = re.compile(
+  r'\b(hf_|gh[pousr]_|github_pat_|sk-)[A-Za-z0-9_-]{20,}|\bxox[abeoprs]-[A-Za-z0-9-]{10,}'
+  r'|\bAKIA[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{30,}|\bya29\.[A-Za-z0-9_-]+'
+  r'|\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_.-]+'
+  r'|://[^/@\s]*:[^/@\s]+@|[?&](access_token|api_key|key|token|password|signature)=[^&\s]+'
+)
 
 
 def shown(value: Any) -> str:
@@ -13,6 +23,11 @@ def shown(value: Any) -> str:
   """
   text = value if isinstance(value, str) and value.isprintable() else ascii(value)
   return text if len(text) <= _CHARACTERS else f'{text[:_CHARACTERS]}...'
+
+
+def without_secrets(text: str) -> str:
+  """Returns a text with what looks like a token or password taken out."""
+  return SECRETS.sub('(secret)', text)
 
 
 def shown_list(faults: Iterable[str]) -> str:

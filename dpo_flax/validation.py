@@ -1,13 +1,13 @@
 """What is wrong with a config: illegal values, and fields that contradict each other."""
 
 import math
-import re
 from collections.abc import Sequence
 
 from absl import logging
 from ml_collections import ConfigDict
 
 from dpo_flax.config import default, get
+from dpo_flax.messages import SECRETS
 
 _CHOICES = {
   'tuning.method': ('lora', 'dora', 'full'),
@@ -32,12 +32,13 @@ _CHOICES = {
 
 # field -> (smallest, largest) value; None: no bound.
 _RANGES = {
+  'seed': (0, 2**31 - 1),
   'model.logits_chunk': (1, None),
   'lora.r': (1, None),
   'lora.dropout': (0, 0.999),
   'data.validation_split_fraction': (0, 0.9),
-  'data.cache_workers': (0, None),
-  'data.workers': (0, None),
+  'data.cache_workers': (0, 1024),
+  'data.workers': (0, 1024),
   'batch.rows': (1, None),
   'batch.tokens': (4, None),
   'batch.pairs_per_row': (0, None),
@@ -65,15 +66,13 @@ _POSITIVE = (
   'optimizer.eps',
 )
 
+# A name or several, of modules or losses.
+_NAMES = ('lora.target_modules', 'lora.exclude_modules', 'lora.modules_to_save', 'objective.loss')
+
 _SHORTEST_PAIR = 4  # tokens: one of a prompt before one of a response, twice
 
 # Above this, DPO tends to leave the reference faster than the loss can tell.
 _HIGH_LEARNING_RATES = {'lora': 5e-5, 'dora': 5e-5, 'full': 5e-6}
-
-# Tokens of Hugging Face, GitHub, OpenAI, Amazon, Google, and a password in an address.
-_SECRETS = re.compile(
-  r'\b(hf_|gh[pousr]_|sk-)[A-Za-z0-9_-]{20}|\bAKIA[A-Z0-9]{16}\b|\bya29\.|://[^/@\s]*:[^/@\s]+@'
-)
 
 # Of the lora section, what an adapter to start from leaves to the run.
 _FREE_OF_ADAPTERS = ('dropout', 'zero_init_b')
@@ -93,6 +92,11 @@ def validate(config: ConfigDict) -> ConfigDict:
       raise ValueError(f'{field}={get(config, field)!r}: expected one of {", ".join(choices)}')
   for field, (low, high) in _RANGES.items():
     _check_range(field, get(config, field), low, high)
+  for field in _NAMES:
+    value = get(config, field)
+    several = value if isinstance(value, list | tuple | dict) else [value]
+    if value is not None and not all(isinstance(name, str) for name in several):
+      raise ValueError(f'{field}={value!r}: expected a name, or a list of names')
   for field in _POSITIVE:
     if not 0 < get(config, field) < math.inf:
       raise ValueError(f'{field}={get(config, field)}: must be greater than 0, and finite')
@@ -155,7 +159,7 @@ def _check_secrets(config: ConfigDict, prefix: str = ''):
   for name, value in config.items():
     if isinstance(value, ConfigDict):
       _check_secrets(value, f'{prefix}{name}.')
-    elif _SECRETS.search(str(value)):
+    elif SECRETS.search(str(value)):
       raise ValueError(
         f'{prefix}{name} holds what looks like a token or password, and the config is written into '
         'checkpoints and exports. Libraries read theirs from the environment, such as HF_TOKEN.'

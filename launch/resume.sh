@@ -47,8 +47,8 @@ while :; do
         echo "$NAME: the run was refused; see launch/logs.sh" >&2
         exit 2
       elif [[ $how != unknown ]]; then
-        # 75: told to stop (SIGTERM), which is no crash.
-        [[ $how == 75 ]] || ((++crashes <= MAX_CRASHES)) || { echo "$NAME: crashed again ($how)" >&2; exit 1; }
+        # Told to stop (SIGTERM), which is no crash: 75, or 143 while Python starts.
+        [[ $how == 75 || $how == 143 ]] || ((++crashes <= MAX_CRASHES)) || { echo "$NAME: crashed again ($how)" >&2; exit 1; }
         echo "$NAME: $how: starting again"
         "$here/run.sh" "$@" || true
       fi

@@ -40,11 +40,13 @@ CHOICES = [
 OUT_OF_RANGE = [
   ('model.logits_chunk', 0, 'at least 1'),
   ('lora.r', 0, 'at least 1'),
+  ('seed', 10**20, 'between 0 and'),
+  ('data.cache_workers', 10**8, 'between 0 and 1024'),
   ('lora.dropout', 1.0, 'between 0 and 0.999'),
   ('lora.dropout', -0.1, 'between 0 and 0.999'),
   ('lora.alpha', 0.0, 'greater than 0'),
   ('data.validation_split_fraction', 0.95, 'between 0 and 0.9'),
-  ('data.workers', -1, 'at least 0'),
+  ('data.workers', -1, 'between 0 and 1024'),
   ('batch.rows', 0, 'at least 1'),
   ('batch.tokens', 3, 'at least 4'),
   ('batch.pairs_per_row', -1, 'at least 0'),
@@ -178,6 +180,11 @@ def test_what_a_way_of_tuning_would_ignore_is_refused(config, set_field, fields,
     ('data.template_variables', {'key': 'AKIA' + 'A1' * 8}),
     ('data.chat_template', "{% set key = 'sk-" + 'x' * 24 + "' %}"),
     ('workdir', 'runs/ghp_' + 'a' * 36),
+    ('data.template_variables', {'key': 'github_pat_' + 'aB3' * 10}),
+    ('data.template_variables', {'key': 'AIza' + 'aB3' * 11 + '-_'}),
+    ('data.template_variables', {'key': 'xoxb-1234567890-abc'}),
+    ('data.template_variables', {'key': 'eyJhbGciOiJI.eyJzdWIiOiIx.abc'}),
+    ('data.train', 'https://example.com/pairs.jsonl?token=abc'),
   ],
 )
 def test_what_looks_like_a_secret_is_refused_and_not_repeated(config, field, value):
@@ -185,6 +192,16 @@ def test_what_looks_like_a_secret_is_refused_and_not_repeated(config, field, val
   with pytest.raises(ValueError, match=f'{field} holds what looks like a token') as error:
     validate(config)
   assert str(value)[-6:] not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [('lora.target_modules', 5), ('lora.modules_to_save', (3,)), ('objective.loss', 5)],
+)
+def test_names_must_be_texts(config, set_field, field, value):
+  set_field(config, field, value)
+  with pytest.raises(ValueError, match=f'{field}=.*: expected a name, or a list of names'):
+    validate(config)
 
 
 @pytest.mark.parametrize('path', ['gs://bucket/sk-small/hf_model', 'runs/2026-11-21@12:00'])

@@ -39,7 +39,9 @@ def sole_writer(workdir: epath.Path) -> Iterator[None]:
       path.unlink()
     return
   workdir.mkdir(parents=True, exist_ok=True)
-  with path.open('a') as file:
+  # A link would lead to a file that is not ours, which is then emptied.
+  descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+  with open(descriptor, 'a') as file:
     try:
       fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

@@ -19,8 +19,7 @@ _SIDECARS = re.compile(
 
 def staging_path(output: epath.PathLike) -> epath.Path:
   """Returns the sibling of `output` that `new_directory` yields."""
-  output = absolute(output)
-  return output.parent / f'.{output.name}.new'
+  return _siblings(output)[0]
 
 
 @contextlib.contextmanager
@@ -34,8 +33,9 @@ def new_directory(output: epath.PathLike) -> Iterator[epath.Path]:
     ValueError: `output` cannot be replaced.
   """
   check_replaceable(output)
-  output, staging = absolute(output), staging_path(output)
-  retired = output.parent / f'.{output.name}.old'
+  output, (staging, retired) = absolute(output), _siblings(output)
+  if _is_half_replaced(output):
+    output.rmtree()  # first: what lies beside it tells that it is ours
   for leftover in (staging, retired):
     if leftover.exists():
       leftover.rmtree()
@@ -74,6 +74,8 @@ def check_replaceable(output: epath.PathLike):
     raise ValueError(
       f'{output} holds {sorted(others)[0]}, which no export writes: choose another place'
     )
+  if _is_half_replaced(output):
+    return
   if not all(map(_is_ours, tensors)) or (not tensors and any(output.iterdir())):
     raise ValueError(f'{output} exists and was not written by an earlier export: choose another')
 
@@ -81,6 +83,21 @@ def check_replaceable(output: epath.PathLike):
 def same_place(left: epath.PathLike, right: epath.PathLike) -> bool:
   """Whether two paths lead to one directory."""
   return str(absolute(left)) == str(absolute(right))
+
+
+def _siblings(output: epath.PathLike) -> tuple[epath.Path, epath.Path]:
+  """Where the new content of `output` is made, and where the old one goes."""
+  output = absolute(output)
+  return output.parent / f'.{output.name}.new', output.parent / f'.{output.name}.old'
+
+
+def _is_half_replaced(output: epath.Path) -> bool:
+  """Whether a kill left files of an export without its tensors, as only a bucket moves them."""
+  if not is_remote(output) or not output.exists():
+    return False
+  files = list(output.iterdir())
+  known = all(_SIDECARS.fullmatch(file.name) and not file.is_dir() for file in files)
+  return bool(files) and known and any(path.exists() for path in _siblings(output))
 
 
 def _is_ours(file: epath.Path) -> bool:

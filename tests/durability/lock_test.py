@@ -68,6 +68,14 @@ def test_a_killed_writer_holds_nothing_even_if_its_children_live(hold, tmp_path,
     assert json.loads((tmp_path / 'lock').read_text())['pid'] == os.getpid()
 
 
+def test_a_link_is_not_followed_to_what_it_would_empty(tmp_path):
+  (tmp_path / 'mine').write_text('years of work')
+  (tmp_path / 'lock').symlink_to('mine')
+  with pytest.raises(OSError, match='symbolic links'), sole_writer(epath.Path(tmp_path)):
+    pass
+  assert (tmp_path / 'mine').read_text() == 'years of work'
+
+
 def test_after_the_writer_nobody_is_named(tmp_path):
   with sole_writer(epath.Path(tmp_path) / 'new'):
     pass

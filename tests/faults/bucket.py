@@ -45,6 +45,9 @@ class Trial:
   def disturb(self, generator: random.Random, seconds: float) -> str:
     """Does something to the run or to what it has saved; says what."""
     steps = {int(name.split('/')[2]) for name in self._names('SHA256SUMS')}
+    tensors = f'{self.prefix}peft/adapter_model.safetensors'
+    if tensors in self.server.objects and generator.random() < 0.2:
+      return self.interrupt_an_export(tensors)
     if steps and generator.random() < 0.5:
       return self.damage(max(steps), generator)
     return self.kill(generator, seconds)
@@ -77,6 +80,12 @@ class Trial:
       content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
     self.server.put(name, bytes(content[: len(content) - (how == 'cut')]))
     return how
+
+  def interrupt_an_export(self, tensors: str) -> str:
+    """Leaves what a kill between two moves of an export leaves."""
+    self.server.put(tensors.replace('/peft/', '/.peft.old/'), self.server.objects[tensors])
+    self.server.remove(tensors)
+    return 'an export between its old and its new content'
 
   def finish(self) -> pathlib.Path:
     """Runs to the end; returns a copy of the workdir on the local disk."""
