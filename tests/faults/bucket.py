@@ -46,7 +46,7 @@ class Trial:
     """Does something to the run or to what it has saved; says what."""
     steps = {int(name.split('/')[2]) for name in self._names('SHA256SUMS')}
     tensors = f'{self.prefix}peft/adapter_model.safetensors'
-    if tensors in self.server.objects and generator.random() < 0.2:
+    if tensors in self.server.objects and generator.random() < 0.5:
       return self.interrupt_an_export(tensors)
     if steps and generator.random() < 0.5:
       return self.damage(max(steps), generator)
