@@ -185,6 +185,8 @@ class Trial:
 
 def kills(options: argparse.Namespace, directory: pathlib.Path) -> bool:
   """Returns whether nothing was lost in any round."""
+  # Where a shell's background job ignores it, so would the runs.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   whole = directory / 'whole'
   for _ in range(2):  # the second finds the programs compiled
     shutil.rmtree(whole, ignore_errors=True)
