@@ -20,6 +20,7 @@ from dpo_flax import hosts
 from dpo_flax.durability.peers import MISTAKE, PREEMPTED, end
 from dpo_flax.durability.preemption import Preempted
 from dpo_flax.messages import without_secrets
+from dpo_flax.places import access_errors
 
 _VERBOSE = flags.DEFINE_bool(
   'verbose', False, "Show libraries' messages, and the traceback of an error."
@@ -28,7 +29,7 @@ _VERBOSE = flags.DEFINE_bool(
 INTERRUPTED = 130  # exit code: 128 + SIGINT, as shells have it
 # What XLA says, in a ValueError too, of a collective that another process has left.
 _STATUS = re.compile(r'\b(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ')
-_MISTAKES = (ValueError, FloatingPointError, OSError, ImportError)
+_MISTAKES = (ValueError, FloatingPointError, ImportError)
 
 
 def run(command: Callable[[ConfigDict], object], *, on_every_host: bool = False):
@@ -64,31 +65,32 @@ def run_flags(command: Callable[[], object], *, on_every_host: bool = False):
       command()
     except Preempted as stopped:
       _leave(PREEMPTED, f'told to stop (SIGTERM), {stopped}: the same command goes on.')
-    except _MISTAKES as error:
-      if _VERBOSE.value:
-        traceback.print_exc()
-      if _STATUS.search(str(error)):
-        hosts.peers().wait_for_verdict()
-      _leave(MISTAKE, f'{type(error).__name__}: {error}{_hint(error)}')
     except KeyboardInterrupt:
       _leave(INTERRUPTED, 'interrupted (SIGINT)')
     except Exception as error:
-      hosts.peers().wait_for_verdict()  # a collective fails where another process has died
-      hosts.peers().leave(1, f'{type(error).__name__}: {error}')
-      raise
+      is_mistake = isinstance(error, (*_MISTAKES, *access_errors()))
+      if not is_mistake or _STATUS.search(str(error)):
+        hosts.peers().wait_for_verdict()  # a collective fails where another process has died
+      if not is_mistake:
+        hosts.peers().leave(1, f'{type(error).__name__}: {error}')
+        raise
+      if _VERBOSE.value:
+        traceback.print_exc()
+      _leave(MISTAKE, f'{type(error).__name__}: {error}{_hint(error)}')
     hosts.peers().close()
 
   app.run(main, flags_parser=_parse)
 
 
 def _quieten_libraries():
-  """Leaves to Orbax and asyncio only what they raise, which is then told in our words.
+  """Leaves to Orbax, asyncio and gcsfs only what they raise, which is then told in our words.
 
   When Orbax cannot write, it also leaves coroutines and callbacks behind, which tell of themselves.
   """
 
   def is_ours(record):
-    return '/orbax/' not in record.pathname and record.name != 'asyncio'
+    library = record.name.partition('.')[0]
+    return '/orbax/' not in record.pathname and library not in ('asyncio', 'gcsfs')
 
   def tell(unraisable):
     if 'Event loop is closed' not in str(unraisable.exc_value):

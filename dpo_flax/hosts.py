@@ -24,6 +24,7 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from dpo_flax.durability.peers import LOST_PEER, Peers, end
+from dpo_flax.places import access_errors
 
 _COORDINATOR = flags.DEFINE_string(
   'coordinator', None, 'host:port where process 0 listens, and on no other address.'
@@ -101,13 +102,13 @@ def first_does(action: Callable[[], object]):
   """Runs `action` on the run's first process alone; if it fails there, it fails on all.
 
   Raises:
-    ValueError, OSError: as raised there; elsewhere, a ValueError that says where to look.
+    ValueError, access_errors(): as raised there; elsewhere, a ValueError that says where to look.
   """
   error = None
   if jax.process_index() == 0:
     try:
       action()
-    except (ValueError, OSError) as raised:
+    except (ValueError, *access_errors()) as raised:
       error = raised
   failed = bool(multihost_utils.broadcast_one_to_all(np.array(error is not None)))
   if failed:

@@ -4,6 +4,7 @@ An object store has no links, no locks, no appending, and no rename of a directo
 """
 
 import os
+import sys
 
 import fsspec.config
 from etils import epath
@@ -14,6 +15,14 @@ for _protocol in ('gs', 's3'):
   fsspec.config.conf.setdefault(_protocol, {})['use_listings_cache'] = False
 
 
+_STORE_ERRORS = (
+  ('gcsfs.retry', 'HttpError'),
+  ('gcsfs.retry', 'ChecksumError'),
+  ('google.auth.exceptions', 'GoogleAuthError'),
+  ('aiohttp', 'ClientError'),
+)
+
+
 def is_remote(path: epath.PathLike) -> bool:
   """Whether a path is in an object store."""
   return '://' in os.fspath(path)
@@ -22,6 +31,15 @@ def is_remote(path: epath.PathLike) -> bool:
 def is_link(path: epath.PathLike) -> bool:
   """Whether a path is a symbolic link."""
   return not is_remote(path) and os.path.islink(path)
+
+
+def access_errors() -> tuple[type[Exception], ...]:
+  """Returns what reading or writing a path may raise; for `except`, which asks when there is one.
+
+  The clients of object stores raise more than OSError, where they are in use.
+  """
+  found = [getattr(sys.modules.get(module), name, None) for module, name in _STORE_ERRORS]
+  return (OSError, *filter(None, found))
 
 
 def absolute(path: epath.PathLike) -> epath.Path:

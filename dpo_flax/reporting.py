@@ -15,7 +15,7 @@ from etils import epath
 
 from dpo_flax.objective import metrics
 from dpo_flax.objective.metrics import Sums
-from dpo_flax.places import is_remote
+from dpo_flax.places import access_errors, is_remote
 from dpo_flax.tensorboard import EventFiles
 
 StepMetrics = dict[str, Any]  # of learner.step's train_step
@@ -63,7 +63,7 @@ class Reporter:
     try:
       self._append(json.dumps({'step': step, 'split': split, **values}) + '\n')
       self._board.write(step, {f'{split}/{name}': value for name, value in metrics.items()})
-    except OSError as error:
+    except access_errors() as error:
       logging.error('the report of step %d could not be written: %s', step, error)
     if 'dpo_loss' not in metrics:
       return

@@ -29,6 +29,7 @@ from dpo_flax.durability.preemption import Preempted, Preemption
 from dpo_flax.learner.optimizer import make_schedule
 from dpo_flax.learner.state import TrainState
 from dpo_flax.objective.metrics import displacement
+from dpo_flax.places import access_errors
 from dpo_flax.planning.out_of_memory import explained
 from dpo_flax.reporting import Monitor, Reporter, data_lines, displacement_warning, summarize
 from dpo_flax.run_record import write_record
@@ -161,7 +162,7 @@ class Learning:
     self._monitor.pause()
     try:
       save_exports(self.run, self.state, self.done, self.session.reporter)
-    except OSError as error:
+    except access_errors() as error:
       # Several processes can only go on together.
       if self.run.config.train.on_save_error == 'stop' or jax.process_count() > 1:
         raise

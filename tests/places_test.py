@@ -4,8 +4,10 @@ import os
 import pathlib
 
 import fsspec
+import pytest
+from gcsfs.retry import HttpError
 
-from dpo_flax.places import absolute, is_link, is_remote
+from dpo_flax.places import absolute, access_errors, is_link, is_remote
 
 
 def test_a_path_in_an_object_store_stays_as_it_is(tmp_path, monkeypatch):
@@ -20,6 +22,12 @@ def test_what_others_write_to_an_object_store_is_seen():
   assert not fsspec.filesystem(
     'gs', token='anon', finalize_on_close=True
   ).dircache.use_listings_cache
+
+
+@pytest.mark.parametrize('error', [HttpError(), PermissionError()])
+def test_what_the_client_of_an_object_store_raises_is_an_error_of_access(error):
+  assert not isinstance(ValueError(), access_errors())
+  assert isinstance(error, access_errors())
 
 
 def test_a_local_path_begins_at_the_root_behind_all_links(tmp_path, monkeypatch):

@@ -138,13 +138,22 @@ def test_sharded_run_equals_the_single_device_run(uninterrupted, tmp_path):
     ('--config.batch.rows=3', 'batch.rows=3'),
     ('--config.mesh.data=3', 'mesh.data=3'),
     ('--config.lora.target_modules=["q_prj"]', 'q_prj'),
-    ('--config.workdir=gs://bucket/run', 'gcsfs'),
   ],
 )
 def test_mistakes_end_in_one_message_without_a_traceback(tmp_path, override, message):
   process = run(tmp_path, override, devices=2)
   assert process.returncode == 2
   assert message in process.stderr + process.stdout
+  assert 'Traceback' not in process.stderr
+
+
+def test_a_bucket_without_its_client_says_what_to_install(tmp_path):
+  (tmp_path / 'gcsfs.py').write_text("raise ImportError('there is no gcsfs here')")
+  short = command('gs://bucket/run')
+  short['env'] |= {'PYTHONPATH': str(tmp_path)}
+  process = subprocess.run(**short, capture_output=True, text=True, check=False)
+  assert process.returncode == 2
+  assert "pip install 'dpo_flax[gcs]'" in process.stderr
   assert 'Traceback' not in process.stderr
 
 

@@ -12,6 +12,7 @@ from etils import epath
 from dpo_flax.data.named_values import NamedValues, named_values
 from dpo_flax.data.reading import readers
 from dpo_flax.data.reading.records import RecordError, parse
+from dpo_flax.places import access_errors
 
 _CHUNK = 1 << 20  # bytes read at once when hashing
 _LEAST, _MOST = 0.001, 1000  # passes over a part of a mixture in an epoch
@@ -122,8 +123,11 @@ def _parts(paths: Paths) -> list[tuple[float, list[str]]]:
 def _expand(pattern: str) -> list[str]:
   """Returns the files that a path, a saved data set or a glob names; those of a glob sorted."""
   path = epath.Path(pattern)
-  if path.exists():
-    return readers.table_files(path) if path.is_dir() else [pattern]
+  try:
+    if path.exists():
+      return readers.table_files(path) if path.is_dir() else [pattern]
+  except access_errors() as error:
+    raise ValueError(f'{pattern} cannot be read: {error}. May this account read it?') from error
   if not glob.has_magic(pattern):
     several = ': give several paths as a tuple, not one text with commas' if ',' in pattern else ''
     raise ValueError(f'{pattern} does not exist{several}.')

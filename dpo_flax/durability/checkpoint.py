@@ -26,7 +26,7 @@ from dpo_flax import hosts
 from dpo_flax.durability import manifest, steps
 from dpo_flax.durability.identity import RunIdentity
 from dpo_flax.learner.state import TrainState
-from dpo_flax.places import absolute, is_remote
+from dpo_flax.places import absolute, access_errors, is_remote
 
 _STATE, _RUN = 'state', 'run.json'
 
@@ -194,7 +194,7 @@ class Checkpoints:
 
     try:
       hosts.first_does(make)
-    except (OSError, ValueError) as error:
+    except (ValueError, *access_errors()) as error:
       self._handle(step, error)
       return False
     return True
@@ -217,7 +217,7 @@ class Checkpoints:
 
   def _handle(self, step: int, error: BaseException):
     if jax.process_index() == 0:
-      with contextlib.suppress(OSError):
+      with contextlib.suppress(*access_errors()):
         steps.abandon(self.directory, step)  # it takes room
     newest = self.latest()
     kept = 'there is no earlier one' if newest is None else f'the newest one is step {newest}'

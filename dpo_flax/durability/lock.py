@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from absl import logging
 from etils import epath
 
-from dpo_flax.places import is_remote
+from dpo_flax.places import access_errors, is_remote
 
 _NAME = 'lock'
 
@@ -63,7 +63,7 @@ def _announce(workdir: epath.Path, path: epath.Path, me: str):
     if path.exists():
       logging.warning('%s, or it was killed; a bucket cannot tell', _in_use(workdir, path))
     path.write_text(me)
-  except OSError as error:
+  except access_errors() as error:
     raise ValueError(
       f'{workdir} cannot be written ({error}). Is there such a bucket, and may this account write '
       'to it?'

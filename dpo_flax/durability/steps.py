@@ -15,7 +15,7 @@ from absl import logging
 from etils import epath
 
 from dpo_flax.durability import manifest
-from dpo_flax.places import is_link, is_remote
+from dpo_flax.places import access_errors, is_link, is_remote
 
 _STEP = re.compile(r'0|[1-9][0-9]*')
 _LEFTOVER = re.compile(r'(0|[1-9][0-9]*)\.(unfinished|deleted)')
@@ -103,7 +103,7 @@ def _directories(directory: epath.Path) -> list[epath.Path]:
 def _faults(step: epath.Path) -> list[str]:
   try:
     return manifest.faults(step)
-  except OSError as error:  # a bad sector, a file that may not be read
+  except access_errors() as error:  # a bad sector, a file that may not be read
     return [str(error)]
 
 

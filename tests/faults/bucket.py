@@ -17,7 +17,7 @@ import time
 from etils import epath
 
 import runs
-from bucket_server import BUCKET, DENIED, BucketServer
+from bucket_server import BUCKET, DENIED, UNKNOWN, BucketServer
 from dpo_flax.durability import manifest
 
 FAULTS_PER_RUN = 3
@@ -130,12 +130,11 @@ def befall(options: argparse.Namespace, directory: pathlib.Path) -> bool:
   return well
 
 
-_NO_PLACES = (
-  {'data': f'gs://{DENIED}/pairs.jsonl'},
-  {'data': 'gs://nowhere/pairs.jsonl'},
-  {'workdir': f'gs://{DENIED}/run'},
-  {'workdir': 'gs://nowhere/run'},
-)
+_NO_PLACES = [
+  place
+  for bucket in (DENIED, UNKNOWN, 'nowhere')
+  for place in ({'data': f'gs://{bucket}/pairs.jsonl'}, {'workdir': f'gs://{bucket}/run'})
+]
 
 
 def _is_refused(

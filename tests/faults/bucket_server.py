@@ -1,7 +1,8 @@
 """An object store on loopback, as far as gcsfs, TensorStore and tensorboardX speak with one.
 
 It serves the objects of one bucket by Google Cloud Storage's JSON API
-(cloud.google.com/storage/docs/json_api/v1/objects), in memory; a second bucket denies everything.
+(cloud.google.com/storage/docs/json_api/v1/objects), in memory; a second bucket denies everything, a
+third knows nobody.
 """
 
 import datetime
@@ -14,7 +15,7 @@ import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
-BUCKET, DENIED = 'bucket', 'denied'
+BUCKET, DENIED, UNKNOWN = 'bucket', 'denied', 'unknown'
 
 _OBJECT = re.compile(
   r'(?:/download)?/storage/v1/b/(?P<bucket>[^/]+)/o/(?P<name>[^/]+)'
@@ -261,4 +262,7 @@ def _parts(body: bytes, kind: str) -> list[bytes]:
   return found
 
 
-_NO_BUCKETS = {DENIED: _error(403, "Permission 'storage.objects.get' denied on resource")}
+_NO_BUCKETS = {
+  DENIED: _error(403, "Permission 'storage.objects.get' denied on resource"),
+  UNKNOWN: _error(401, 'Anonymous caller does not have storage.objects.get access'),
+}

@@ -29,6 +29,7 @@ from etils import epath
 
 from dpo_flax.data.encoding.encode import Chunk
 from dpo_flax.data.source import Record
+from dpo_flax.places import access_errors
 
 RECORDS = 1 << 14  # of a shard
 SHOWN = 5  # places named for each reason a record was dropped
@@ -171,7 +172,7 @@ def is_complete(directory: epath.Path, fingerprint: str) -> bool:
       return False
     if any(_sha256(directory / name) != digest for name, digest in sha256.items()):
       return False
-  except (OSError, ValueError, KeyError, TypeError, AttributeError):
+  except (ValueError, KeyError, TypeError, AttributeError, *access_errors()):
     return False
   return whole_shards(directory) >= set(range(len(sha256)))
 
@@ -180,7 +181,7 @@ def _is_whole(directory: epath.Path, number: int) -> bool:
   try:
     report = read_report(directory, number)
     return all(_sha256(directory / name) == digest for name, digest in report.sha256.items())
-  except (OSError, ValueError, TypeError):
+  except (ValueError, TypeError, *access_errors()):
     return False
 
 
