@@ -8,14 +8,33 @@ import contextlib
 import itertools
 import os
 import socket
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from etils import epath
-from tensorboardX.proto import event_pb2, summary_pb2
-from tensorboardX.record_writer import RecordWriter
 
 _FORMAT = 'brain.Event:2'
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+  """Keeps torch, where it is installed, from being imported."""
+  imported = sys.modules.get('torch')
+  sys.modules['torch'] = None
+  try:
+    yield
+  finally:
+    sys.modules.pop('torch')
+    if imported is not None:
+      sys.modules['torch'] = imported
+
+
+# tensorboardX would import it for tensors, of which it gets none here. That takes as long as all
+# other imports of a run together, and 180 MB.
+with _without_torch():
+  from tensorboardX.proto import event_pb2, summary_pb2
+  from tensorboardX.record_writer import RecordWriter
 
 
 class EventFiles:

@@ -59,6 +59,15 @@ def test_a_config_file_that_fails_is_told_in_one_line(tmp_path, content, message
   assert message in finished.stderr and 'Traceback' not in finished.stderr
 
 
+def test_no_command_imports_torch():
+  """Which takes longer than all that they need; tensorboardX would, where it is installed."""
+  commands = 'train, evaluate, inspect_data, export, plan, reference_cache'
+  code = f'import sys; from dpo_flax import {commands}; print("torch" in sys.modules)'
+  command_line = [sys.executable, '-c', code]
+  printed = subprocess.run(command_line, capture_output=True, text=True, check=True).stdout
+  assert printed.split()[-1] == 'False'
+
+
 def test_a_secret_is_not_repeated(capsys):
   secret = 'hf_' + 'aB3' * 10
   with pytest.raises(SystemExit):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -42,6 +43,11 @@ def run(workdir, *overrides, devices=1):
   return subprocess.run(
     **command(workdir, *overrides, devices=devices), capture_output=True, text=True, check=False
   )
+
+
+def processor_seconds_of_children():
+  usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return usage.ru_utime + usage.ru_stime
 
 
 def metrics(workdir, split):
@@ -87,11 +93,14 @@ def test_a_second_run_in_the_workdir_is_refused_while_the_first_lives(tmp_path):
     assert first.poll() is None
     time.sleep(0.01)
   first.send_signal(signal.SIGSTOP)  # or it may be done before the second has begun
+  before = processor_seconds_of_children()
   second = run(tmp_path)
+  taken = processor_seconds_of_children() - before
   first.kill()
   first.communicate()
   assert second.returncode == 2
   assert f'{tmp_path} is in use by process {first.pid} on ' in second.stderr
+  assert taken < 5
   assert run(tmp_path, '--config.train.num_train_steps=1').returncode == 0
 
 
