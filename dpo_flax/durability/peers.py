@@ -134,8 +134,8 @@ class Peers:
         self.post('sign', str(sign))
         signs = self.notes('sign')
         self.stop_was_asked = self.stop_was_asked or bool(self.notes('stop'))
-        self.parting = {i: why for i, why in self.notes('parting').items() if i != self.index}
         self._names = self._names if len(self._names) == self.count else self.notes('name')
+        self.parting = {i: why for i, why in self.notes('parting').items() if i != self.index}
       except jax.errors.JaxRuntimeError:
         continue
       self._answered = time.monotonic()

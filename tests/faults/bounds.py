@@ -2,9 +2,10 @@
 
     python tests/faults/bounds.py --rounds=3
 
-The environment holds secrets of the usual names. While the run goes its listening sockets are
-read every few milliseconds; afterwards all that it wrote and said is searched for the secrets, and
-the permissions of every file are held against the umask. Two processes may listen, on loopback.
+The environment holds secrets of the usual names. While the run goes its listening sockets, and
+those of the processes that tokenize and fill rows, are read every few milliseconds; afterwards all
+that it wrote and said is searched for the secrets, and the permissions of every file are held
+against the umask. Two processes may listen, on loopback.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import pathlib
 import secrets
 import stat
 import time
+from collections.abc import Iterator
 
 import kill
 import runs
@@ -21,6 +23,16 @@ import runs
 NAMES = ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'WANDB_API_KEY', 'AWS_SECRET_ACCESS_KEY')
 LOOPBACK = {'0100007F', '00000000000000000000000001000000', '0000000000000000FFFF00000100007F'}
 UMASK = 0o077
+WORKERS = ('--config.data.cache_workers=2', '--config.data.workers=2')
+
+
+def family(pid: int) -> Iterator[int]:
+  """Yields a process and all that come from it."""
+  yield pid
+  with contextlib.suppress(OSError):
+    for children in pathlib.Path(f'/proc/{pid}/task').glob('*/children'):
+      for child in children.read_text().split():
+        yield from family(int(child))
 
 
 def listeners(pid: int) -> set[str]:
@@ -48,13 +60,17 @@ def bounds(options: argparse.Namespace, directory: pathlib.Path) -> bool:
   for number in range(options.rounds):
     workdir = directory / f'run{number}'
     count = 1 + number % 2
-    processes = kill.start(workdir, count)
-    seen = set()
+    processes = kill.start(workdir, count, flags=WORKERS)
+    seen, members = set(), set()
     while any(process.poll() is None for process in processes):
-      seen |= set().union(*(listeners(process.pid) for process in processes))
+      present = {member for process in processes for member in family(process.pid)}
+      seen |= set().union(*map(listeners, present))
+      members |= present
       time.sleep(0.01)
     said = [''.join(process.communicate()) for process in processes]
     faults += [f'ended with {p.returncode}: {said}' for p in processes if p.returncode]
+    if len(members) < count + 4:
+      faults.append(f'the processes that tokenize and fill rows were not seen: {members}')
     if seen - (LOOPBACK if count > 1 else set()):
       faults.append(f'{count} processes listened on {seen}')
     for path in workdir.rglob('*'):
