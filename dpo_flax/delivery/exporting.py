@@ -15,7 +15,13 @@ from dpo_flax.delivery import model_card
 from dpo_flax.delivery.model_card import Facts
 from dpo_flax.delivery.verification import compare, reload_adapter, reload_merged
 from dpo_flax.interop.hf_weights import Checkpoint, save_merged
-from dpo_flax.interop.output import check_replaceable, new_directory, same_place, staging_path
+from dpo_flax.interop.output import (
+  check_replaceable,
+  check_writable,
+  new_directory,
+  same_place,
+  staging_path,
+)
 from dpo_flax.interop.peft import save_adapter
 from dpo_flax.interop.tensor_files import DTYPES
 from dpo_flax.model.lora import LoraConfig
@@ -45,13 +51,14 @@ def check_outputs(config: ConfigDict, outputs: dict[str, epath.Path]):
   """Checks, before there is anything to export, that it will find its place.
 
   Raises:
-    ValueError: an output would replace something else, or what it is made of.
+    ValueError: an output would replace something else, or what it is made of, or cannot be written.
   """
   taken = {name: config[name] for name in _SOURCES if config[name]}
   for name, output in outputs.items():
     for other, path in taken.items():
       if same_place(output, path):
         raise ValueError(f'{output}: the {name} export and {other} are in the same place')
+    check_writable(output)
     check_replaceable(output)
     taken[f'the export {name}'] = output
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from dpo_flax.interop.tensor_files import WRITER, read_header
-from dpo_flax.places import absolute, is_remote
+from dpo_flax.places import absolute, access_errors, is_remote
 
 # What an export may hold besides its tensors.
 _SIDECARS = re.compile(
@@ -78,6 +78,24 @@ def check_replaceable(output: epath.PathLike):
     return
   if not all(map(_is_ours, tensors)) or (not tensors and any(output.iterdir())):
     raise ValueError(f'{output} exists and was not written by an earlier export: choose another')
+
+
+def check_writable(output: epath.PathLike):
+  """Checks that what will take the place of `output` can be written beside it.
+
+  Raises:
+    ValueError: it cannot; says why.
+  """
+  staging = staging_path(output)
+  try:
+    was_there = staging.exists()  # left by a kill: it tells what `output` is
+    staging.mkdir(parents=True, exist_ok=True)
+    (staging / 'probe').write_text('')
+    (staging / 'probe').unlink()
+    if not was_there and staging.exists():
+      staging.rmtree()
+  except access_errors() as error:
+    raise ValueError(f'{output} cannot be written: {error}') from error
 
 
 def same_place(left: epath.PathLike, right: epath.PathLike) -> bool:

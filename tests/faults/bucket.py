@@ -111,7 +111,7 @@ def befall(options: argparse.Namespace, directory: pathlib.Path) -> bool:
   seen, well, done, trials = collections.Counter(), True, 0, 0
   with BucketServer() as server:
     server.put('pairs.jsonl', runs.pairs(directory).read_bytes())
-    well &= all([_is_refused(server, directory, **place) for place in _NO_PLACES])
+    well &= all([_is_refused(server, directory, *place) for place in _NO_PLACES])
     while done < options.rounds:
       trial = Trial(server, directory, f'trial{trials}')
       for _ in range(min(FAULTS_PER_RUN, options.rounds - done)):
@@ -131,22 +131,20 @@ def befall(options: argparse.Namespace, directory: pathlib.Path) -> bool:
 
 
 _NO_PLACES = [
-  place
+  (field, f'gs://{bucket}/{name}')
   for bucket in (DENIED, UNKNOWN, 'nowhere')
-  for place in ({'data': f'gs://{bucket}/pairs.jsonl'}, {'workdir': f'gs://{bucket}/run'})
+  for field, name in {'data.train': 'pairs.jsonl', 'workdir': 'run', 'peft_save_path': 'x'}.items()
 ]
 
 
-def _is_refused(
-  server: BucketServer, directory: pathlib.Path, *, data: str = '', workdir: str = ''
-) -> bool:
+def _is_refused(server: BucketServer, directory: pathlib.Path, field: str, place: str) -> bool:
   """Whether a run in a bucket that it may not use ends with one message that names the place."""
   trial = Trial(server, directory, 'refused')
-  more = [f'--config.data.train={data}'] if data else [f'--config.workdir={workdir}']
-  finished = runs.run([*trial.command, *more], variables=server.environment())
-  name = (data or workdir).split('/')[2]
+  command = [*trial.command, f'--config.{field}={place}']
+  finished = runs.run(command, variables=server.environment())
+  name = place.split('/')[2]
   well = finished.returncode == 2 and name in finished.stderr and 'Trace' not in finished.stderr
-  print(f'{data or workdir}: {finished.stderr.strip() if well else f"BROKEN: {finished}"}')
+  print(f'{place}: {finished.stderr.strip() if well else f"BROKEN: {finished}"}')
   return well
 
 

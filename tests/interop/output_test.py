@@ -7,7 +7,7 @@ import pytest
 import safetensors.numpy
 from etils import epath
 
-from dpo_flax.interop.output import check_replaceable, new_directory
+from dpo_flax.interop.output import check_replaceable, check_writable, new_directory
 from dpo_flax.interop.tensor_files import write_tensors
 
 
@@ -92,6 +92,18 @@ def test_file_in_the_way_is_refused_and_an_empty_directory_is_not(tmp_path):
   (tmp_path / 'empty').mkdir()
   write_export(tmp_path / 'empty', 3.0)
   assert exported(tmp_path / 'empty') == 3.0
+
+
+def test_a_place_that_cannot_be_written_is_known_beforehand(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ValueError, match=r'file/out cannot be written: .*Not a directory'):
+    check_writable(tmp_path / 'file' / 'out')
+  leftover = tmp_path / '.out.new'
+  check_writable(tmp_path / 'out')
+  assert not leftover.exists()
+  leftover.mkdir()
+  check_writable(tmp_path / 'out')
+  assert leftover.exists()
 
 
 def test_link_to_an_export_stays_a_link(tmp_path):
