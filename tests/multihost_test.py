@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 4
+XLA_FLAGS = '--xla_backend_optimization_level=0'  # a few steps do not gain by more
 
 
 def start(workdir, *overrides, devices=2, flags=()):
@@ -37,8 +38,10 @@ def start(workdir, *overrides, devices=2, flags=()):
 def start_process(arguments, *, devices=2):
   """Starts Python on so many CPU devices."""
   environment = os.environ | {
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'XLA_FLAGS': f'{XLA_FLAGS} --xla_force_host_platform_device_count={devices}',
     'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
+    'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.cache' / 'jax'),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
   }
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
   return subprocess.Popen([sys.executable, *arguments], env=environment, cwd=ROOT, **pipes)

@@ -14,6 +14,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 6
+XLA_FLAGS = '--xla_backend_optimization_level=0'  # a few steps do not gain by more
 
 
 def command(workdir, *overrides, devices=1):
@@ -31,7 +32,7 @@ def command(workdir, *overrides, devices=1):
   flags = [f'--config.{name}={value}' for name, value in small.items()]
   arguments = [sys.executable, '-m', 'dpo_flax.train', '--config=configs/tiny.py', *flags]
   environment = os.environ | {
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'XLA_FLAGS': f'{XLA_FLAGS} --xla_force_host_platform_device_count={devices}',
     'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.cache' / 'jax'),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
   }

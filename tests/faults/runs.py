@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 8
+_XLA_FLAGS = '--xla_backend_optimization_level=0'  # most runs are too short to gain by more
 SMALL = {
   'train.num_epochs': 0,
   'train.num_train_steps': STEPS,
@@ -65,7 +66,7 @@ def environment(devices: int = 1) -> Mapping[str, str]:
   return os.environ | {
     'JAX_PLATFORMS': 'cpu',
     'PYTHONPATH': str(ROOT),
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'XLA_FLAGS': f'{_XLA_FLAGS} --xla_force_host_platform_device_count={devices}',
     'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
     'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.cache' / 'jax'),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
