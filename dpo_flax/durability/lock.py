@@ -12,6 +12,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
+from typing import TextIO
 
 from absl import logging
 from etils import epath
@@ -26,7 +27,7 @@ def sole_writer(workdir: epath.Path) -> Iterator[None]:
   """Holds `workdir` for this process; the file `lock` in it tells others by whom.
 
   Raises:
-    ValueError: another process holds it, which is named; or its bucket cannot be written to.
+    ValueError: another process holds it, which is named; or it cannot be written to.
   """
   path = workdir / _NAME
   since = datetime.datetime.now().astimezone().isoformat(timespec='seconds')
@@ -38,10 +39,7 @@ def sole_writer(workdir: epath.Path) -> Iterator[None]:
     finally:
       path.unlink()
     return
-  workdir.mkdir(parents=True, exist_ok=True)
-  # A link would lead to a file that is not ours, which is then emptied.
-  descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-  with open(descriptor, 'a') as file:
+  with _open(path) as file:
     try:
       fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -55,6 +53,16 @@ def sole_writer(workdir: epath.Path) -> Iterator[None]:
       yield
     finally:
       file.truncate(0)
+
+
+def _open(path: epath.Path) -> TextIO:
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A link would lead to a file that is not ours, which is then emptied.
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    return os.fdopen(os.open(path, flags, 0o666), 'a')
+  except OSError as error:
+    raise ValueError(f'workdir {path.parent} cannot be written: {error}') from error
 
 
 def _announce(workdir: epath.Path, path: epath.Path, me: str):

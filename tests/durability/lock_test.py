@@ -71,9 +71,16 @@ def test_a_killed_writer_holds_nothing_even_if_its_children_live(hold, tmp_path,
 def test_a_link_is_not_followed_to_what_it_would_empty(tmp_path):
   (tmp_path / 'mine').write_text('years of work')
   (tmp_path / 'lock').symlink_to('mine')
-  with pytest.raises(OSError, match='symbolic links'), sole_writer(epath.Path(tmp_path)):
+  with pytest.raises(ValueError, match='symbolic links'), sole_writer(epath.Path(tmp_path)):
     pass
   assert (tmp_path / 'mine').read_text() == 'years of work'
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+  (tmp_path / 'file').write_text('')
+  what = f'workdir {tmp_path}/file cannot be written: .*File exists'
+  with pytest.raises(ValueError, match=what), sole_writer(epath.Path(tmp_path / 'file')):
+    pass
 
 
 def test_after_the_writer_nobody_is_named(tmp_path):
