@@ -135,7 +135,7 @@ def check_agreement(values: Mapping[str, Any]):
     name = next(n for n in sorted(mine | theirs) if mine.get(n) != theirs.get(n))
     raise ValueError(
       f'process {other} of {len(digests)} has {name}={theirs.get(name)!r}, where process 0 has '
-      f'{mine.get(name)!r}: start all of them with the same command, on the same data'
+      f'{mine.get(name)!r}: start all of them with the same command, on the same data and storage'
     )
 
 

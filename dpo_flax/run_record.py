@@ -81,11 +81,13 @@ def read_record(workdir: epath.Path) -> RunRecord:
       pack.PackedPair(pair['index'], *(np.array(pair[name], np.int32) for name in _IDS))
       for pair in values['checks']
     )
+    if not checks:
+      raise ValueError('it has no pairs to check exports on')
     return RunRecord(
       _config(values['config']),
-      values['fingerprints'],
+      dict(values['fingerprints']),
       values['num_steps'],
-      values['pairs'],
+      dict(values['pairs']),
       values['held_out'],
       checks,
     )

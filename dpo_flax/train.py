@@ -24,7 +24,7 @@ from dpo_flax.data import loader
 from dpo_flax.delivery.exporting import check_outputs, export_adapter, export_merged, output_paths
 from dpo_flax.delivery.model_card import Facts
 from dpo_flax.durability.checkpoint import Checkpoints
-from dpo_flax.durability.lock import sole_writer
+from dpo_flax.durability.lock import holder, sole_writer
 from dpo_flax.durability.preemption import Preempted, Preemption
 from dpo_flax.learner.optimizer import make_schedule
 from dpo_flax.learner.state import TrainState
@@ -71,6 +71,7 @@ def train(config: ConfigDict) -> dict[str, float]:
     enter(jax.set_mesh(mesh))
     enter(explained(config))
     hosts.check_agreement(config_lib.shared(config))
+    hosts.check_agreement({'lock in workdir': holder(workdir)})  # a disk of each host's own
     hosts.first_does(lambda: check_outputs(config, output_paths(config)))
     run, state = assemble.build(config, mesh)
     checkpoints = enter(contextlib.closing(make_checkpoints(run)))

@@ -1,6 +1,7 @@
 """What is wrong with a config: illegal values, and fields that contradict each other."""
 
 import math
+import re
 from collections.abc import Sequence
 
 from absl import logging
@@ -8,6 +9,7 @@ from ml_collections import ConfigDict
 
 from dpo_flax.config import default, get
 from dpo_flax.messages import SECRETS
+from dpo_flax.places import absolute
 
 _CHOICES = {
   'tuning.method': ('lora', 'dora', 'full'),
@@ -34,17 +36,17 @@ _CHOICES = {
 _RANGES = {
   'seed': (0, 2**31 - 1),
   'model.logits_chunk': (1, None),
-  'lora.r': (1, None),
+  'lora.r': (1, 2**16),
   'lora.dropout': (0, 0.999),
   'data.validation_split_fraction': (0, 0.9),
   'data.cache_workers': (0, 1024),
   'data.workers': (0, 1024),
-  'batch.rows': (1, None),
-  'batch.tokens': (4, None),
+  'batch.rows': (1, 2**24),
+  'batch.tokens': (4, 2**24),
   'batch.pairs_per_row': (0, None),
   'batch.microbatches': (1, None),
-  'train.num_train_steps': (0, None),
-  'train.num_epochs': (0, None),
+  'train.num_train_steps': (0, 2**31 - 1),
+  'train.num_epochs': (0, 10**6),
   'train.log_every': (1, None),
   'train.eval_every': (0, None),
   'train.save_every': (0, None),
@@ -101,6 +103,7 @@ def validate(config: ConfigDict) -> ConfigDict:
     if not 0 < get(config, field) < math.inf:
       raise ValueError(f'{field}={get(config, field)}: must be greater than 0, and finite')
   _check_required(config)
+  _check_workdir(config.workdir)
   _check_pairs_per_row(config)
   _check_tuning(config)
   if config.batch.rows % config.batch.microbatches:
@@ -152,6 +155,14 @@ def _check_names(config: ConfigDict):
       raise ValueError(
         f'{field} is a mapping, and in a config its names cannot have dots: give pairs, ({pairs},)'
       )
+
+
+def _check_workdir(workdir: str | None):
+  if workdir and re.search(r'[\[\]]', str(absolute(workdir))):
+    raise ValueError(
+      f'workdir={workdir}: Orbax takes [ and ] in a path for a pattern, and would not find its '
+      'checkpoints again'
+    )
 
 
 def _check_secrets(config: ConfigDict, prefix: str = ''):

@@ -196,6 +196,24 @@ def test_output_that_cannot_be_written_stops_a_run_before_it_starts(config, base
     train(config)
 
 
+@pytest.mark.parametrize(
+  ('peft', 'merged', 'message'),
+  [
+    ('{run}/checkpoints/3', None, "inside the run's checkpoints"),
+    ('{run}/metrics.jsonl', None, "inside the run's metrics.jsonl"),
+    ('{run}/out', '{run}/out/merged', 'merged export would be inside the export peft'),
+    ('{run}/out', '{run}/out', 'inside the export'),
+  ],
+)
+def test_exports_lie_beside_one_another_and_the_run(config, tmp_path, peft, merged, message):
+  config = config.copy_and_resolve_references()
+  config.workdir = str(tmp_path)
+  config.peft_save_path = peft.format(run=tmp_path)
+  config.merged_hf_save_path = merged and merged.format(run=tmp_path)
+  with pytest.raises(ValueError, match=message):
+    train(config)
+
+
 def test_base_that_has_changed_is_refused(config, base, exports, tmp_path):
   changed = tmp_path / 'changed'
   shutil.copytree(base, changed)

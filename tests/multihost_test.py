@@ -105,6 +105,7 @@ def run_on_two(workdir, *overrides):
     ('--config.optimizer.learning_rate=0.004', 'optimizer.learning_rate=0.004'),
     ('--config.lora.r=4', 'lora.r=4'),
     ('--config.data.train={}/other.jsonl', 'data='),
+    ('--config.workdir={}/disk_of_its_own', 'lock in workdir=None'),
   ],
 )
 def test_processes_that_are_not_of_one_run_refuse_to_train(tmp_path, override, named):

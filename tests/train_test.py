@@ -94,14 +94,14 @@ def test_a_second_run_in_the_workdir_is_refused_while_the_first_lives(tmp_path):
     assert first.poll() is None
     time.sleep(0.01)
   first.send_signal(signal.SIGSTOP)  # or it may be done before the second has begun
-  before = processor_seconds_of_children()
+  before, since = processor_seconds_of_children(), time.monotonic()
   second = run(tmp_path)
-  taken = processor_seconds_of_children() - before
+  taken, waited = processor_seconds_of_children() - before, time.monotonic() - since
   first.kill()
   first.communicate()
   assert second.returncode == 2
   assert f'{tmp_path} is in use by process {first.pid} on ' in second.stderr
-  assert taken < 5
+  assert taken < 5 and waited < 20  # other processes may keep the machine busy
   assert run(tmp_path, '--config.train.num_train_steps=1').returncode == 0
 
 
@@ -142,7 +142,7 @@ def test_sharded_run_equals_the_single_device_run(uninterrupted, tmp_path):
   [
     ('--config.lora.rank=8', 'lora.rank'),
     ('--config.lora.r=many', 'lora.r'),
-    ('--config.lora.r=0', 'lora.r=0: must be at least 1'),
+    ('--config.lora.r=0', 'lora.r=0: must be between 1 and'),
     ('--config.model.preset=tiney', 'tiny'),
     ('--config.data.train=nowhere.jsonl', 'nowhere.jsonl'),
     ('--config.batch.rows=3', 'batch.rows=3'),

@@ -39,7 +39,7 @@ CHOICES = [
 
 OUT_OF_RANGE = [
   ('model.logits_chunk', 0, 'at least 1'),
-  ('lora.r', 0, 'at least 1'),
+  ('lora.r', 0, 'between 1'),
   ('seed', 10**20, 'between 0 and'),
   ('data.cache_workers', 10**8, 'between 0 and 1024'),
   ('lora.dropout', 1.0, 'between 0 and 0.999'),
@@ -47,8 +47,10 @@ OUT_OF_RANGE = [
   ('lora.alpha', 0.0, 'greater than 0'),
   ('data.validation_split_fraction', 0.95, 'between 0 and 0.9'),
   ('data.workers', -1, 'between 0 and 1024'),
-  ('batch.rows', 0, 'at least 1'),
-  ('batch.tokens', 3, 'at least 4'),
+  ('batch.rows', 0, 'between 1'),
+  ('batch.tokens', 3, 'between 4'),
+  ('batch.tokens', 10**15, 'between 4 and 16777216'),
+  ('train.num_epochs', 1e9, 'between 0'),
   ('batch.pairs_per_row', -1, 'at least 0'),
   ('batch.microbatches', 0, 'at least 1'),
   ('train.log_every', 0, 'at least 1'),
@@ -201,6 +203,12 @@ def test_what_looks_like_a_secret_is_refused_and_not_repeated(config, field, val
 def test_names_must_be_texts(config, set_field, field, value):
   set_field(config, field, value)
   with pytest.raises(ValueError, match=f'{field}=.*: expected a name, or a list of names'):
+    validate(config)
+
+
+def test_a_path_that_orbax_takes_for_a_pattern_is_refused(config):
+  config.workdir = 'runs/[a]'
+  with pytest.raises(ValueError, match=r'workdir=runs/\[a\]: Orbax takes \[ and \]'):
     validate(config)
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 from collections.abc import Sequence
+from types import UnionType
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -12,6 +14,7 @@ from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.lora import LoraConfig
 from dpo_flax.model.targets import Targets, match_names, resolve
 
+_LARGEST = 2**16  # rank or alpha of a module
 _TABLE_AND_HEAD = frozenset(['embed_tokens', 'lm_head'])
 
 
@@ -64,8 +67,8 @@ def _from_config(config: ConfigDict, model: ModelConfig, dora: bool) -> LoraConf
     target_modules=_tied_targets(asked) if lora.ensure_weight_tying else asked,
     exclude_modules=lora.exclude_modules,
     layers_to_transform=lora.layers_to_transform,
-    rank_pattern=named_values(lora.rank_pattern) or {},
-    alpha_pattern=named_values(lora.alpha_pattern) or {},
+    rank_pattern=_pattern(lora, 'rank_pattern', int),
+    alpha_pattern=_pattern(lora, 'alpha_pattern', int | float),
     modules_to_save=lora.modules_to_save,
   )
   modules = resolve(targets, model)
@@ -97,6 +100,25 @@ def _from_config(config: ConfigDict, model: ModelConfig, dora: bool) -> LoraConf
     reference=None,
     continues=False,
   )
+
+
+def _pattern(lora: ConfigDict, field: str, kind: type | UnionType) -> dict[str, Any]:
+  """Returns name or regex of modules -> the value that they have instead of the common one."""
+  given = lora[field]
+  values = named_values(given) if given else {}
+  if values is None:
+    raise ValueError(
+      f'lora.{field}={given!r}: expected a mapping of modules: {{"q_proj": 16}} or '
+      '(("q_proj", 16),).'
+    )
+  for name, value in values.items():
+    if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < _LARGEST:
+      raise ValueError(
+        f'lora.{field} gives {name} {value!r}: expected '
+        + ('a whole number' if kind is int else 'a number')
+        + f' greater than 0 and less than {_LARGEST}'
+      )
+  return values
 
 
 def _tied_targets(targets: Sequence[str] | str | None) -> Sequence[str] | str | None:

@@ -18,6 +18,7 @@ from dpo_flax.interop.hf_weights import Checkpoint, save_merged
 from dpo_flax.interop.output import (
   check_replaceable,
   check_writable,
+  is_inside,
   new_directory,
   same_place,
   staging_path,
@@ -32,6 +33,8 @@ _SOURCES = (
   *('initialize_from_hf', 'merge_adapter_path', 'initialize_from_adapter'),
   *('reference_model_path', 'reference_adapter_path'),
 )
+# What a run writes to its workdir, beside its exports.
+_OWN = ('checkpoints', 'token_cache', 'tensorboard', 'metrics.jsonl', 'run.json', 'lock')
 
 
 def output_paths(config: ConfigDict) -> dict[str, epath.Path]:
@@ -53,14 +56,18 @@ def check_outputs(config: ConfigDict, outputs: dict[str, epath.Path]):
   Raises:
     ValueError: an output would replace something else, or what it is made of, or cannot be written.
   """
-  taken = {name: config[name] for name in _SOURCES if config[name]}
+  sources = {name: config[name] for name in _SOURCES if config[name]}
+  own = {f"the run's {name}": f'{config.workdir}/{name}' for name in _OWN}
   for name, output in outputs.items():
-    for other, path in taken.items():
+    for other, path in sources.items():
       if same_place(output, path):
         raise ValueError(f'{output}: the {name} export and {other} are in the same place')
+    others = {f'the export {each}': path for each, path in outputs.items() if each != name}
+    for other, path in (own | others).items():
+      if is_inside(output, path):
+        raise ValueError(f'{output}: the {name} export would be inside {other}, {path}')
     check_writable(output)
     check_replaceable(output)
-    taken[f'the export {name}'] = output
 
 
 def export_adapter(

@@ -23,12 +23,12 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from dpo_flax import hosts
-from dpo_flax.durability import manifest, steps
+from dpo_flax.durability import steps
 from dpo_flax.durability.identity import RunIdentity
 from dpo_flax.learner.state import TrainState
 from dpo_flax.places import absolute, access_errors, is_remote
 
-_STATE, _RUN = 'state', 'run.json'
+_STATE = 'state'
 
 # What a save may take beyond the arrays' bytes: their names, the manifest, file system blocks.
 _OVERHEAD_BYTES = 1 << 20
@@ -190,7 +190,7 @@ class Checkpoints:
       self._check_room(state)
       steps.begin(self.directory, step)
       record = {'step': step, **dataclasses.asdict(self.identity)}
-      (steps.place(self.directory, step) / _RUN).write_text(json.dumps(record, indent=2))
+      (steps.place(self.directory, step) / steps.RECORD).write_text(json.dumps(record, indent=2))
 
     try:
       hosts.first_does(make)
@@ -255,7 +255,7 @@ def newest_step(directory: epath.Path) -> int:
 
 def saved_identity(directory: epath.Path, step: int) -> RunIdentity:
   """Returns what the run that saved `step` was."""
-  record = json.loads((directory / str(step) / _RUN).read_text())
+  record = json.loads((directory / str(step) / steps.RECORD).read_text())
   return RunIdentity(record['config'], record['fingerprints'])
 
 
@@ -268,7 +268,7 @@ def check_whole(directory: epath.Path, step: int):
   found = steps.finished(directory)
   if step not in found:
     raise ValueError(f'{directory} holds no step {step}, but {", ".join(map(str, found))}')
-  if faults := manifest.faults(directory / str(step)):
+  if faults := steps.faults(directory / str(step)):
     raise ValueError(f'{directory}/{step} is damaged: {faults[0]}')
 
 

@@ -17,7 +17,7 @@ from typing import TextIO
 from absl import logging
 from etils import epath
 
-from dpo_flax.places import access_errors, is_remote
+from dpo_flax.places import access_errors, is_link, is_remote
 
 _NAME = 'lock'
 
@@ -53,6 +53,12 @@ def sole_writer(workdir: epath.Path) -> Iterator[None]:
       yield
     finally:
       file.truncate(0)
+
+
+def holder(workdir: epath.Path) -> str | None:
+  """Returns the word that the writer of `workdir` has left there; None if there is none."""
+  path = workdir / _NAME
+  return path.read_text() if path.exists() and not is_link(path) else None
 
 
 def _open(path: epath.Path) -> TextIO:

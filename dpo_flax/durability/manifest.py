@@ -72,7 +72,7 @@ def _describe(directory: epath.Path, *, sync: bool) -> str:
 
 
 def _entries(directory: epath.Path) -> list[epath.Path]:
-  """Every file below a directory, and every symbolic link, which is not followed."""
+  """Every file below a directory, and every symbolic link and pipe, which are not read."""
   found = []
   for path in directory.iterdir():
     if path.is_dir() and not is_link(path):
@@ -83,8 +83,9 @@ def _entries(directory: epath.Path) -> list[epath.Path]:
 
 
 def _digest(path: epath.Path, sync: bool) -> str:
-  if is_link(path):
-    return '-' * 64  # no file's: what it leads to may change
+  # epath takes a pipe for a file.
+  if is_link(path) or not (is_remote(path) or os.path.isfile(path)):
+    return '-' * 64  # no file's: what a link leads to may change, a pipe may have nothing to read
   digest = hashlib.sha256()
   with path.open('rb') as file:
     while chunk := file.read(_CHUNK):

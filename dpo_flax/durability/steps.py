@@ -1,7 +1,8 @@
 """The steps of a checkpoint folder: which directories are steps, and how one comes and goes.
 
-A step is a real directory, named by a number, that holds what its manifest says. Everything else in
-the folder is nobody's step and stays as it is, but for these, which a kill may leave behind:
+A step is a real directory, named by a number, that holds what its manifest says, and in it a
+record of the same number. Everything else in the folder is nobody's step and stays as it is, but
+for these, which a kill may leave behind:
 
     12.unfinished    being written; it takes its name once its manifest is on disk
     12.deleted       was too old
@@ -9,6 +10,7 @@ the folder is nobody's step and stays as it is, but for these, which a kill may 
 In an object store, which has no rename, a step is finished once it has a manifest.
 """
 
+import json
 import re
 
 from absl import logging
@@ -17,6 +19,7 @@ from etils import epath
 from dpo_flax.durability import manifest
 from dpo_flax.places import access_errors, is_link, is_remote
 
+RECORD = 'run.json'  # what a step says of itself
 _STEP = re.compile(r'0|[1-9][0-9]*')
 _LEFTOVER = re.compile(r'(0|[1-9][0-9]*)\.(unfinished|deleted)')
 _QUARANTINE = 'quarantine'
@@ -35,13 +38,21 @@ def newest_whole(directory: epath.Path) -> int | None:
   warning.
   """
   for step in reversed(_named(directory)):
-    found = _faults(directory / str(step))
+    found = faults(directory / str(step))
     if not found:
       return step
     moved = _set_aside(directory, step)
     shown = ', '.join(found[:3]) + (f' and {len(found) - 3} more' if len(found) > 3 else '')
     logging.warning('checkpoint %s/%d is damaged (%s): moved to %s', directory, step, shown, moved)
   return None
+
+
+def faults(step: epath.Path) -> list[str]:
+  """Returns why a directory that is named like a step is not that step as it was written."""
+  try:
+    return manifest.faults(step) or _faults_of_the_record(step)
+  except access_errors() as error:  # a bad sector, a file that may not be read
+    return [str(error)]
 
 
 def place(directory: epath.Path, step: int) -> epath.Path:
@@ -100,11 +111,13 @@ def _directories(directory: epath.Path) -> list[epath.Path]:
   return [path for path in directory.iterdir() if path.is_dir() and not is_link(path)]
 
 
-def _faults(step: epath.Path) -> list[str]:
+def _faults_of_the_record(step: epath.Path) -> list[str]:
+  """Finds a step under another's name, and a directory that was never one."""
   try:
-    return manifest.faults(step)
-  except access_errors() as error:  # a bad sector, a file that may not be read
-    return [str(error)]
+    number = json.loads((step / RECORD).read_text())['step']
+  except (ValueError, KeyError, TypeError):
+    return [f'{RECORD} is no record of a step']
+  return [] if str(number) == step.name else [f'it was saved as step {number}']
 
 
 def _set_aside(directory: epath.Path, step: int) -> epath.Path:

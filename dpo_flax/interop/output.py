@@ -15,6 +15,7 @@ from dpo_flax.places import absolute, access_errors, is_remote
 _SIDECARS = re.compile(
   r'README\.md|[\w.-]+\.json|tokenizer\.model|chat_template\.jinja|merges\.txt'
 )
+_PROBE = 'probe'
 
 
 def staging_path(output: epath.PathLike) -> epath.Path:
@@ -34,6 +35,7 @@ def new_directory(output: epath.PathLike) -> Iterator[epath.Path]:
   """
   check_replaceable(output)
   output, (staging, retired) = absolute(output), _siblings(output)
+  _check_leftovers(staging, retired)
   if _is_half_replaced(output):
     output.rmtree()  # first: what lies beside it tells that it is ours
   for leftover in (staging, retired):
@@ -90,12 +92,16 @@ def check_writable(output: epath.PathLike):
   try:
     was_there = staging.exists()  # left by a kill: it tells what `output` is
     staging.mkdir(parents=True, exist_ok=True)
-    (staging / 'probe').write_text('')
-    (staging / 'probe').unlink()
+    (staging / _PROBE).write_text('')
+    (staging / _PROBE).unlink()
     if not was_there and staging.exists():
       staging.rmtree()
+    is_mount = not is_remote(output) and os.path.ismount(output)
   except access_errors() as error:
     raise ValueError(f'{output} cannot be written: {error}') from error
+  if is_mount:
+    raise ValueError(f'{output} is a mount point, and cannot be replaced: take a directory in it')
+  _check_leftovers(*_siblings(output))
 
 
 def same_place(left: epath.PathLike, right: epath.PathLike) -> bool:
@@ -103,10 +109,24 @@ def same_place(left: epath.PathLike, right: epath.PathLike) -> bool:
   return str(absolute(left)) == str(absolute(right))
 
 
+def is_inside(path: epath.PathLike, other: epath.PathLike) -> bool:
+  """Whether a path is another or lies below it."""
+  return f'{absolute(path)}/'.startswith(f'{absolute(other)}/')
+
+
 def _siblings(output: epath.PathLike) -> tuple[epath.Path, epath.Path]:
   """Where the new content of `output` is made, and where the old one goes."""
   output = absolute(output)
   return output.parent / f'.{output.name}.new', output.parent / f'.{output.name}.old'
+
+
+def _check_leftovers(*siblings: epath.Path):
+  """Checks that what lies where exports are made is of an export, as it is deleted."""
+  for sibling in siblings:
+    files = [file.name for file in sibling.iterdir()] if sibling.exists() else []
+    for name in files:
+      if not _SIDECARS.fullmatch(name) and not name.endswith('.safetensors') and name != _PROBE:
+        raise ValueError(f'{sibling} holds {name}, which no export writes: move it elsewhere')
 
 
 def _is_half_replaced(output: epath.Path) -> bool:

@@ -72,6 +72,11 @@ def test_a_tied_table_learns_for_its_head_as_well(lora_of):
       },
       'lengths of different channels',
     ),
+    ({'rank_pattern': 'q_proj'}, 'lora.rank_pattern=.*expected a mapping of modules'),
+    ({'rank_pattern': ('q_proj', 2)}, 'lora.rank_pattern=.*expected a mapping of modules'),
+    ({'rank_pattern': (('q_proj', 1.5),)}, 'rank_pattern gives q_proj 1.5: .*whole number'),
+    ({'alpha_pattern': (('q_proj', 'x'),)}, "alpha_pattern gives q_proj 'x': expected a number"),
+    ({'alpha_pattern': (('q_proj', float('nan')),)}, 'alpha_pattern gives q_proj nan'),
     ({'dropout': 0.1, 'target_modules': ['lm_head']}, 'would not reach the adapter of lm_head'),
   ],
 )

@@ -200,6 +200,36 @@ def test_a_damaged_step_is_set_aside_for_the_one_before(
   assert 'damaged (run.json has changed)' in caplog.text
 
 
+def test_a_pipe_in_a_step_is_a_fault_and_not_waited_for(make_state, open_checkpoints, tmp_path):
+  checkpoints = open_checkpoints()
+  checkpoints.save(make_state(0), 1)
+  checkpoints.close()
+  os.mkfifo(tmp_path / 'checkpoints' / '1' / 'pipe')
+  assert open_checkpoints().resume(make_state(0))[1] == 0
+  assert (tmp_path / 'checkpoints' / 'quarantine' / '1').exists()
+
+
+@pytest.mark.parametrize('how', ['renamed', 'never one'])
+def test_a_whole_directory_that_is_not_that_step_is_set_aside(
+  make_state, open_checkpoints, tmp_path, caplog, how
+):
+  checkpoints = open_checkpoints()
+  for step in (1, 2):
+    checkpoints.save(make_state(step), step)
+    checkpoints.finish(step)
+  checkpoints.close()
+  place = tmp_path / 'checkpoints'
+  if how == 'renamed':
+    (place / '2').rename(place / '7')
+  else:
+    (place / '7').mkdir()
+    (place / '7' / 'SHA256SUMS').touch()
+  state, step = open_checkpoints().resume(make_state(0))
+  assert step == (1 if how == 'renamed' else 2)
+  assert_same_bits(state, make_state(step))
+  assert ('it was saved as step 2' if how == 'renamed' else 'run.json') in caplog.text
+
+
 def test_any_machine_can_check_a_step(make_state, open_checkpoints, tmp_path):
   checkpoints = open_checkpoints()
   checkpoints.save(make_state(0), 1)

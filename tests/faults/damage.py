@@ -98,6 +98,16 @@ def foreign_directory(folder: pathlib.Path):
   (folder / '99' / 'notes.txt').write_text('mine')
 
 
+def foreign_directory_with_an_empty_manifest(folder: pathlib.Path):
+  foreign_directory(folder)
+  (folder / '99' / 'SHA256SUMS').touch()
+  (folder / '99' / 'notes.txt').unlink()
+
+
+def step_under_another_number(folder: pathlib.Path):
+  shutil.copytree(folder / str(runs.STEPS), folder / '99')
+
+
 def foreign_file(folder: pathlib.Path):
   (folder / '99').write_text('mine')
 
@@ -111,7 +121,14 @@ def other_names(folder: pathlib.Path):
     shutil.copytree(folder / str(runs.STEPS), folder / name)
 
 
-FOREIGN = [foreign_directory, foreign_file, link_to_a_step, other_names]
+FOREIGN = [
+  foreign_directory,
+  foreign_directory_with_an_empty_manifest,
+  step_under_another_number,
+  foreign_file,
+  link_to_a_step,
+  other_names,
+]
 
 
 def damages(options: argparse.Namespace, directory: pathlib.Path) -> bool:

@@ -42,6 +42,18 @@ def assert_same_weights(left, right):
     np.testing.assert_array_equal(left[name], right[name], err_msg=str(name))
 
 
+@pytest.mark.parametrize('place', [0, 1 / 3, 2 / 3, 1])
+def test_a_fingerprint_samples_each_tensor_from_end_to_end(llama, tmp_path, place):
+  llama.write(tmp_path)
+  large = np.zeros(100_000, np.float32)
+  rewrite(tmp_path, lambda tensors: tensors.update(large=large))
+  before = hf_weights.fingerprint(open_checkpoint(str(tmp_path)))
+  assert hf_weights.fingerprint(open_checkpoint(str(tmp_path))) == before
+  large[min(int(place * large.size) + 100, large.size - 1)] = 1
+  rewrite(tmp_path, lambda tensors: tensors.update(large=large))
+  assert hf_weights.fingerprint(open_checkpoint(str(tmp_path))) != before
+
+
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 def test_sharded_load_equals_whole_load(llama, tmp_path, monkeypatch, dtype):
   llama.write(tmp_path, dtype=dtype, max_shard_size='20KB')

@@ -106,6 +106,23 @@ def test_a_place_that_cannot_be_written_is_known_beforehand(tmp_path):
   assert leftover.exists()
 
 
+def test_a_mount_point_is_no_place(tmp_path, monkeypatch):
+  monkeypatch.setattr(os.path, 'ismount', lambda path: str(path) == f'{tmp_path}/out')
+  with pytest.raises(ValueError, match=r'out is a mount point'):
+    check_writable(tmp_path / 'out')
+
+
+@pytest.mark.parametrize('place', ['.out.new', '.out.old'])
+def test_what_lies_where_exports_are_made_is_kept(tmp_path, place):
+  (tmp_path / place).mkdir()
+  (tmp_path / place / 'thesis.txt').write_text('years of work')
+  with pytest.raises(ValueError, match=rf'{place} holds thesis\.txt'):
+    check_writable(tmp_path / 'out')
+  with pytest.raises(ValueError, match=rf'{place} holds thesis\.txt'):
+    write_export(tmp_path / 'out', 1.0)
+  assert (tmp_path / place / 'thesis.txt').read_text() == 'years of work'
+
+
 def test_link_to_an_export_stays_a_link(tmp_path):
   (tmp_path / 'disk').mkdir()
   write_export(tmp_path / 'disk' / 'out', 1.0)
