@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dpo_flax.data.named_values import named_values
+from dpo_flax.data.named_values import named_field
 from dpo_flax.interop.names import names_of
 from dpo_flax.interop.peft import Adapter
 from dpo_flax.model.config import ModelConfig
@@ -67,8 +67,8 @@ def _from_config(config: ConfigDict, model: ModelConfig, dora: bool) -> LoraConf
     target_modules=_tied_targets(asked) if lora.ensure_weight_tying else asked,
     exclude_modules=lora.exclude_modules,
     layers_to_transform=lora.layers_to_transform,
-    rank_pattern=_pattern(lora, 'rank_pattern', int),
-    alpha_pattern=_pattern(lora, 'alpha_pattern', int | float),
+    rank_pattern=_pattern(config, 'lora.rank_pattern', int),
+    alpha_pattern=_pattern(config, 'lora.alpha_pattern', int | float),
     modules_to_save=lora.modules_to_save,
   )
   modules = resolve(targets, model)
@@ -102,19 +102,13 @@ def _from_config(config: ConfigDict, model: ModelConfig, dora: bool) -> LoraConf
   )
 
 
-def _pattern(lora: ConfigDict, field: str, kind: type | UnionType) -> dict[str, Any]:
+def _pattern(config: ConfigDict, field: str, kind: type | UnionType) -> dict[str, Any]:
   """Returns name or regex of modules -> the value that they have instead of the common one."""
-  given = lora[field]
-  values = named_values(given) if given else {}
-  if values is None:
-    raise ValueError(
-      f'lora.{field}={given!r}: expected a mapping of modules: {{"q_proj": 16}} or '
-      '(("q_proj", 16),).'
-    )
+  values = named_field(config, field, of='modules', example=('q_proj', 16))
   for name, value in values.items():
     if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < _LARGEST:
       raise ValueError(
-        f'lora.{field} gives {name} {value!r}: expected '
+        f'{field} gives {name} {value!r}: expected '
         + ('a whole number' if kind is int else 'a number')
         + f' greater than 0 and less than {_LARGEST}'
       )

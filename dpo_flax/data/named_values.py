@@ -10,6 +10,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dpo_flax.config import get
+
 NamedValues = Mapping[str, Any] | Sequence[tuple[str, Any]] | str
 
 
@@ -31,6 +33,30 @@ def named_values(given: Any) -> dict[str, Any] | None:
   if not isinstance(given, list | tuple) or not given or not all(map(_is_pair, given)):
     return None
   return _once(given)
+
+
+def named_field(
+  config: ConfigDict, field: str, *, of: str, example: tuple[str, Any]
+) -> dict[str, Any]:
+  """Returns the name -> value that a dotted field of a config gives; {} where it gives nothing.
+
+  Args:
+    config: the run's.
+    field: its name.
+    of: what its names are of, and
+    example: a (name, value), for the message.
+
+  Raises:
+    ValueError: it is no mapping in any of its forms.
+  """
+  given = get(config, field)
+  values = named_values(given) if given else {}
+  if values is None:
+    name, value = map(json.dumps, example)
+    raise ValueError(
+      f'{field}={given!r}: expected a mapping of {of}: {{{name}: {value}}} or (({name}, {value}),).'
+    )
+  return values
 
 
 def _is_pair(item: Any) -> bool:

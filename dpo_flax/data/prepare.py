@@ -12,7 +12,7 @@ from dpo_flax.data import pack, split
 from dpo_flax.data.caching.build_cache import open_or_build
 from dpo_flax.data.epochs import Epochs
 from dpo_flax.data.formats import FormatOptions
-from dpo_flax.data.named_values import named_values
+from dpo_flax.data.named_values import named_field, named_values
 from dpo_flax.data.source import RecordSource
 from dpo_flax.data.token_cache import TokenCache
 from dpo_flax.data.tokenizer import Tokenizer, load_tokenizer
@@ -141,13 +141,7 @@ def _open(
 
 
 def _mapping(config: ConfigDict, field: str) -> dict[str, Any]:
-  given = config.data[field]
-  values = named_values(given) if given else {}
-  if values is None:
-    raise ValueError(
-      f'data.{field}={given!r}: expected a mapping of names: {{"a": "b"}} or (("a", "b"),).'
-    )
-  return values
+  return named_field(config, f'data.{field}', of='names', example=('a', 'b'))
 
 
 def _fields(config: ConfigDict) -> dict[str, str]:

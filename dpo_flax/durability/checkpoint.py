@@ -119,7 +119,7 @@ class Checkpoints:
     step = self._newest_whole()
     if step is None:
       return state, 0
-    found = self.saved_identity(step).differences(self.identity)
+    found = saved_identity(self.directory, step).differences(self.identity)
     refused = [each for each in found if not (allow_data_change and each.is_of_the_data)]
     if refused:
       hint = (
@@ -161,10 +161,6 @@ class Checkpoints:
     targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, named)
     restored = self._checkpointer.restore(place, args=ocp.args.StandardRestore(targets))
     return jax.tree.unflatten(jax.tree.structure(state), [restored[name] for name in named])
-
-  def saved_identity(self, step: int) -> RunIdentity:
-    """Returns what the run that saved `step` was."""
-    return saved_identity(self.directory, step)
 
   def close(self):
     """Waits for the last save and handles its error if it failed."""

@@ -48,7 +48,7 @@ COPIED_FILES = (
 FILE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 SAMPLED_BYTES = 4096  # of a sample of a tensor, in a fingerprint
 SAMPLES = 4  # of a tensor, the first at its beginning, the last at its end
-_READERS = 16  # samples read at a time: in a bucket each takes long
+_READERS = 16  # tensors sampled at a time: in a bucket each takes long
 SHARD_BYTES = 5 * 10**9  # of a written file; a larger tensor gets a file of its own
 
 Specs = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # name -> (dtype, shape)

@@ -35,7 +35,7 @@ def new_directory(output: epath.PathLike) -> Iterator[epath.Path]:
   """
   check_replaceable(output)
   output, (staging, retired) = absolute(output), _siblings(output)
-  _check_leftovers(staging, retired)
+  _check_leftovers(output)
   if _is_half_replaced(output):
     output.rmtree()  # first: what lies beside it tells that it is ours
   for leftover in (staging, retired):
@@ -96,12 +96,11 @@ def check_writable(output: epath.PathLike):
     (staging / _PROBE).unlink()
     if not was_there and staging.exists():
       staging.rmtree()
-    is_mount = not is_remote(output) and os.path.ismount(output)
   except access_errors() as error:
     raise ValueError(f'{output} cannot be written: {error}') from error
-  if is_mount:
+  if not is_remote(output) and os.path.ismount(output):
     raise ValueError(f'{output} is a mount point, and cannot be replaced: take a directory in it')
-  _check_leftovers(*_siblings(output))
+  _check_leftovers(output)
 
 
 def same_place(left: epath.PathLike, right: epath.PathLike) -> bool:
@@ -120,9 +119,9 @@ def _siblings(output: epath.PathLike) -> tuple[epath.Path, epath.Path]:
   return output.parent / f'.{output.name}.new', output.parent / f'.{output.name}.old'
 
 
-def _check_leftovers(*siblings: epath.Path):
-  """Checks that what lies where exports are made is of an export, as it is deleted."""
-  for sibling in siblings:
+def _check_leftovers(output: epath.PathLike):
+  """Checks that what lies where `output` is made is of an export, as it is deleted."""
+  for sibling in _siblings(output):
     files = [file.name for file in sibling.iterdir()] if sibling.exists() else []
     for name in files:
       if not _SIDECARS.fullmatch(name) and not name.endswith('.safetensors') and name != _PROBE:

@@ -338,7 +338,7 @@ def test_a_run_resumes_after_its_newest_step(make_state, open_checkpoints):
     checkpoints.save(make_state(step), step)
   checkpoints.close()
   again = open_checkpoints(identity=identity)
-  assert again.saved_identity(2) == identity
+  assert checkpoint.saved_identity(again.directory, 2) == identity
   state, step = again.resume(start)
   assert step == 2
   assert_same_bits(state, make_state(2))
