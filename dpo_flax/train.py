@@ -65,13 +65,12 @@ def train(config: ConfigDict) -> dict[str, float]:
     enter = stack.enter_context
     preemption = enter(Preemption(hosts.peers(), grace=config.train.grace_seconds))
     # Before the devices, which take long to begin and which the run that writes there may hold.
-    if hosts.peers().index == 0:
-      enter(sole_writer(workdir))
+    word = enter(sole_writer(workdir)) if hosts.peers().index == 0 else None
     mesh = make_mesh(config.mesh)
     enter(jax.set_mesh(mesh))
     enter(explained(config))
     hosts.check_agreement(config_lib.shared(config))
-    hosts.check_agreement({'lock in workdir': holder(workdir)})  # a disk of each host's own
+    hosts.check_agreement({'lock in workdir': word or holder(workdir)})  # a disk of each host's own
     hosts.first_does(lambda: check_outputs(config, output_paths(config)))
     run, state = assemble.build(config, mesh)
     checkpoints = enter(contextlib.closing(make_checkpoints(run)))

@@ -23,8 +23,8 @@ _NAME = 'lock'
 
 
 @contextlib.contextmanager
-def sole_writer(workdir: epath.Path) -> Iterator[None]:
-  """Holds `workdir` for this process; the file `lock` in it tells others by whom.
+def sole_writer(workdir: epath.Path) -> Iterator[str]:
+  """Holds `workdir` for this process; yields what the file `lock` in it tells others.
 
   Raises:
     ValueError: another process holds it, which is named; or it cannot be written to.
@@ -35,7 +35,7 @@ def sole_writer(workdir: epath.Path) -> Iterator[None]:
   if is_remote(workdir):
     _announce(workdir, path, me)
     try:
-      yield
+      yield me
     finally:
       path.unlink()
     return
@@ -50,13 +50,16 @@ def sole_writer(workdir: epath.Path) -> Iterator[None]:
     file.write(me)
     file.flush()
     try:
-      yield
+      yield me
     finally:
       file.truncate(0)
 
 
 def holder(workdir: epath.Path) -> str | None:
-  """Returns the word that the writer of `workdir` has left there; None if there is none."""
+  """Returns the word that the writer of `workdir` has left there; None if there is none.
+
+  Not for that writer: POSIX locks end when their process closes the file, however it came to it.
+  """
   path = workdir / _NAME
   return path.read_text() if path.exists() and not is_link(path) else None
 
