@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dpo_flax.data import pack
-from dpo_flax.data.tokenizer import Tokenizer
-from dpo_flax.learner.state import Models
-from dpo_flax.learner.step import StepOptions, pair_logps
-from dpo_flax.objective.losses import implicit_rewards
-from dpo_flax.objective.pairs import PairLogps
-from dpo_flax.objective.total import total_loss
+from dpo_flax.data.batches import pack
+from dpo_flax.data.tokens.tokenizer import Tokenizer
+from dpo_flax.losses.losses import implicit_rewards
+from dpo_flax.losses.pair_logps import PairLogps
+from dpo_flax.losses.total import total_loss
+from dpo_flax.training.state import Models
+from dpo_flax.training.step import StepOptions, pair_logps
 
 Row = dict[str, Any]  # of a table: column -> value
 

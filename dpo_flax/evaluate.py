@@ -20,22 +20,22 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dpo_flax import command
 from dpo_flax import config as config_lib
 from dpo_flax.assembly.models import load_model, load_onto
 from dpo_flax.assembly.sources import check_same_tokenizer, make_model_config
+from dpo_flax.config.checks import validate
+from dpo_flax.data.batches.split import Split
 from dpo_flax.data.prepare import PreparedData, prepare
-from dpo_flax.data.split import Split
-from dpo_flax.interop.hf_weights import Checkpoint, open_checkpoint
-from dpo_flax.interop.peft import open_adapter
+from dpo_flax.huggingface.peft_adapter import open_adapter
+from dpo_flax.huggingface.weights import Checkpoint, open_checkpoint
+from dpo_flax.losses import metrics
+from dpo_flax.losses.objective import Objective
+from dpo_flax.losses.pair_logps import PairLogps
+from dpo_flax.losses.total import total_loss
 from dpo_flax.model.transformer import Transformer
-from dpo_flax.objective import metrics
-from dpo_flax.objective.pairs import PairLogps
-from dpo_flax.objective.settings import Objective
-from dpo_flax.objective.total import total_loss
-from dpo_flax.scoring import score_side
+from dpo_flax.runtime import command
 from dpo_flax.sharding import make_mesh, row_parts
-from dpo_flax.validation import validate
+from dpo_flax.training.scoring import score_side
 
 _BASE = flags.DEFINE_string('base', None, 'The model: a directory or a hub id.')
 _ADAPTER = flags.DEFINE_string('adapter', None, 'A PEFT adapter on it.')

@@ -13,25 +13,25 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dpo_flax import command
 from dpo_flax import config as config_lib
 from dpo_flax.assembly.models import load_models
+from dpo_flax.assembly.run_record import NAME, RunRecord, read_record
 from dpo_flax.assembly.sources import Sources, make_sources
 from dpo_flax.assembly.tuning import make_lora_config
-from dpo_flax.delivery.exporting import check_outputs, export_adapter, export_merged
-from dpo_flax.delivery.model_card import Facts
-from dpo_flax.durability.checkpoint import (
+from dpo_flax.checkpoints.checkpoint import (
   check_whole,
   newest_step,
   restore_trainable,
   saved_identity,
 )
-from dpo_flax.durability.identity import RunIdentity
-from dpo_flax.interop.hf_weights import open_checkpoint
-from dpo_flax.learner.state import split_models
-from dpo_flax.reporting import read_metrics
-from dpo_flax.run_record import NAME, RunRecord, read_record
+from dpo_flax.config.identity import RunIdentity
+from dpo_flax.exports.exporting import check_outputs, export_adapter, export_merged
+from dpo_flax.exports.model_card import Facts
+from dpo_flax.huggingface.weights import open_checkpoint
+from dpo_flax.runtime import command
 from dpo_flax.sharding import make_mesh
+from dpo_flax.training.reporter import read_metrics
+from dpo_flax.training.state import split_models
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'That of the run.')
 _OUTPUT = flags.DEFINE_string('output', None, 'A new directory, or an earlier export.')
@@ -75,7 +75,7 @@ def export(workdir: str, output: str, *, merged: bool, step: int | None = None):
 
 def _check_record(record: RunRecord, place: epath.Path, step: int):
   """Refuses a record that is not of the run that saved the step, which is sealed."""
-  now = RunIdentity(config_lib.identity(record.config), record.fingerprints)
+  now = RunIdentity(config_lib.identity_of(record.config), record.fingerprints)
   for found in saved_identity(place / 'checkpoints', step).differences(now):
     if not found.is_of_the_data:
       raise ValueError(f'{place}/{NAME} is not that of step {step}. {found}')

@@ -15,12 +15,12 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from dpo_flax import command
 from dpo_flax.assembly.sources import vocabulary_size
+from dpo_flax.config.checks import validate
 from dpo_flax.data.prepare import prepare
 from dpo_flax.data.reports import examples, page, statistics, text
-from dpo_flax.interop.hf_weights import open_checkpoint
-from dpo_flax.validation import validate
+from dpo_flax.huggingface.weights import open_checkpoint
+from dpo_flax.runtime import command
 
 _EXAMPLES = flags.DEFINE_integer('examples', 3, 'Pairs to show.', lower_bound=0)
 _HTML = flags.DEFINE_string('html', None, 'A file to write the report to, as a page.')

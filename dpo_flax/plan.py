@@ -19,17 +19,18 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from dpo_flax import command
 from dpo_flax import config as config_lib
 from dpo_flax.assembly.sources import vocabulary_size
-from dpo_flax.data import pack
+from dpo_flax.config.checks import validate
+from dpo_flax.data.batches import pack
 from dpo_flax.data.prepare import prepare
-from dpo_flax.interop.hf_weights import Checkpoint, open_checkpoint
-from dpo_flax.model.presets import PRESETS
+from dpo_flax.huggingface.presets import PRESETS
+from dpo_flax.huggingface.weights import Checkpoint, open_checkpoint
 from dpo_flax.planning import search
 from dpo_flax.planning.chips import Slice, make_slice
-from dpo_flax.planning.estimate import Estimate, Pairs, estimate, remedies
-from dpo_flax.validation import validate
+from dpo_flax.planning.estimate import Estimate, Pairs, estimate
+from dpo_flax.planning.remedies import remedies
+from dpo_flax.runtime import command
 
 _TOPOLOGY = flags.DEFINE_string('topology', None, 'Chips and their grid, such as v5e:4x4.')
 _PRESET = flags.DEFINE_string('preset', None, 'A model whose shapes to plan for, without weights.')

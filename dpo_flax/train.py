@@ -15,26 +15,27 @@ from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 
-from dpo_flax import command, hosts
 from dpo_flax import config as config_lib
 from dpo_flax.assembly import assemble
 from dpo_flax.assembly.assemble import Run
 from dpo_flax.assembly.models import count_parameters
+from dpo_flax.assembly.run_record import write_record
+from dpo_flax.checkpoints.checkpoint import Checkpoints
+from dpo_flax.config.checks import validate
 from dpo_flax.data import loader
-from dpo_flax.delivery.exporting import check_outputs, export_adapter, export_merged, output_paths
-from dpo_flax.delivery.model_card import Facts
-from dpo_flax.durability.checkpoint import Checkpoints
-from dpo_flax.durability.lock import holder, sole_writer
-from dpo_flax.durability.preemption import Preempted, Preemption
-from dpo_flax.learner.optimizer import make_schedule
-from dpo_flax.learner.state import TrainState
-from dpo_flax.objective.metrics import displacement
-from dpo_flax.places import access_errors
-from dpo_flax.planning.out_of_memory import explained
-from dpo_flax.reporting import Monitor, Reporter, data_lines, displacement_warning, summarize
-from dpo_flax.run_record import write_record
+from dpo_flax.exports.exporting import check_outputs, export_adapter, export_merged, output_paths
+from dpo_flax.exports.model_card import Facts
+from dpo_flax.files.paths import access_errors
+from dpo_flax.losses.metrics import displacement
+from dpo_flax.planning.remedies import explained
+from dpo_flax.runtime import command, hosts
+from dpo_flax.runtime.lock import holder, sole_writer
+from dpo_flax.runtime.preemption import Preempted, Preemption
 from dpo_flax.sharding import make_mesh, row_shard, shard_batch
-from dpo_flax.validation import validate
+from dpo_flax.training.monitor import Monitor
+from dpo_flax.training.optimizer import make_schedule
+from dpo_flax.training.reporter import Reporter, data_lines, displacement_warning, summarize
+from dpo_flax.training.state import TrainState
 
 # Mean difference per token, in nats, that rounding alone can make between two equal models.
 _ROUNDING = {'float32': 1e-4, 'bfloat16': 2e-2}

@@ -13,7 +13,7 @@ CALLS = {'eval', 'exec', 'compile'}
 FLAGS = {'allow_pickle', 'trust_remote_code', 'shell'}
 
 # They pickle what a process and the child that it has started say to each other through a pipe.
-TALK_TO_THEIR_CHILD = {'data/encoding/encode.py', 'data/encoding/encode_process.py'}
+TALK_TO_THEIR_CHILD = {'data/tokens/encode.py', 'data/tokens/encode_process.py'}
 
 
 def offences(tree: ast.AST) -> list[str]:

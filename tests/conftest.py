@@ -29,15 +29,17 @@ from ml_collections import ConfigDict
 
 from dpo_flax import config as config_lib
 from dpo_flax.assembly.models import load_model
-from dpo_flax.data import pack
+from dpo_flax.data.batches import pack
 from dpo_flax.examples import make_tiny
-from dpo_flax.learner.state import Models
-from dpo_flax.learner.step import StepOptions
+from dpo_flax.huggingface.peft_targets import BLOCK_PROJECTIONS
+from dpo_flax.losses.objective import Objective
 from dpo_flax.model.config import AttentionKind, ModelConfig, Rope
 from dpo_flax.model.lora import LoraConfig, LowRank
-from dpo_flax.model.targets import BLOCK_PROJECTIONS
-from dpo_flax.objective.settings import Objective
 from dpo_flax.sharding import AXES, make_mesh
+from dpo_flax.training.state import Models
+from dpo_flax.training.step import StepOptions
+
+pytest_plugins = ['helpers.tokenizer_directories']
 
 CACHE = pathlib.Path(__file__).parent.parent / '.cache' / 'jax'
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dpo_flax import debugging
-from dpo_flax.data import pack
+from dpo_flax.data.batches import pack
 from dpo_flax.debugging import as_text, pair_table, separate_and_packed_losses
 
 LOSSES = (

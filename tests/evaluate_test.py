@@ -14,8 +14,8 @@ import torch
 import transformers
 
 from dpo_flax import config as config_lib
-from dpo_flax.data.reading.preference import Preference
-from dpo_flax.data.tokenizer import load_tokenizer
+from dpo_flax.data.records.preference import Preference
+from dpo_flax.data.tokens.tokenizer import load_tokenizer
 from dpo_flax.evaluate import Candidate, evaluate, per_pair, summarize
 from dpo_flax.examples import make_tiny
 

@@ -20,16 +20,16 @@ from flax import nnx
 from dpo_flax import config as config_lib
 from dpo_flax.assembly import assemble
 from dpo_flax.assembly.assemble import build
+from dpo_flax.assembly.run_record import read_record
+from dpo_flax.checkpoints.checkpoint import Checkpoints
+from dpo_flax.config.checks import validate
 from dpo_flax.data import loader
-from dpo_flax.delivery import exporting, verification
-from dpo_flax.durability.checkpoint import Checkpoints
 from dpo_flax.examples import make_tiny
 from dpo_flax.export import export
-from dpo_flax.learner.step import pair_logps
-from dpo_flax.run_record import read_record
+from dpo_flax.exports import exporting, verification
 from dpo_flax.sharding import make_mesh, shard_batch
 from dpo_flax.train import train
-from dpo_flax.validation import validate
+from dpo_flax.training.step import pair_logps
 
 EXAMPLE = pathlib.Path(make_tiny.__file__).parent / 'tiny'
 

@@ -14,10 +14,10 @@ import pytest
 
 from dpo_flax import config, plan
 from dpo_flax.assembly import assemble
+from dpo_flax.config.checks import validate
 from dpo_flax.planning import aot, chips, estimate, search
 from dpo_flax.sharding import make_mesh, shard_batch
 from dpo_flax.train import train_batches
-from dpo_flax.validation import validate
 
 TINY = pathlib.Path(plan.__file__).parent / 'examples' / 'tiny'
 

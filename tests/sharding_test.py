@@ -12,11 +12,11 @@ from jax.experimental import topologies
 from jax.sharding import PartitionSpec
 
 from dpo_flax import sharding
-from dpo_flax.learner.state import init_state, split_models
-from dpo_flax.learner.step import make_train_step
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.planning.compiled import hlo
 from dpo_flax.sharding import AXES, make_mesh, named_shardings, row_parts, row_shard, shard_batch
+from dpo_flax.training.state import init_state, split_models
+from dpo_flax.training.step import make_train_step
 
 
 def sizes(data, fsdp, tensor):

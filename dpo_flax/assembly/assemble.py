@@ -9,24 +9,24 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dpo_flax import config as config_lib
-from dpo_flax import hosts
 from dpo_flax.assembly.models import load_models
+from dpo_flax.assembly.run_record import RunRecord, make_record
 from dpo_flax.assembly.sources import make_sources, reference_fingerprint
 from dpo_flax.assembly.tuning import make_lora_config
-from dpo_flax.compiler_options import compiler_options
+from dpo_flax.config.checks import validate_rows
+from dpo_flax.config.identity import RunIdentity
 from dpo_flax.data.loader import steps_for_epochs
 from dpo_flax.data.prepare import PreparedData, prepare
-from dpo_flax.durability.identity import RunIdentity
-from dpo_flax.interop.hf_weights import Checkpoint, open_checkpoint
-from dpo_flax.learner.optimizer import make_optimizer
-from dpo_flax.learner.state import TrainState, init_state, split_models
-from dpo_flax.learner.step import StepOptions, make_eval_step, make_train_step
+from dpo_flax.huggingface.weights import Checkpoint, open_checkpoint
+from dpo_flax.losses.objective import SORTED, Objective, check_records
 from dpo_flax.model.lora import LoraConfig
-from dpo_flax.objective.settings import SORTED, Objective, check_records
-from dpo_flax.reference_cache import with_reference_logps
-from dpo_flax.run_record import RunRecord, make_record
+from dpo_flax.runtime import hosts
 from dpo_flax.sharding import row_parts
-from dpo_flax.validation import validate_rows
+from dpo_flax.training.compiler_options import compiler_options
+from dpo_flax.training.optimizer import make_optimizer
+from dpo_flax.training.reference_cache import with_reference_logps
+from dpo_flax.training.state import TrainState, init_state, split_models
+from dpo_flax.training.step import StepOptions, make_eval_step, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def build(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     data = with_reference_logps(data, reference, config, fingerprint=weights, mesh=mesh)
   graphdef, trainable, frozen = split_models(models)
   optimizer = make_optimizer(config.optimizer, num_steps)
-  identity = RunIdentity(config_lib.identity(config), fingerprints)
+  identity = RunIdentity(config_lib.identity_of(config), fingerprints)
   run = Run(
     config=config,
     mesh=mesh,

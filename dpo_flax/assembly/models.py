@@ -8,11 +8,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dpo_flax.assembly.sources import Sources
-from dpo_flax.interop.hf_weights import Checkpoint, load_base
-from dpo_flax.interop.peft import Adapter, load_adapter
-from dpo_flax.learner.state import Models
+from dpo_flax.huggingface.peft_adapter import Adapter, load_adapter
+from dpo_flax.huggingface.weights import Checkpoint, load_base
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.embedding import Embedding
+from dpo_flax.model.linear import Projection
 from dpo_flax.model.lora import (
   BASE,
   TRAINABLE,
@@ -23,10 +23,10 @@ from dpo_flax.model.lora import (
   adapters_of,
   train_whole,
 )
-from dpo_flax.model.projection import Projection
 from dpo_flax.model.quantization import ChannelScale
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.sharding import named_shardings
+from dpo_flax.training.state import Models
 
 
 def load_models(

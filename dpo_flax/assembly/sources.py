@@ -11,14 +11,14 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dpo_flax.interop import hf_weights, peft
-from dpo_flax.interop.hf_weights import Checkpoint
-from dpo_flax.interop.peft import Adapter, open_adapter
-from dpo_flax.interop.premerge import merge_adapter
-from dpo_flax.interop.safe_files import parse_json
+from dpo_flax.files.untrusted import parse_json
+from dpo_flax.huggingface import peft_adapter, weights
+from dpo_flax.huggingface.config_json import from_hf_config
+from dpo_flax.huggingface.peft_adapter import Adapter, open_adapter
+from dpo_flax.huggingface.premerge import merge_adapter
+from dpo_flax.huggingface.presets import from_preset
+from dpo_flax.huggingface.weights import Checkpoint
 from dpo_flax.model.config import ModelConfig
-from dpo_flax.model.hf_config import from_hf_config
-from dpo_flax.model.presets import from_preset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +36,12 @@ class Sources:
   def fingerprints(self) -> dict[str, str | None]:
     """Returns what tells each from others of its kind, by the config's field that names it."""
     return {
-      'initialize_from_hf': self.base and hf_weights.fingerprint(self.base),
-      'reference_model_path': self.reference and hf_weights.fingerprint(self.reference),
-      'merge_adapter_path': self.merged and peft.fingerprint(self.merged),
-      'initialize_from_adapter': self.adapter and peft.fingerprint(self.adapter),
-      'reference_adapter_path': self.reference_adapter and peft.fingerprint(self.reference_adapter),
+      'initialize_from_hf': self.base and weights.fingerprint(self.base),
+      'reference_model_path': self.reference and weights.fingerprint(self.reference),
+      'merge_adapter_path': self.merged and peft_adapter.fingerprint(self.merged),
+      'initialize_from_adapter': self.adapter and peft_adapter.fingerprint(self.adapter),
+      'reference_adapter_path': self.reference_adapter
+      and peft_adapter.fingerprint(self.reference_adapter),
     }
 
   def starts_as_reference(self) -> bool:
@@ -130,7 +131,7 @@ def base_fingerprint(config: ConfigDict, checkpoint: Checkpoint | None) -> str:
   """Returns what tells base weights from others: a checkpoint's content, or a preset and seed."""
   if checkpoint is None:
     return f'{config.model.preset} {config.seed}'
-  return hf_weights.fingerprint(checkpoint)
+  return weights.fingerprint(checkpoint)
 
 
 def reference_fingerprint(config: ConfigDict, sources: Sources) -> str:

@@ -7,12 +7,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dpo_flax.data.named_values import named_field
-from dpo_flax.interop.names import names_of
-from dpo_flax.interop.peft import Adapter
+from dpo_flax.config.named_values import named_field
+from dpo_flax.huggingface.names import names_of
+from dpo_flax.huggingface.peft_adapter import Adapter
+from dpo_flax.huggingface.peft_targets import Targets, match_names, resolve
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.lora import LoraConfig
-from dpo_flax.model.targets import Targets, match_names, resolve
 
 _LARGEST = 2**16  # rank or alpha of a module
 _TABLE_AND_HEAD = frozenset(['embed_tokens', 'lm_head'])

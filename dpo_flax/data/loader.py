@@ -14,8 +14,8 @@ import grain
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpo_flax.data import pack, split
-from dpo_flax.data.epochs import Epochs
+from dpo_flax.data.batches import pack, split
+from dpo_flax.data.batches.epochs import Epochs
 from dpo_flax.data.prepare import PreparedData
 
 Shards = int | tuple[int, ...]  # one of the equal parts of a batch's rows, or several

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpo_flax.data import pack, split
-from dpo_flax.data.caching.build_cache import open_or_build
-from dpo_flax.data.epochs import Epochs
-from dpo_flax.data.formats import FormatOptions
-from dpo_flax.data.named_values import named_field, named_values
-from dpo_flax.data.source import RecordSource
-from dpo_flax.data.token_cache import TokenCache
-from dpo_flax.data.tokenizer import Tokenizer, load_tokenizer
+from dpo_flax.config.named_values import named_field, named_values
+from dpo_flax.data.batches import pack, split
+from dpo_flax.data.batches.epochs import Epochs
+from dpo_flax.data.cache.build_cache import open_or_build
+from dpo_flax.data.cache.token_cache import TokenCache
+from dpo_flax.data.records.formats import FormatOptions
+from dpo_flax.data.records.source import RecordSource
+from dpo_flax.data.tokens.tokenizer import Tokenizer, load_tokenizer
 
 _SHOWN = 5  # places named in the report
 

@@ -13,11 +13,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from dpo_flax.model.config import ModelConfig
-from dpo_flax.model.layers import RMSNorm, Rotation, make_rotation, rotate, softly_capped
+from dpo_flax.model.layers import RMSNorm, softly_capped
+from dpo_flax.model.linear import Projection
 from dpo_flax.model.lora import LoraConfig
 from dpo_flax.model.mask import Mask, Window, make_mask, make_window
 from dpo_flax.model.pallas_attention import pallas_attention
-from dpo_flax.model.projection import Projection
+from dpo_flax.model.rotary import Rotation, make_rotation, rotate
 from dpo_flax.sharding import partition_spec
 
 # Queries per block: each block only meets the keys up to its own end, so half of all scores are

@@ -16,8 +16,8 @@ from dpo_flax.model.attention import Attention, Places, choose, make_places
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.embedding import Embedding
 from dpo_flax.model.layers import MLP, RMSNorm, softly_capped
+from dpo_flax.model.linear import Projection
 from dpo_flax.model.lora import LoraConfig, adapters_of
-from dpo_flax.model.projection import Projection
 from dpo_flax.sharding import constrain
 
 _LAYER_INPUT = 'layer_input'

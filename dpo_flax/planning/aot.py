@@ -12,14 +12,14 @@ from dpo_flax.assembly.assemble import make_step_options, make_steps, runs_refer
 from dpo_flax.assembly.models import pair_models
 from dpo_flax.assembly.sources import make_sources
 from dpo_flax.assembly.tuning import make_lora_config
-from dpo_flax.data import pack
-from dpo_flax.interop.hf_weights import Checkpoint
-from dpo_flax.learner.optimizer import make_optimizer
-from dpo_flax.learner.state import TrainState, init_state, split_models
+from dpo_flax.config.checks import validate_rows
+from dpo_flax.data.batches import pack
+from dpo_flax.huggingface.weights import Checkpoint
+from dpo_flax.losses.objective import Objective
 from dpo_flax.model.transformer import Transformer
-from dpo_flax.objective.settings import Objective
 from dpo_flax.sharding import named_shardings, row_parts, row_sharding
-from dpo_flax.validation import validate_rows
+from dpo_flax.training.optimizer import make_optimizer
+from dpo_flax.training.state import TrainState, init_state, split_models
 
 _STEPS = 1000  # of a run whose length is not given: the program does not depend on it
 

@@ -6,17 +6,16 @@ import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from dpo_flax.interop.hf_weights import Checkpoint
+from dpo_flax.huggingface.weights import Checkpoint
 from dpo_flax.planning.aot import abstract_train_step
 from dpo_flax.planning.chips import Slice
 from dpo_flax.planning.compiled import hlo, memory, work
-from dpo_flax.sharding import make_mesh, row_parts
+from dpo_flax.sharding import make_mesh
 
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 _SHOWN = 8  # sources of temporaries
@@ -166,49 +165,3 @@ def refused(message: str, arguments: Any, slice_: Slice, *, seconds: float) -> E
     compile_seconds=seconds,
     message=first,
   )
-
-
-def remedies(
-  config: ConfigDict, devices: Sequence[jax.Device], *, temporaries_matter: bool
-) -> list[str]:
-  """Returns what would make a step that does not fit smaller, the cheapest first.
-
-  What is done already, or cannot be enough, is left out.
-  """
-  changes = []
-  if temporaries_matter:
-    changes += _smaller_temporaries(config, devices)
-  if config.tuning.method == 'full':
-    changes.append('config.tuning.method=lora: one frozen copy of the weights, no moments of them')
-  elif config.model.weight_dtype != 'int8':
-    changes.append('config.model.weight_dtype=int8: base weights of one byte, rounded')
-  if config.mesh.data > 1:
-    changes.append('config.mesh.data=1 and config.mesh.fsdp=-1: weights split over all chips')
-  changes.append(f'more chips than {len(devices)}: each holds a smaller part of the weights')
-  return changes
-
-
-def _smaller_temporaries(config: ConfigDict, devices: Sequence[jax.Device]) -> list[str]:
-  batch, model = config.batch, config.model
-  shards = row_parts(make_mesh(config.mesh, devices))
-  per_chip = batch.rows // (shards * batch.microbatches)
-  found = []
-  if model.remat in {'none', 'dots'}:
-    found.append('config.model.remat=full: backward runs each layer forward once more')
-  if model.remat != 'offload':
-    found.append("config.model.remat=offload: each layer's input waits in the host's memory")
-  if per_chip > 1:
-    found.append(
-      f'config.batch.microbatches={batch.rows // shards}: one row of a chip at a time instead of '
-      f'{per_chip}, one after the other'
-    )
-  if model.logits_chunk > 128:
-    found.append(
-      f'config.model.logits_chunk={model.logits_chunk // 4}: fewer logits at once, the head is '
-      'read more often'
-    )
-  if batch.tokens > 1024:
-    found.append(
-      f'config.batch.tokens={batch.tokens // 2}: shorter rows; longer pairs must be dropped or cut'
-    )
-  return found

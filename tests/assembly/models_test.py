@@ -18,13 +18,13 @@ from dpo_flax import config as config_lib
 from dpo_flax.assembly.models import count_parameters, load_models
 from dpo_flax.assembly.sources import make_sources, reference_fingerprint
 from dpo_flax.assembly.tuning import make_lora_config
-from dpo_flax.interop.hf_weights import open_checkpoint, save_merged
-from dpo_flax.interop.peft import save_adapter
-from dpo_flax.learner.state import init_state, split_models
-from dpo_flax.learner.step import make_eval_step, make_train_step
+from dpo_flax.huggingface.peft_adapter import save_adapter
+from dpo_flax.huggingface.weights import open_checkpoint, save_merged
 from dpo_flax.model.lora import Trained
 from dpo_flax.model.transformer import run_streams
 from dpo_flax.sharding import make_mesh
+from dpo_flax.training.state import init_state, split_models
+from dpo_flax.training.step import make_eval_step, make_train_step
 
 pytestmark = [
   # transformers' own save_pretrained calls a name that transformers has deprecated.

@@ -17,7 +17,8 @@ import time
 import numpy as np
 
 from dpo_flax import config as schema
-from dpo_flax.data import loader, pack
+from dpo_flax.data import loader
+from dpo_flax.data.batches import pack
 from dpo_flax.data.prepare import PreparedData, prepare
 
 CHATML = (

@@ -22,13 +22,13 @@ from flax import nnx
 
 from dpo_flax import config as config_lib
 from dpo_flax.assembly.tuning import make_lora_config
-from dpo_flax.data import pack
-from dpo_flax.learner.state import Models, init_state, split_models
-from dpo_flax.learner.step import StepOptions, make_train_step
-from dpo_flax.model.hf_config import from_hf_config
+from dpo_flax.data.batches import pack
+from dpo_flax.huggingface.config_json import from_hf_config
+from dpo_flax.losses.objective import Objective
 from dpo_flax.model.transformer import Transformer
-from dpo_flax.objective.settings import Objective
 from dpo_flax.sharding import make_mesh
+from dpo_flax.training.state import Models, init_state, split_models
+from dpo_flax.training.step import StepOptions, make_train_step
 
 VOCABULARY, MAX_PROMPT, MAX_RESPONSE = 32_000, 64, 192
 WARMUP = 3  # steps

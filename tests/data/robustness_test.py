@@ -5,7 +5,7 @@ import runpy
 
 import pytest
 
-from dpo_flax.data.tokenizer import load_tokenizer
+from dpo_flax.data.tokens.tokenizer import load_tokenizer
 
 FAULTS = runpy.run_path(str(pathlib.Path(__file__).parent.parent / 'faults' / 'mutate_records.py'))
 

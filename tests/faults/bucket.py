@@ -18,7 +18,7 @@ from etils import epath
 
 import runs
 from bucket_server import BUCKET, DENIED, UNKNOWN, BucketServer
-from dpo_flax.durability import manifest
+from dpo_flax.checkpoints import manifest
 
 FAULTS_PER_RUN = 3
 # What is seen among the objects of a workdir at the moments worth disturbing.

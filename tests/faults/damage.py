@@ -17,7 +17,7 @@ from absl import logging
 from etils import epath
 
 import runs
-from dpo_flax.durability import steps
+from dpo_flax.checkpoints import steps
 
 _PAGE = 4096
 

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from etils import epath
 
 import runs
-from dpo_flax.durability import manifest
+from dpo_flax.checkpoints import manifest
 
 MISTAKE = 2
 TMPFS_BYTES = 12 << 20

@@ -29,8 +29,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from dpo_flax.interop.hf_weights import INDEX, load_base, open_checkpoint, save_merged
-from dpo_flax.interop.peft import (
+from dpo_flax.files.messages import shown
+from dpo_flax.huggingface.config_json import from_hf_config
+from dpo_flax.huggingface.peft_adapter import (
   CONFIG,
   WEIGHTS,
   fingerprint,
@@ -38,11 +39,10 @@ from dpo_flax.interop.peft import (
   open_adapter,
   save_adapter,
 )
-from dpo_flax.messages import shown
+from dpo_flax.huggingface.presets import from_preset
+from dpo_flax.huggingface.weights import INDEX, load_base, open_checkpoint, save_merged
 from dpo_flax.model.config import ModelConfig
-from dpo_flax.model.hf_config import from_hf_config
 from dpo_flax.model.lora import BASE, TRAINABLE, LoraConfig, LowRank
-from dpo_flax.model.presets import from_preset
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.sharding import make_mesh
 

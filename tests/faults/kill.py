@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from etils import epath
 
 import runs
-from dpo_flax.durability import manifest
+from dpo_flax.checkpoints import manifest
 
 SIGNALS_PER_RUN = 5
 PATIENCE = {'TERM': 10, 'KILL': 30, 'STOP': 30, 'INT': 30}  # seconds until the processes end

@@ -16,11 +16,11 @@ import random
 import tempfile
 from typing import Any
 
-from dpo_flax.data.caching.build_cache import open_or_build
-from dpo_flax.data.formats import FormatOptions
-from dpo_flax.data.source import RecordSource
-from dpo_flax.data.token_cache import Report
-from dpo_flax.data.tokenizer import Tokenizer, load_tokenizer
+from dpo_flax.data.cache.build_cache import open_or_build
+from dpo_flax.data.cache.token_cache import Report
+from dpo_flax.data.records.formats import FormatOptions
+from dpo_flax.data.records.source import RecordSource
+from dpo_flax.data.tokens.tokenizer import Tokenizer, load_tokenizer
 
 CHATML = (
   '{% if tools %}{{ tools | tojson }}{% endif %}'

@@ -9,8 +9,9 @@ import os
 import jax
 import numpy as np
 
-from dpo_flax import command, train
-from dpo_flax.learner import step
+from dpo_flax import train
+from dpo_flax.runtime import command
+from dpo_flax.training import step
 
 FACTORS = json.loads(os.environ['FACTORS'])
 _accumulate, _train_batches = step._accumulate, train.train_batches

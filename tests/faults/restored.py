@@ -10,11 +10,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from dpo_flax import command, train
+from dpo_flax import train
 from dpo_flax.assembly import assemble
-from dpo_flax.durability.checkpoint import Checkpoints
+from dpo_flax.checkpoints.checkpoint import Checkpoints
+from dpo_flax.config.checks import validate
+from dpo_flax.runtime import command
 from dpo_flax.sharding import make_mesh
-from dpo_flax.validation import validate
 
 BATCHES = 3
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dpo_flax.data import pack
+from dpo_flax.data.batches import pack
 
 
 @pytest.fixture(scope='session')

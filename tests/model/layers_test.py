@@ -12,7 +12,8 @@ from flax import nnx
 from transformers.models.llama import modeling_llama
 
 from dpo_flax.model.config import Llama3Scaling, Rope
-from dpo_flax.model.layers import MLP, RMSNorm, make_rotation, rotate
+from dpo_flax.model.layers import MLP, RMSNorm
+from dpo_flax.model.rotary import make_rotation, rotate
 
 SCALING = Llama3Scaling(
   factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64

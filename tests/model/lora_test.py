@@ -8,8 +8,8 @@ import pytest
 import torch
 from flax import nnx
 
+from dpo_flax.model.linear import Projection
 from dpo_flax.model.lora import train_whole
-from dpo_flax.model.projection import Projection
 
 
 def make_projection(config, lora, *, name='q_proj', features=(32, 24), b=0.3, seed=0):

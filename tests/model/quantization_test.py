@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 from hypothesis import given, strategies
 
-from dpo_flax.learner.state import Models, split_models
-from dpo_flax.learner.step import pair_logps
 from dpo_flax.model.quantization import LARGEST, SMALLEST, ChannelScale, quantize, scale_path
 from dpo_flax.model.transformer import run_streams
+from dpo_flax.training.state import Models, split_models
+from dpo_flax.training.step import pair_logps
 
 MATRICES = hypothesis.extra.numpy.arrays(
   np.float32,

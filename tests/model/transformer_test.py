@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dpo_flax.huggingface.peft_targets import BLOCK_PROJECTIONS
 from dpo_flax.model.attention import make_places
 from dpo_flax.model.config import AttentionKind, Rope
-from dpo_flax.model.targets import BLOCK_PROJECTIONS
 from dpo_flax.model.transformer import Transformer, run_streams
 
 

@@ -5,10 +5,10 @@ import itertools
 
 import numpy as np
 
-from dpo_flax.data.mixture import permutation
-from dpo_flax.data.pack import PackedPair
-from dpo_flax.data.split import Split
-from dpo_flax.data.tokenizer import Tokenizer
+from dpo_flax.data.batches.mixture import permutation
+from dpo_flax.data.batches.pack import PackedPair
+from dpo_flax.data.batches.split import Split
+from dpo_flax.data.tokens.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpo_flax.data import pack
+from dpo_flax.data.batches import pack
+from dpo_flax.data.batches.split import Split
 from dpo_flax.data.prepare import PreparedData
-from dpo_flax.data.split import Split
 
 _PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 _BLOCK = 4096  # pairs read at once

@@ -1,0 +1,116 @@
+"""What a run is, kept in its workdir, so that its checkpoints can be exported without its data."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from dpo_flax import config as config_lib
+from dpo_flax.config.identity import RunIdentity
+from dpo_flax.data.batches import pack
+from dpo_flax.data.prepare import PreparedData
+
+NAME = 'run.json'
+_CHECKED = 4  # pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+  """A run's config, what it was made of, and the pairs on which its exports are checked."""
+
+  config: ConfigDict  # every field
+  fingerprints: Mapping[str, str | None]  # of data and weights
+  num_steps: int
+  pairs: Mapping[str, int]  # side -> how many
+  held_out: bool  # whether `checks` are of the validation side
+  checks: tuple[pack.PackedPair, ...]
+
+
+def make_record(
+  config: ConfigDict, data: PreparedData, identity: RunIdentity, num_steps: int
+) -> RunRecord:
+  """Returns the record of a run; exports are checked on its first short pairs."""
+  side = data.validation or data.train
+  lengths = pack.row_lengths(side.lengths, config.data.layout)
+  places = np.argsort(lengths > np.median(lengths), kind='stable')[:_CHECKED]
+  return RunRecord(
+    config,
+    identity.fingerprints,
+    num_steps,
+    {name: report['pairs'] for name, report in data.report.items()},
+    held_out=data.validation is not None,
+    checks=tuple(side.packed_pairs(places)),
+  )
+
+
+def write_record(record: RunRecord, workdir: epath.Path):
+  """Writes the record in one step."""
+  values = {
+    'config': json.loads(record.config.to_json_best_effort()),
+    'fingerprints': dict(record.fingerprints),
+    'num_steps': record.num_steps,
+    'pairs': dict(record.pairs),
+    'held_out': record.held_out,
+    'checks': [
+      {'index': pair.index, **{name: getattr(pair, name).tolist() for name in _IDS}}
+      for pair in record.checks
+    ],
+  }
+  workdir.mkdir(parents=True, exist_ok=True)
+  unfinished = workdir / f'{NAME}.tmp'
+  unfinished.write_text(json.dumps(values))
+  unfinished.replace(workdir / NAME)
+
+
+def read_record(workdir: epath.Path) -> RunRecord:
+  """Reads the record of a run.
+
+  Raises:
+    ValueError: there is none, or it is of another version of this library.
+  """
+  path = workdir / NAME
+  if not path.exists():
+    raise ValueError(f'{path} does not exist: give the workdir of a run')
+  try:
+    values = json.loads(path.read_text())
+    checks = tuple(
+      pack.PackedPair(pair['index'], *(np.array(pair[name], np.int32) for name in _IDS))
+      for pair in values['checks']
+    )
+    if not checks:
+      raise ValueError('it has no pairs to check exports on')
+    return RunRecord(
+      _config(values['config']),
+      dict(values['fingerprints']),
+      values['num_steps'],
+      dict(values['pairs']),
+      values['held_out'],
+      checks,
+    )
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(
+      f'{path} cannot be read ({error}): was it written by another version of dpo_flax?'
+    ) from error
+
+
+_IDS = ('prompt', 'chosen', 'rejected')
+
+
+def _config(values: Mapping[str, Any]) -> ConfigDict:
+  """Returns the schema with these values; what it does not have is an error."""
+  config = config_lib.default()
+  with config.ignore_type():
+    _update(config, values)
+  return config
+
+
+def _update(config: ConfigDict, values: Mapping[str, Any]):
+  for name, value in values.items():
+    if isinstance(config[name], ConfigDict) and isinstance(value, dict):
+      _update(config[name], value)
+    else:
+      config[name] = tuple(value) if isinstance(config[name], tuple) else value

@@ -1,0 +1,130 @@
+"""The steps of a checkpoint folder: which directories are steps, and how one comes and goes.
+
+A step is a real directory, named by a number, that holds what its manifest says, and in it a
+record of the same number. Everything else in the folder is nobody's step and stays as it is, but
+for these, which a kill may leave behind:
+
+    12.unfinished    being written; it takes its name once its manifest is on disk
+    12.deleted       was too old
+
+In an object store, which has no rename, a step is finished once it has a manifest.
+"""
+
+import json
+import re
+
+from absl import logging
+from etils import epath
+
+from dpo_flax.checkpoints import manifest
+from dpo_flax.files.paths import access_errors, is_link, is_remote
+
+RECORD = 'run.json'  # what a step says of itself
+_STEP = re.compile(r'0|[1-9][0-9]*')
+_LEFTOVER = re.compile(r'(0|[1-9][0-9]*)\.(unfinished|deleted)')
+_QUARANTINE = 'quarantine'
+_ABOUT_QUARANTINE = 'Steps that were found damaged. Nothing reads them: delete them as you like.\n'
+
+
+def finished(directory: epath.Path) -> list[int]:
+  """Returns the numbers of all steps that have a manifest, whole or not, oldest first."""
+  return [step for step in _named(directory) if (directory / str(step) / manifest.NAME).exists()]
+
+
+def newest_whole(directory: epath.Path) -> int | None:
+  """Returns the newest step whose every byte is as it was written; None when there is none.
+
+  What is newer and named like a step, but is damaged or none, is moved to `quarantine/`, with a
+  warning.
+  """
+  for step in reversed(_named(directory)):
+    found = faults(directory / str(step))
+    if not found:
+      return step
+    moved = _set_aside(directory, step)
+    shown = ', '.join(found[:3]) + (f' and {len(found) - 3} more' if len(found) > 3 else '')
+    logging.warning('checkpoint %s/%d is damaged (%s): moved to %s', directory, step, shown, moved)
+  return None
+
+
+def faults(step: epath.Path) -> list[str]:
+  """Returns why a directory that is named like a step is not that step as it was written."""
+  try:
+    return manifest.faults(step) or _faults_of_the_record(step)
+  except access_errors() as error:  # a bad sector, a file that may not be read
+    return [str(error)]
+
+
+def place(directory: epath.Path, step: int) -> epath.Path:
+  """Returns where a step is written before it is one."""
+  return directory / (str(step) if is_remote(directory) else f'{step}.unfinished')
+
+
+def begin(directory: epath.Path, step: int):
+  """Makes the place where a step is to be written, empty."""
+  abandon(directory, step)
+  place(directory, step).mkdir(parents=True)
+
+
+def abandon(directory: epath.Path, step: int):
+  """Removes what was written of a step that is not finished."""
+  unfinished = place(directory, step)
+  if unfinished.exists():
+    unfinished.rmtree()
+
+
+def commit(directory: epath.Path, step: int):
+  """Makes a step of what was written to its place, once all of it is on disk."""
+  written = place(directory, step)
+  manifest.seal(written)
+  if not is_remote(directory):
+    written.rename(directory / str(step))
+    manifest.sync_directory(directory)
+
+
+def keep_newest(directory: epath.Path, count: int):
+  """Deletes all but the newest `count` steps. A kill meanwhile leaves none that is broken."""
+  for step in finished(directory)[:-count]:
+    old = directory / str(step)
+    if not is_remote(directory):
+      old = old.rename(directory / f'{step}.deleted')
+    else:
+      (old / manifest.NAME).unlink()
+    old.rmtree()
+
+
+def clean(directory: epath.Path):
+  """Removes what a killed run left half written or half deleted."""
+  for path in _directories(directory):
+    if _LEFTOVER.fullmatch(path.name):
+      path.rmtree()
+
+
+def _named(directory: epath.Path) -> list[int]:
+  """The numbers of directories that are named like a step, in order."""
+  return sorted(int(path.name) for path in _directories(directory) if _STEP.fullmatch(path.name))
+
+
+def _directories(directory: epath.Path) -> list[epath.Path]:
+  if not directory.exists():
+    return []
+  return [path for path in directory.iterdir() if path.is_dir() and not is_link(path)]
+
+
+def _faults_of_the_record(step: epath.Path) -> list[str]:
+  """Finds a step under another's name, and a directory that was never one."""
+  try:
+    number = json.loads((step / RECORD).read_text())['step']
+  except (ValueError, KeyError, TypeError):
+    return [f'{RECORD} is no record of a step']
+  return [] if str(number) == step.name else [f'it was saved as step {number}']
+
+
+def _set_aside(directory: epath.Path, step: int) -> epath.Path:
+  quarantine = directory / _QUARANTINE
+  quarantine.mkdir(exist_ok=True)
+  # Something must be in it: an object store has no empty directories, and moves to none.
+  (quarantine / 'README').write_text(_ABOUT_QUARANTINE)
+  taken = {path.name for path in quarantine.iterdir()}
+  names = (f'{step}.{count}' if count else str(step) for count in range(len(taken) + 1))
+  return (directory / str(step)).rename(quarantine / next(n for n in names if n not in taken))

@@ -1,0 +1,162 @@
+"""Which pairs of a cache are trained on, which are held out, and what becomes of long ones."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from dpo_flax.data.batches import pack
+from dpo_flax.data.batches.mixture import Mixture, hashed
+from dpo_flax.data.cache.token_cache import TokenCache
+
+# Batch field -> the record's column, and what a record without it counts as where others have one:
+# as one pair, as certain, as asking for no margin.
+_COLUMNS = {
+  'pair_weight': ('weight', 1.0),
+  'chosen_probability': ('chosen_probability', 1.0),
+  'margin': ('margin', 0.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """The pairs of one side, train or validation, as places in a token cache."""
+
+  cache: TokenCache
+  pairs: np.ndarray  # [n] int32, increasing
+  lengths: np.ndarray  # [n, 3] int32, with prompts as long as they are after truncation
+  keep_first: bool  # a truncated prompt keeps its first token, BOS
+  dropped: tuple[str, ...] = ()  # file:line of pairs too long for a row, in order
+  truncated: tuple[str, ...] = ()  # file:line of pairs whose prompt is cut
+  reference_logps: np.ndarray | None = None  # [n, 2] float32 chosen, rejected; None: not computed
+
+  def __len__(self) -> int:
+    return len(self.pairs)
+
+  @property
+  def columns(self) -> tuple[str, ...]:
+    """The optional batch fields that the data has."""
+    return tuple(name for name, (key, _) in _COLUMNS.items() if key in self.cache.columns)
+
+  def mixture(self, weights: Sequence[float], parts: Sequence[int]) -> Mixture:
+    """Divides the pairs by their files; `parts` gives the part of the mixture of each file."""
+    part = np.array(parts)[self.cache.file[self.pairs]]
+    return Mixture(tuple(np.flatnonzero(part == i) for i in range(len(weights))), tuple(weights))
+
+  def packed_pair(self, i: int) -> pack.PackedPair:
+    """Returns the i-th pair of the split, its prompt cut as planned."""
+    return self.packed_pairs(np.array([i]))[0]
+
+  def packed_pairs(self, places: np.ndarray) -> list[pack.PackedPair]:
+    """Returns pairs of the split, their prompts cut as planned."""
+    pairs, keep = self.pairs[places], self.lengths[places, 0]
+    prompts = self.cache.lengths[pairs, 0]
+    ids = self.cache.many(pairs)
+    for n in np.flatnonzero(keep < prompts):
+      prompt, chosen, rejected = ids[n]
+      first = prompt[: int(self.keep_first)]
+      end = prompt[len(prompt) - keep[n] + len(first) :]
+      ids[n] = np.concatenate([first, end]), chosen, rejected
+    records = self.cache.records[pairs].tolist()
+    values = [self._values[name][pairs].tolist() for name in self._values]
+    if not values:
+      return [pack.PackedPair(record, *pair) for record, pair in zip(records, ids, strict=True)]
+    return [
+      pack.PackedPair(record, *pair, **dict(zip(self._values, value, strict=True)))
+      for record, pair, *value in zip(records, ids, *values, strict=True)
+    ]
+
+  @functools.cached_property
+  def _values(self) -> dict[str, np.ndarray]:
+    values = {}
+    for name in self.columns:
+      key, missing = _COLUMNS[name]
+      column = self.cache.columns[key]
+      values[name] = np.where(np.isnan(column), missing, column)
+    return values
+
+
+def hold_out(prompts: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+  """Chooses about `fraction` of the pairs for validation, whole prompts at a time.
+
+  Args:
+    prompts: [N] uint64, equal for equal prompts.
+    fraction: of the pairs, in [0, 1).
+    seed: other seeds hold out other prompts.
+
+  Returns:
+    [N] bool. No prompt is on both sides, and each side has at least one. No more pairs are held out
+    than asked for, except where the smallest prompt alone has more: then it is held out.
+
+  Raises:
+    ValueError: all pairs have the same prompt.
+  """
+  unique, prompt, count = np.unique(prompts, return_inverse=True, return_counts=True)
+  if len(unique) < 2:
+    raise ValueError(
+      'all pairs have the same prompt, so none can be held out without being trained on: set '
+      'data.validation, or data.validation_split_fraction=0.'
+    )
+  order = np.argsort(hashed(unique, 'validation', seed), kind='stable')
+  room = min(round(fraction * len(prompts)), len(prompts) - 1)
+  held = np.zeros(len(unique), bool)
+  for i, pairs in zip(order.tolist(), count[order].tolist(), strict=True):
+    if pairs <= room:
+      held[i], room = True, room - pairs
+    if not room:
+      break
+  if not held.any():
+    held[order[count[order].argmin()]] = True
+  return held[prompt]
+
+
+def fit(
+  cache: TokenCache,
+  pairs: np.ndarray,
+  *,
+  tokens: int,
+  layout: str,
+  too_long: str,
+  bos_id: int | None,
+) -> Split:
+  """Returns the pairs as a Split, after deciding on those longer than a row.
+
+  `drop` leaves them out. `truncate_prompt` cuts the beginning of the prompt, behind BOS: its end
+  is what the response answers. Responses are never cut, so a pair whose responses leave no room for
+  a prompt is dropped. Either way the places are reported.
+
+  Raises:
+    ValueError: under `raise`, naming the first pair; or if no pair is left.
+  """
+  lengths = cache.lengths[pairs]
+  need = pack.row_lengths(lengths, layout)
+  long = np.flatnonzero(need > tokens)
+  places = [cache.where(pair) for pair in pairs[long]]
+  if len(long) and too_long == 'raise':
+    raise ValueError(
+      f'{places[0]}: the pair takes {need[long[0]]} tokens in the {layout} layout, and a row has '
+      f'{tokens} ({len(long)} of {len(pairs)} pairs are too long; the longest takes {need.max()}). '
+      'Raise batch.tokens, or set data.too_long to drop or truncate_prompt.'
+    )
+  keep_first = bos_id is not None and all(cache[pair][0][0] == bos_id for pair in pairs[long])
+  cut = np.zeros(len(pairs), bool)
+  if too_long == 'truncate_prompt':
+    copies = 1 if layout == 'shared' else 2
+    room = lengths[long, 0] - -((tokens - need[long]) // copies)
+    cut[long] = room >= 1 + keep_first
+    lengths[long, 0] = room
+  kept = (need <= tokens) | cut
+  if not kept.any():
+    raise ValueError(
+      f'none of {len(pairs)} pairs fits a row of {tokens} tokens; the shortest takes {need.min()}. '
+      'Raise batch.tokens.'
+    )
+  return Split(
+    cache,
+    pairs[kept],
+    lengths[kept],
+    keep_first,
+    dropped=tuple(place for place, i in zip(places, long, strict=True) if not cut[i]),
+    truncated=tuple(place for place, i in zip(places, long, strict=True) if cut[i]),
+  )

@@ -1,1 +1,0 @@
-"""The token cache on disk: its files, and how it is built."""

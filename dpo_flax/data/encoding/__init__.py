@@ -1,1 +1,0 @@
-"""Text -> token ids, in this process or in several."""

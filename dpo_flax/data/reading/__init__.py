@@ -1,1 +1,0 @@
-"""Files -> raw records -> typed preferences, with errors that name the place."""

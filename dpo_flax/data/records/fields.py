@@ -1,0 +1,83 @@
+"""Reading typed values from a record, with errors that name the key."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpo_flax.data.records.preference import Message
+from dpo_flax.data.records.raw import RecordError
+
+
+def rename(record: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
+  """Returns the record with values moved to the names that the formats know.
+
+  Args:
+    record: its keys and values.
+    fields: our name -> the record's. 'completions.overall_score' is a key inside the items of the
+      list 'completions'.
+
+  Raises:
+    RecordError: the record has no such key.
+  """
+  renamed = dict(record)
+  for ours, theirs in fields.items():
+    outer, dot, inner = ours.partition('.')
+    if dot:
+      items = get_list(renamed, outer)
+      if not all(isinstance(item, dict) for item in items):
+        raise RecordError('wrong type', f'{outer} holds something else than objects')
+      renamed[outer] = [rename(item, {inner: theirs}) for item in items]
+    elif theirs not in record:
+      raise RecordError(
+        'missing key', f'data.fields takes {ours!r} from {theirs!r}, not among {sorted(record)}'
+      )
+    else:
+      if renamed.get(theirs) is record[theirs]:
+        del renamed[theirs]
+      renamed[ours] = record[theirs]
+  return renamed
+
+
+def get(record: dict[str, Any], key: str) -> Any:
+  """Returns a value that must be there."""
+  if record.get(key) is None:
+    raise RecordError('missing key', f'{key!r} is not among {sorted(record)}')
+  return record[key]
+
+
+def get_text(record: dict[str, Any], key: str) -> str:
+  """Returns a value that must be a string."""
+  return _typed(record, key, str, 'a string')
+
+
+def get_chat(record: dict[str, Any], key: str) -> list[Message]:
+  """Returns a value that must be a chat; its messages are checked later."""
+  return _typed(record, key, list, 'a list of messages')
+
+
+def get_list(record: dict[str, Any], key: str) -> list[Any]:
+  """Returns a value that must be a list."""
+  return _typed(record, key, list, 'a list')
+
+
+def get_number(record: dict[str, Any], key: str) -> float:
+  """Returns a value that must be a number."""
+  value = _typed(record, key, (int, float), 'a number')
+  if isinstance(value, bool) or math.isnan(value):
+    raise RecordError('wrong type', f'{key} is {value}, not a number')
+  return value
+
+
+def _typed(record: dict[str, Any], key: str, kind: type | tuple[type, ...], name: str) -> Any:
+  value = get(record, key)
+  if not isinstance(value, kind):
+    raise RecordError('wrong type', f'{key} is a {type(value).__name__}, not {name}')
+  return value
+
+
+def shared_length(a: Sequence[Any], b: Sequence[Any]) -> int:
+  """Returns the length of the longest common beginning."""
+  n = min(len(a), len(b))
+  if a[:n] == b[:n]:
+    return n
+  return next(i for i in range(n) if a[i] != b[i])

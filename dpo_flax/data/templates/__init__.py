@@ -1,1 +1,0 @@
-"""Chat templates, run in a sandbox with a bound on time and memory."""

@@ -1,0 +1,1 @@
+"""A trained policy -> directories that other programs load."""

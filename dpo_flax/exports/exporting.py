@@ -1,0 +1,149 @@
+"""A trained policy -> the directories that other programs load, each checked before it is there."""
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dpo_flax.exports import model_card
+from dpo_flax.exports.model_card import Facts
+from dpo_flax.exports.staging import (
+  check_replaceable,
+  check_writable,
+  is_inside,
+  new_directory,
+  same_place,
+  staging_path,
+)
+from dpo_flax.exports.verification import compare, reload_adapter, reload_merged
+from dpo_flax.huggingface.peft_adapter import save_adapter
+from dpo_flax.huggingface.tensor_files import DTYPES
+from dpo_flax.huggingface.weights import Checkpoint, save_merged
+from dpo_flax.model.lora import LoraConfig
+from dpo_flax.model.transformer import Transformer
+from dpo_flax.runtime import hosts
+from dpo_flax.training.scoring import score_pairs
+
+_SOURCES = (
+  *('initialize_from_hf', 'merge_adapter_path', 'initialize_from_adapter'),
+  *('reference_model_path', 'reference_adapter_path'),
+)
+# What a run writes to its workdir, beside its exports.
+_OWN = ('checkpoints', 'token_cache', 'tensorboard', 'metrics.jsonl', 'run.json', 'lock')
+
+
+def output_paths(config: ConfigDict) -> dict[str, epath.Path]:
+  """Returns format -> where a run of this config writes it.
+
+  Of a policy that learns whole there is no adapter, and always the merged model.
+  """
+  whole = config.tuning.method == 'full'
+  paths = {
+    'peft': None if whole else config.peft_save_path or f'{config.workdir}/peft',
+    'merged': config.merged_hf_save_path or (f'{config.workdir}/merged' if whole else None),
+  }
+  return {name: epath.Path(path) for name, path in paths.items() if path}
+
+
+def check_outputs(config: ConfigDict, outputs: dict[str, epath.Path]):
+  """Checks, before there is anything to export, that it will find its place.
+
+  Raises:
+    ValueError: an output would replace something else, or what it is made of, or cannot be written.
+  """
+  sources = {name: config[name] for name in _SOURCES if config[name]}
+  own = {f"the run's {name}": f'{config.workdir}/{name}' for name in _OWN}
+  for name, output in outputs.items():
+    for other, path in sources.items():
+      if same_place(output, path):
+        raise ValueError(f'{output}: the {name} export and {other} are in the same place')
+    others = {f'the export {each}': path for each, path in outputs.items() if each != name}
+    for other, path in (own | others).items():
+      if is_inside(output, path):
+        raise ValueError(f'{output}: the {name} export would be inside {other}, {path}')
+    check_writable(output)
+    check_replaceable(output)
+
+
+def export_adapter(
+  policy: Transformer, lora: LoraConfig, facts: Facts, output: epath.Path, mesh: Mesh
+):
+  """Writes the adapters as a PEFT directory in float32.
+
+  They are checked on the policy's own base, which is not copied. An earlier export in the same
+  place is replaced in one rename, after the check.
+
+  Raises:
+    ValueError: `output` holds something else, or what was written is not what was trained.
+  """
+  config = facts.record.config
+
+  def write(directory):
+    save_adapter(policy, lora, config.initialize_from_hf or '', directory)
+    return reload_adapter(policy, directory, mesh)
+
+  _export(write, policy, facts, output, mesh, dtypes={config.model.dtype}, merged=False)
+
+
+def export_merged(
+  policy: Transformer, base: Checkpoint | None, facts: Facts, output: epath.Path, mesh: Mesh
+):
+  """Writes base + adapters as a Hugging Face directory, in the base's dtype.
+
+  It is checked as a second model beside the policy, sharded like it. An earlier export in the same
+  place is replaced in one rename, after the check.
+
+  Raises:
+    ValueError: `output` holds something else, or what was written is not what was trained.
+  """
+
+  def write(directory):
+    save_merged(policy, base, directory)
+    return reload_merged(policy, directory, mesh)
+
+  _export(write, policy, facts, output, mesh, dtypes=_dtypes(policy, base, mesh), merged=True)
+
+
+def _export(
+  write: Callable[[epath.Path], Transformer | None],  # returns the model that it reloads, if it can
+  policy: Transformer,
+  facts: Facts,
+  output: epath.Path,
+  mesh: Mesh,
+  *,
+  dtypes: Collection[str],
+  merged: bool,
+):
+  """Writes a directory, compares what is in it with the policy, and puts it in its place."""
+  pairs, config = facts.record.checks, facts.record.config
+  live = score_pairs(policy, pairs, config, mesh)
+  with _staged(output) as directory:
+    model = write(directory)
+    reloaded = None if model is None else score_pairs(model, pairs, config, mesh)
+    verdict = compare(live, reloaded, pairs, dtypes=dtypes, where=output)
+    if jax.process_index() == 0:
+      (directory / 'README.md').write_text(model_card.render(facts, verdict, merged=merged))
+
+
+def _dtypes(policy: Transformer, base: Checkpoint | None, mesh: Mesh) -> set[str]:
+  """The dtypes that a merged model's numbers are rounded to."""
+  found = {np.dtype(policy.config.dtype).name, np.dtype(policy.config.weight_dtype).name}
+  if base is not None:
+    found |= {DTYPES[t.dtype].name for t in base.tensors.values() if t.dtype in DTYPES}
+  if mesh.devices.flat[0].platform != 'cpu':
+    found.add('bfloat16')  # accelerators round the factors of float32 products too
+  return found
+
+
+@contextlib.contextmanager
+def _staged(output: epath.Path) -> Iterator[epath.Path]:
+  """Yields the directory that process 0 makes and puts in the place of `output`."""
+  with contextlib.ExitStack() as stack:
+    hosts.first_does(lambda: stack.enter_context(new_directory(output)))
+    yield staging_path(output)
+  multihost_utils.sync_global_devices(f'wrote {output}')

@@ -1,0 +1,128 @@
+"""The README.md of an export: what it is, what it was made of, how to load it, how it was checked.
+
+The only paths in it are those of the models and adapters it was made of, as the user gave them.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+
+from dpo_flax import config as config_lib
+from dpo_flax.assembly.run_record import RunRecord
+from dpo_flax.exports.verification import Verdict
+
+_METRICS = (
+  *('pairs', 'dpo_loss', 'dpo_accuracy', 'dpo_margin_policy', 'dpo_margin_ref'),
+  *('dpo_chosen_reward', 'dpo_rejected_reward', 'chosen_logps', 'rejected_logps'),
+  *('chosen_logps_change', 'rejected_logps_change'),
+)
+
+_OTHER_SOURCES = {
+  'merge_adapter_path': 'merged into the base first',
+  'initialize_from_adapter': 'starts from the adapter',
+  'reference_model_path': 'reference',
+  'reference_adapter_path': 'adapter of the reference',
+}
+
+_LOAD_ADAPTER = """from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(base, 'PATH')"""
+
+_LOAD_MERGED = """from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained('PATH')"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+  """What a card tells of the training."""
+
+  record: RunRecord
+  step: int  # whose weights these are
+  metrics: Mapping[str, float | None]  # of the validation pairs at that step; {}: not evaluated
+
+
+def render(facts: Facts, verdict: Verdict, *, merged: bool) -> str:
+  """Returns the card of a merged model, or of an adapter."""
+  record = facts.record
+  base = record.config.initialize_from_hf
+  front = {
+    **({'base_model': base} if base else {}),
+    'library_name': 'transformers' if merged else 'peft',
+    'pipeline_tag': 'text-generation',
+    'tags': ['dpo', 'dpo_flax'] if merged else ['dpo', 'dpo_flax', 'lora'],
+  }
+  # JSON is YAML; and so nothing in a name can end the front matter.
+  lines = ['---', *(f'{name}: {json.dumps(value)}' for name, value in front.items()), '---', '']
+  kind = 'A model' if merged else 'An adapter'
+  load = _LOAD_MERGED if merged else _LOAD_ADAPTER.format(base=repr(base or 'BASE'))
+  if record.config.merge_adapter_path and not merged:
+    load = f'# base is to have {record.config.merge_adapter_path!r} merged into it\n{load}'
+  config = json.dumps(config_lib.identity_of(record.config), indent=1, sort_keys=True)
+  lines += [
+    f'# {kind} aligned to preferences with dpo_flax',
+    '',
+    *_table('', '', _origins(facts)),
+    *_table('held-out pairs', f'after step {facts.step}', _shown_metrics(facts.metrics)),
+    '## Use',
+    '',
+    *_block('python', load),
+    '## Check',
+    '',
+    _describe(verdict, facts.record.held_out),
+    '',
+    '## Config',
+    '',
+    'Without the fields that say where files are, how often the run reported and how it was spread '
+    'over devices.',
+    '',
+    *_block('json', config),
+  ]
+  return '\n'.join(lines)
+
+
+def _origins(facts: Facts) -> dict[str, str]:
+  record = facts.record
+  config, prints = record.config, record.fingerprints
+  base = config.initialize_from_hf or f'random weights ({config.model.preset})'
+  weights = prints.get('initialize_from_hf')
+  pairs = ', '.join(f'{count} for {side}' for side, count in record.pairs.items())
+  found = {
+    'base model': f'`{base}`',
+    **(
+      {'its fingerprint': f'`{weights}`'} if (weights := prints.get('initialize_from_hf')) else {}
+    ),
+    'what learned': f'{config.tuning.method}',
+    'pairs': pairs,
+    'fingerprint of data and order': f'`{prints["data"]}`',
+    'loss': f'`{config.objective.loss}`, beta {config.objective.beta:g}',
+    'steps': f'{facts.step} of {record.num_steps}',
+  }
+  others = {name: config[field] for field, name in _OTHER_SOURCES.items() if config[field]}
+  return found | {name: f'`{path}`' for name, path in others.items()}
+
+
+def _shown_metrics(metrics: Mapping[str, float | None]) -> dict[str, str]:
+  known = {name: metrics[name] for name in _METRICS if metrics.get(name) is not None}
+  return {name: f'{value:.6g}' for name, value in known.items()} or {'not evaluated': ''}
+
+
+def _describe(verdict: Verdict, held_out: bool) -> str:
+  if verdict.difference is None:
+    return 'Its log-probs were not compared: the devices had no room for a second model.'
+  side = 'held-out' if held_out else 'training'
+  return (
+    f'Reloaded, its log-probs of {verdict.pairs} {side} pairs differ from those of the trained '
+    f'model by at most {verdict.difference:.3g} nats per token; rounding explains '
+    f'{verdict.bound:g} for one token, and less for the mean of many.'
+  )
+
+
+def _table(left: str, right: str, rows: Mapping[str, str]) -> list[str]:
+  return [f'| {left} | {right} |', '|---|---|', *(f'| {a} | {b} |' for a, b in rows.items()), '']
+
+
+def _block(language: str, text: str) -> list[str]:
+  return [f'```{language}', text, '```', '']

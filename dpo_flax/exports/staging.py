@@ -1,0 +1,156 @@
+"""Directories that exports write: whole or not at all, and never over something else."""
+
+import contextlib
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+
+from etils import epath
+
+from dpo_flax.files.paths import absolute, access_errors, is_remote
+from dpo_flax.huggingface.tensor_files import WRITER, read_header
+
+# What an export may hold besides its tensors.
+_SIDECARS = re.compile(
+  r'README\.md|[\w.-]+\.json|tokenizer\.model|chat_template\.jinja|merges\.txt'
+)
+_PROBE = 'probe'
+
+
+def staging_path(output: epath.PathLike) -> epath.Path:
+  """Returns the sibling of `output` that `new_directory` yields."""
+  return _siblings(output)[0]
+
+
+@contextlib.contextmanager
+def new_directory(output: epath.PathLike) -> Iterator[epath.Path]:
+  """Yields an empty sibling that takes the place of `output` when the block ends without error.
+
+  A reader sees the old directory or the whole new one, except in buckets: they have no atomic
+  rename, and the files appear one by one. Of a link, what it leads to is replaced.
+
+  Raises:
+    ValueError: `output` cannot be replaced.
+  """
+  check_replaceable(output)
+  output, (staging, retired) = absolute(output), _siblings(output)
+  _check_leftovers(output)
+  if _is_half_replaced(output):
+    output.rmtree()  # first: what lies beside it tells that it is ours
+  for leftover in (staging, retired):
+    if leftover.exists():
+      leftover.rmtree()
+  staging.mkdir(parents=True)
+  try:
+    yield staging
+    _flush(staging)
+  except BaseException:
+    staging.rmtree()
+    raise
+  if output.exists():
+    output.rename(retired)
+  staging.rename(output)
+  if retired.exists():
+    retired.rmtree()
+
+
+def check_replaceable(output: epath.PathLike):
+  """Checks that nothing is lost when `output` is replaced.
+
+  Raises:
+    ValueError: it exists, and is neither empty nor an earlier export with nothing added to it.
+  """
+  output = absolute(output)
+  if not output.exists():
+    return
+  if not output.is_dir():
+    raise ValueError(f'{output} exists and is no directory: choose another place')
+  tensors, others = [], []
+  for file in output.iterdir():
+    if file.suffix == '.safetensors':
+      tensors.append(file)
+    elif file.is_dir() or not _SIDECARS.fullmatch(file.name):
+      others.append(file.name)
+  if others:
+    raise ValueError(
+      f'{output} holds {sorted(others)[0]}, which no export writes: choose another place'
+    )
+  if _is_half_replaced(output):
+    return
+  if not all(map(_is_ours, tensors)) or (not tensors and any(output.iterdir())):
+    raise ValueError(f'{output} exists and was not written by an earlier export: choose another')
+
+
+def check_writable(output: epath.PathLike):
+  """Checks that what will take the place of `output` can be written beside it.
+
+  Raises:
+    ValueError: it cannot; says why.
+  """
+  staging = staging_path(output)
+  try:
+    was_there = staging.exists()  # left by a kill: it tells what `output` is
+    staging.mkdir(parents=True, exist_ok=True)
+    (staging / _PROBE).write_text('')
+    (staging / _PROBE).unlink()
+    if not was_there and staging.exists():
+      staging.rmtree()
+  except access_errors() as error:
+    raise ValueError(f'{output} cannot be written: {error}') from error
+  if not is_remote(output) and os.path.ismount(output):
+    raise ValueError(f'{output} is a mount point, and cannot be replaced: take a directory in it')
+  _check_leftovers(output)
+
+
+def same_place(left: epath.PathLike, right: epath.PathLike) -> bool:
+  """Whether two paths lead to one directory."""
+  return str(absolute(left)) == str(absolute(right))
+
+
+def is_inside(path: epath.PathLike, other: epath.PathLike) -> bool:
+  """Whether a path is another or lies below it."""
+  return f'{absolute(path)}/'.startswith(f'{absolute(other)}/')
+
+
+def _siblings(output: epath.PathLike) -> tuple[epath.Path, epath.Path]:
+  """Where the new content of `output` is made, and where the old one goes."""
+  output = absolute(output)
+  return output.parent / f'.{output.name}.new', output.parent / f'.{output.name}.old'
+
+
+def _check_leftovers(output: epath.PathLike):
+  """Checks that what lies where `output` is made is of an export, as it is deleted."""
+  for sibling in _siblings(output):
+    files = [file.name for file in sibling.iterdir()] if sibling.exists() else []
+    for name in files:
+      if not _SIDECARS.fullmatch(name) and not name.endswith('.safetensors') and name != _PROBE:
+        raise ValueError(f'{sibling} holds {name}, which no export writes: move it elsewhere')
+
+
+def _is_half_replaced(output: epath.Path) -> bool:
+  """Whether a kill left files of an export without its tensors, as only a bucket moves them."""
+  if not is_remote(output) or not output.exists():
+    return False
+  files = list(output.iterdir())
+  known = all(_SIDECARS.fullmatch(file.name) and not file.is_dir() for file in files)
+  return bool(files) and known and any(path.exists() for path in _siblings(output))
+
+
+def _is_ours(file: epath.Path) -> bool:
+  try:
+    return read_header(file)[0].get('written_by') == WRITER
+  except ValueError:
+    return False
+
+
+def _flush(directory: epath.Path):
+  """Puts the files on the disk itself, so that the rename is never there before them."""
+  if is_remote(directory):
+    return
+  for path in (*pathlib.Path(directory).iterdir(), directory):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+      os.fsync(descriptor)
+    finally:
+      os.close(descriptor)

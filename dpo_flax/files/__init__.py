@@ -1,0 +1,1 @@
+"""Paths, and files that are written and read with care."""

@@ -1,0 +1,95 @@
+"""Files of directories that may come from anyone, read without leaving these, in bounded memory."""
+
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+from etils import epath
+
+from dpo_flax.files.messages import shown
+from dpo_flax.files.paths import is_remote
+
+# A published index of 90,000 tensors has 9 MB and 90,000 values.
+MAX_JSON_BYTES = 32 * 2**20
+MAX_JSON_VALUES = 1_000_000  # each takes Python about 100 bytes
+
+
+def find_file(directory: epath.Path, name: str) -> epath.Path | None:
+  """Returns the file of this name in `directory`; None where there is none.
+
+  Links are followed inside the directory, and as the hub's own cache has them: from
+  models--owner--name/snapshots/revision to the contents in models--owner--name/blobs.
+
+  Raises:
+    ValueError: a link leads elsewhere, or it is no regular file.
+  """
+  path = directory / name
+  if is_remote(directory):
+    return path if path.exists() else None
+  home, real = (pathlib.Path(os.path.realpath(os.fspath(place))) for place in (directory, path))
+  if not real.is_relative_to(home) and not _is_blob(real, home):
+    raise ValueError(
+      f'{path} is a link to {real}, outside its directory: put the file itself there (only '
+      "snapshots in the hub's own cache may link elsewhere, to its blobs)"
+    )
+  if not real.exists():
+    return None
+  if not real.is_file():
+    raise ValueError(f'{path} is no regular file')
+  return path
+
+
+def _is_blob(real: pathlib.Path, home: pathlib.Path) -> bool:
+  """Whether `real` is a content that a snapshot `home` in the hub's cache may link to."""
+  repository = home.parent.parent
+  return (
+    home.parent.name == 'snapshots'
+    and repository.name.startswith('models--')
+    and real.parent == repository / 'blobs'
+    and re.fullmatch(r'[0-9a-f]{40}|[0-9a-f]{64}', real.name) is not None
+  )
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+  """Reads a JSON object.
+
+  Raises:
+    ValueError: it is too large, or `parse_json` refuses it.
+  """
+  size = path.stat().length
+  if size > MAX_JSON_BYTES:
+    raise ValueError(f'{path}: {size} bytes of JSON, of which at most {MAX_JSON_BYTES} are read')
+  return parse_json(path.read_bytes(), path)
+
+
+def parse_json(
+  text: bytes, where: epath.Path, *, max_values: float = MAX_JSON_VALUES
+) -> dict[str, Any]:
+  """Parses a JSON object.
+
+  Raises:
+    ValueError: it is not one, a key occurs twice, or it would take much memory.
+  """
+
+  def unique(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
+      seen = set()
+      again = {key for key, _ in pairs if key in seen or seen.add(key)}
+      raise ValueError(f'duplicate {shown(sorted(again))}')
+    return values
+
+  def refuse(constant):
+    raise ValueError(f'{constant} is no JSON')
+
+  if sum(map(text.count, (b',', b'[', b'{'))) > max_values:
+    raise ValueError(f'{where}: JSON of more than {max_values} values')
+  try:
+    values = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{where}: not valid JSON: {error}') from error
+  if not isinstance(values, dict):
+    raise ValueError(f'{where}: a JSON object is expected, not {type(values).__name__}')
+  return values

@@ -1,0 +1,1 @@
+"""The outside world's files: Hugging Face checkpoints and PEFT adapters."""

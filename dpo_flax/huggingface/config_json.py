@@ -1,0 +1,234 @@
+"""A Hugging Face config.json -> ModelConfig, and back."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dpo_flax.huggingface.families import FAMILIES, Family
+from dpo_flax.huggingface.fields import check_fields, typed
+from dpo_flax.huggingface.rope_json import FULL, ROPE_FIELDS, SLIDING, read_rope, rope_fields
+from dpo_flax.model.config import AttentionKind, ModelConfig
+
+# A field of config.json -> ours, in every family.
+FIELDS = {
+  'vocab_size': 'vocab_size',
+  'hidden_size': 'embed_dim',
+  'intermediate_size': 'mlp_dim',
+  'num_hidden_layers': 'num_layers',
+  'num_attention_heads': 'num_heads',
+  'num_key_value_heads': 'num_kv_heads',
+  'head_dim': 'head_dim',
+  'rms_norm_eps': 'rms_norm_eps',
+  'tie_word_embeddings': 'tie_word_embeddings',
+  'initializer_range': 'initializer_range',
+}
+SOFTCAPS = {
+  'attn_logit_softcapping': 'attention_softcap',
+  'final_logit_softcapping': 'logits_softcap',
+}
+BIASES = {
+  'attention_bias': frozenset(['q_proj', 'k_proj', 'v_proj', 'o_proj']),
+  'mlp_bias': frozenset(['gate_proj', 'up_proj', 'down_proj']),
+}
+ACTIVATIONS = {'silu': 'silu', 'gelu_pytorch_tanh': 'gelu_tanh'}
+
+# Fields of any config.json that say nothing about log-probs.
+HARMLESS_FIELDS = frozenset().union(
+  ['model_type', 'architectures', '_name_or_path', 'name_or_path', 'transformers_version'],
+  ['dtype', 'torch_dtype', 'use_cache', 'return_dict', 'max_position_embeddings', 'auto_map'],
+  ['bos_token_id', 'eos_token_id', 'pad_token_id', 'max_length', 'problem_type'],
+  ['id2label', 'label2id', 'chunk_size_feed_forward', 'unsloth_fixed', 'unsloth_version'],
+  ['_sliding_window_pattern', 'cache_implementation', 'is_llama_config', 'transformers.js_config'],
+)
+# Written as null, these are off; other fields that are null have their default.
+_NULLABLE = frozenset(['num_key_value_heads', 'head_dim', 'sliding_window', *SOFTCAPS])
+
+
+def from_hf_config(
+  values: Mapping[str, Any],
+  *,
+  dtype: Any,
+  weight_dtype: Any,
+  remat: str,
+  attention: str,
+  where: str,  # the file, for messages
+) -> ModelConfig:
+  """Returns the architecture that a config.json describes; the other fields are the run's.
+
+  Fields are used, known to be harmless, or refused: none is ignored.
+
+  Raises:
+    ValueError: a field is missing, malformed, or asks for something this network does not do.
+  """
+  model_type = str(values.get('model_type'))
+  family = FAMILIES.get(model_type)
+  if family is None:
+    raise ValueError(
+      f'{where}: model_type is {values.get("model_type")!r}; supported: {", ".join(FAMILIES)}'
+    )
+  known = HARMLESS_FIELDS.union(FIELDS, family.defaults, ROPE_FIELDS)
+  check_fields(values, known=known, fixed=family.fixed, where=where)
+  given = family.defaults | {
+    name: value for name, value in values.items() if value is not None or name in _NULLABLE
+  }
+  shape = _shape(given, where)
+  scale = typed(
+    {'query_pre_attn_scalar': shape['head_dim']} | given, 'query_pre_attn_scalar', float, where
+  )
+  return ModelConfig(
+    model_type=model_type,
+    **shape,
+    **_switches(family, given, where),
+    attention_kinds=_attention_kinds(family, given, shape, where),
+    attention_scale=scale**-0.5,
+    embed_scale=shape['embed_dim'] ** 0.5 if family.scales_embeddings else 1.0,
+    dtype=dtype,
+    weight_dtype=weight_dtype,
+    remat=remat,
+    attention=attention,
+  )
+
+
+def to_hf_config(config: ModelConfig) -> dict[str, Any]:
+  """Returns the config.json of a model that had none, readable by old and new transformers."""
+  family = FAMILIES[config.model_type]
+  values = {'architectures': [family.architecture], 'model_type': config.model_type}
+  values |= {old: getattr(config, new) for old, new in FIELDS.items()}
+  activation = next(name for name, ours in ACTIVATIONS.items() if ours == config.activation)
+  types = [SLIDING if kind.window else FULL for kind in _kinds_of_layers(config)]
+  windows = {kind.window for kind in config.kinds if kind.window}
+  switches = {
+    'hidden_act': activation,
+    'hidden_activation': activation,
+    'query_pre_attn_scalar': round(config.attention_scale**-2),
+    'use_sliding_window': bool(windows),
+    'sliding_window': max(windows, default=None),
+    'layer_types': types,
+    'no_rope_layers': [int(kind.rope is not None) for kind in _kinds_of_layers(config)],
+  }
+  switches |= {old: getattr(config, new) for old, new in SOFTCAPS.items()}
+  switches |= {old: config.biases >= biased for old, biased in BIASES.items()}
+  ropes = {
+    type_: kind.rope
+    for type_, kind in zip(types, _kinds_of_layers(config), strict=True)
+    if kind.rope
+  }
+  if 'partial_rotary_factor' in family.defaults:
+    values['partial_rotary_factor'] = ropes[types[0]].dim / config.head_dim
+  values |= {name: value for name, value in switches.items() if name in family.defaults}
+  values |= family.fixed | rope_fields(ropes, family.defaults)
+  # Unless told so, some families take padding to be a token of the published vocabulary.
+  return values | {'pad_token_id': None, 'torch_dtype': np.dtype(config.float_dtype).name}
+
+
+def _shape(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+  """Returns our fields that stand in config.json as they are."""
+  given = dict(given)
+  if given.get('num_key_value_heads') is None:
+    given['num_key_value_heads'] = given.get('num_attention_heads')
+  sizes = ('hidden_size', 'num_attention_heads')
+  if given.get('head_dim') is None and all(given.get(name) is not None for name in sizes):
+    embed, heads = (typed(given, name, int, where) for name in sizes)
+    given['head_dim'] = embed // heads
+  missing = [name for name in FIELDS if given.get(name) is None]
+  if missing:
+    raise ValueError(f'{where}: missing {", ".join(missing)}')
+  kinds = ModelConfig.__annotations__
+  shape = {ours: typed(given, name, kinds[ours], where) for name, ours in FIELDS.items()}
+  if shape['num_heads'] % shape['num_kv_heads']:
+    raise ValueError(
+      f'{where}: {shape["num_heads"]} attention heads must be a multiple of '
+      f'{shape["num_kv_heads"]} key-value heads'
+    )
+  return shape
+
+
+def _switches(family: Family, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+  """Returns our fields that say what a block does."""
+  (name,) = {'hidden_act', 'hidden_activation'} & set(family.defaults)
+  if given[name] not in list(ACTIVATIONS):
+    raise ValueError(f'{where}: {name} is {given[name]!r}; supported: {", ".join(ACTIVATIONS)}')
+  biases = family.biases
+  for field, biased in BIASES.items():
+    if field in family.defaults and typed(given, field, bool, where):
+      biases |= biased
+  caps = {
+    ours: None if given.get(cap) is None else typed(given, cap, float, where)
+    for cap, ours in SOFTCAPS.items()
+  }
+  alike = ('norm_offset', 'input_norms', 'output_norms', 'qk_norm', 'fused_projections')
+  return {
+    'activation': ACTIVATIONS[given[name]],
+    'biases': biases,
+    **caps,
+    **{field: getattr(family, field) for field in alike},
+  }
+
+
+def _attention_kinds(
+  family: Family, given: Mapping[str, Any], shape: Mapping[str, Any], where: str
+) -> tuple[AttentionKind, ...]:
+  """Returns the kinds of attention of the layers, as often as they repeat."""
+  types, window = _layer_types(given, shape['num_layers'], where)
+  ropes = {
+    kind: read_rope(given, kind, head_dim=shape['head_dim'], scalings=family.scalings, where=where)
+    for kind in set(types)
+  }
+  kinds = [AttentionKind(window if kind == SLIDING else None, ropes[kind]) for kind in types]
+  if 'no_rope_layers' in family.defaults:
+    kinds = [
+      kind if rotated else AttentionKind(kind.window, None)
+      for kind, rotated in zip(kinds, _rotated_layers(given, len(kinds), where), strict=True)
+    ]
+  turns = range(1, len(kinds) + 1)
+  return tuple(kinds[: next(turn for turn in turns if kinds[turn:] == kinds[:-turn])])
+
+
+def _rotated_layers(given: Mapping[str, Any], num_layers: int, where: str) -> Sequence[int]:
+  """Returns 1 for each layer that has positions, 0 for each other."""
+  every = typed(given, 'no_rope_layer_interval', int, where)
+  rotated = given['no_rope_layers']
+  if not rotated:
+    return [int((layer + 1) % every != 0) for layer in range(num_layers)]
+  right = isinstance(rotated, list) and all(turned in (0, 1) for turned in rotated)
+  if not right or len(rotated) < num_layers:
+    raise ValueError(
+      f'{where}: no_rope_layers is {rotated}, not 0 or 1 for each of {num_layers} layers'
+    )
+  return rotated[:num_layers]
+
+
+def _layer_types(
+  given: Mapping[str, Any], num_layers: int, where: str
+) -> tuple[Sequence[str], int | None]:
+  """Returns the type of each layer, and the window of those that slide."""
+  window = given.get('sliding_window')
+  if not typed({'use_sliding_window': True} | given, 'use_sliding_window', bool, where):
+    window = None
+  if window is not None:
+    window = typed(given, 'sliding_window', int, where)
+  if given.get('layer_types'):
+    types = given['layer_types']
+  elif 'sliding_window_pattern' in given:  # the last of so many layers sees everything
+    every = typed(given, 'sliding_window_pattern', int, where)
+    types = [SLIDING if (layer + 1) % every else FULL for layer in range(num_layers)]
+  elif window is None:
+    types = [FULL] * num_layers
+  else:
+    first = given.get('max_window_layers', 0)
+    if type(first) is not int:
+      raise ValueError(f'{where}: max_window_layers is {first!r}, not a number of layers')
+    types = [SLIDING if layer >= first else FULL for layer in range(num_layers)]
+  right = isinstance(types, list) and all(kind in (FULL, SLIDING) for kind in types)
+  if not right or len(types) != num_layers:
+    raise ValueError(
+      f'{where}: layer_types is {types}, not {FULL} or {SLIDING} for each of {num_layers} layers'
+    )
+  if SLIDING in types and window is None:
+    raise ValueError(f'{where}: {SLIDING} in layer_types, and no sliding_window')
+  return types, window
+
+
+def _kinds_of_layers(config: ModelConfig) -> list[AttentionKind]:
+  return [config.kinds[kind] for kind in config.kind_of_layer]

@@ -1,0 +1,180 @@
+"""PEFT's adapter_config.json <-> our LoraConfig."""
+
+import collections
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from dpo_flax.files.messages import shown
+from dpo_flax.huggingface.fields import check_fields, typed
+from dpo_flax.huggingface.names import names_of
+from dpo_flax.huggingface.peft_targets import low_rank, module_names, pattern_lookup
+from dpo_flax.model.config import ModelConfig
+from dpo_flax.model.lora import LoraConfig, LowRank
+
+USED_FIELDS = frozenset().union(
+  ['r', 'lora_alpha', 'lora_dropout', 'use_rslora', 'use_dora', 'rank_pattern', 'alpha_pattern'],
+  ['ensure_weight_tying', 'init_lora_weights'],
+)
+HARMLESS_FIELDS = frozenset().union(
+  # The names of the tensors say which modules and layers are adapted, and which are saved whole.
+  ['target_modules', 'exclude_modules', 'layers_to_transform', 'layers_pattern', 'modules_to_save'],
+  ['auto_mapping', 'base_model_name_or_path', 'inference_mode', 'peft_version', 'revision'],
+  ['megatron_core', 'megatron_config', 'qalora_group_size'],
+)
+FIXED_FIELDS = {
+  'peft_type': 'LORA',
+  'task_type': 'CAUSAL_LM',
+  'bias': 'none',
+  'fan_in_fan_out': False,
+}
+# Other starts (PiSSA, OLoRA, LoftQ, ...) change the base weights, which the adapter does not hold.
+INITIALISERS = (True, False, None, 'gaussian', 'eva', 'orthogonal')
+
+PREFIX = 'base_model.model.'
+
+_REPETITIONS = 3  # in one pattern
+
+
+def read_config(
+  values: Mapping[str, Any],  # of adapter_config.json
+  shapes: Mapping[str, tuple[int, ...]],  # of the adapter's tensors, by their names
+  config: ModelConfig,
+  where: epath.Path,
+) -> LoraConfig:
+  """Returns what a model needs to hold the adapter.
+
+  Raises:
+    ValueError: it is of a kind that our adapters cannot express; names what.
+  """
+  check_fields(values, known=USED_FIELDS | HARMLESS_FIELDS, fixed=FIXED_FIELDS, where=str(where))
+  if values.get('init_lora_weights') not in INITIALISERS:
+    raise ValueError(
+      f'{where}: init_lora_weights={shown(values["init_lora_weights"])} changes the base weights;'
+      ' convert the adapter to a plain LoRA first'
+    )
+  _check_numbers(values, where)
+  saved = _saved(shapes, config)
+  tied = bool(config.tie_word_embeddings and values.get('ensure_weight_tying'))
+  if config.tie_word_embeddings and not tied and saved & {'embed_tokens', 'lm_head'}:
+    given = shown(values.get('modules_to_save'))
+    raise ValueError(
+      f'{where}: modules_to_save={given} unties the head from the token table; supported with '
+      'ensure_weight_tying=true'
+    )
+  modules = _modules(values, shapes, config, where)
+  if tied and 'embed_tokens' in modules:
+    if values.get('use_dora'):
+      raise ValueError(f'{where}: ensure_weight_tying with use_dora is not supported')
+    modules.pop('lm_head', None)  # PEFT stores the shared adapter twice
+  return LoraConfig(
+    modules=modules,
+    dropout=float(values.get('lora_dropout') or 0.0),
+    rslora=bool(values.get('use_rslora')),
+    dora=bool(values.get('use_dora')),
+    tied=tied and bool({'embed_tokens'} & (saved | set(modules))),
+    saved=saved - {'lm_head'} if config.tie_word_embeddings else saved,
+    reference=None,
+    continues=False,
+  )
+
+
+def write_config(lora: LoraConfig, config: ModelConfig, base_name: str | None) -> dict[str, Any]:
+  """Returns the adapter_config.json of our adapters."""
+  places = module_names(config)
+  found = {  # their name of a module -> its rank and alpha
+    place: pair
+    for name, module in lora.modules.items()
+    for place, pair in zip(places[name], _every_layer(module, len(places[name])), strict=True)
+    if pair[0]
+  }
+  ranks = collections.Counter(rank for rank, _ in found.values())
+  alphas = collections.Counter(alpha for _, alpha in found.values())
+  rank, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
+  whole = all(all(module.ranks) for module in lora.modules.values())
+  return FIXED_FIELDS | {
+    'alpha_pattern': {place: own for place, (_, own) in found.items() if own != alpha},
+    'base_model_name_or_path': base_name,
+    'ensure_weight_tying': lora.tied,
+    'inference_mode': True,
+    'init_lora_weights': True,
+    'lora_alpha': alpha,
+    'lora_dropout': lora.dropout,
+    'modules_to_save': [_saved_name(module, config) for module in sorted(lora.saved)] or None,
+    'r': rank,
+    'rank_pattern': {place: own for place, (own, _) in found.items() if own != rank},
+    'target_modules': sorted(lora.modules) if whole else sorted(found),
+    'use_dora': lora.dora,
+    'use_rslora': lora.rslora,
+  }
+
+
+def _every_layer(module: LowRank, count: int) -> list[tuple[int, float]]:
+  pairs = list(zip(module.ranks, module.alphas, strict=True))
+  return pairs * count if len(pairs) == 1 else pairs
+
+
+def _check_numbers(values: Mapping[str, Any], where: epath.Path):
+  for field, kind in (('r', int), ('lora_alpha', float)):
+    typed({field: None} | values, field, kind, str(where))
+  dropout = values.get('lora_dropout') or 0.0
+  if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+    raise ValueError(f'{where}: lora_dropout={shown(dropout)} is not in [0, 1)')
+  for field, kind in (('rank_pattern', int), ('alpha_pattern', float)):
+    patterns = values.get(field) or {}
+    if not isinstance(patterns, Mapping):
+      raise ValueError(f'{where}: {field}={shown(patterns)} is no mapping')
+    for pattern in patterns:
+      typed(patterns, pattern, kind, f'{where}: {field}')
+      # A regular expression of anyone's: repeated groups can take forever.
+      if len(re.findall(r'[*+{]', pattern)) > _REPETITIONS or re.search(r'\)[*+{]', pattern):
+        raise ValueError(f'{where}: {field}: {shown(pattern)} is too complex an expression')
+
+
+def _modules(
+  values: Mapping[str, Any],
+  shapes: Mapping[str, tuple[int, ...]],
+  config: ModelConfig,
+  where: epath.Path,
+) -> dict[str, LowRank]:
+  """Returns rank and alpha of each module that has tensors."""
+  names = module_names(config)
+  largest = max((shape[0] for shape in shapes.values() if shape), default=0)
+  rank_of, alpha_of = (
+    pattern_lookup(values.get(field) or {}, names, f'{where}: {field}')
+    for field in ('rank_pattern', 'alpha_pattern')
+  )
+  modules = {}
+  for name, places in names.items():
+    factor = 'lora_embedding_A' if name == 'embed_tokens' else 'lora_A.weight'
+    held = [f'{PREFIX}{place}.{factor}' in shapes for place in places]
+    ranks = [
+      rank_of(place, values['r']) if there else 0 for place, there in zip(places, held, strict=True)
+    ]
+    alphas = [
+      float(alpha_of(place, values['lora_alpha'])) if there else 0.0
+      for place, there in zip(places, held, strict=True)
+    ]
+    # Before anything of that size is made.
+    if max(ranks) > largest:
+      raise ValueError(f'{where}: {name} has rank {max(ranks)}, no factor more than {largest} rows')
+    if any(held):
+      modules[name] = low_rank(ranks, alphas)
+  return modules
+
+
+def _saved(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> frozenset[str]:
+  """Returns the modules whose weights the adapter holds whole, by our paths."""
+  return frozenset(
+    ours.rpartition('.')[0]
+    for ours, (theirs, _) in names_of(config).items()
+    if any(PREFIX + theirs.format(layer) in shapes for layer in range(config.num_layers))
+  )
+
+
+def _saved_name(module: str, config: ModelConfig) -> str:
+  """Returns the end of a module's name that PEFT finds it by, in all layers."""
+  names = {ours.rpartition('.')[0]: theirs for ours, (theirs, _) in names_of(config).items()}
+  return names[module].rpartition('.')[0].rpartition('{}.')[2]

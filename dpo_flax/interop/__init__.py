@@ -1,1 +1,0 @@
-"""The outside world's weight formats: Hugging Face checkpoints and PEFT adapters."""

@@ -1,1 +1,0 @@
-"""The learning rule: what is trainable, the optimizer and the jitted step."""

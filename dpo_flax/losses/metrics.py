@@ -1,0 +1,178 @@
+"""What a run reports: sums per batch, and the numbers they become.
+
+`metric_sums` runs on the device and returns only sums, so that microbatches, validation batches and
+hosts merge by addition, each pair counting once; `summarize` turns the merged sums into metrics.
+"""
+
+import itertools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_flax.losses.losses import implicit_rewards
+from dpo_flax.losses.objective import Objective
+from dpo_flax.losses.pair_logps import Branches, PairLogps
+
+Sums = dict[str, dict[str, jax.Array]]
+
+CONFIDENCE_BINS = 10  # equal bins of [0.5, 1] for the calibration error
+MARGIN_EDGES = (0.25, 0.5, 1.0, 2.0)  # between the buckets of |reward margin|
+
+
+def metric_sums(
+  logps: PairLogps,
+  losses: jax.Array,  # [B, P], from `total_loss`
+  objective: Objective,
+) -> Sums:
+  """Returns the sums of a batch, over real pairs; add two of them with `jax.tree.map(add, ...)`."""
+  rewards = implicit_rewards(logps, objective)
+  margins = rewards.chosen - rewards.rejected
+  return jax.lax.stop_gradient(
+    {
+      'means': _mean_sums(logps, losses, rewards),
+      'perplexities': _perplexity_sums(logps),
+      'histograms': _histogram_sums(margins, logps.pair_mask),
+      'moments': _moment_sums(margins, logps),
+    }
+  )
+
+
+def summarize(sums: Sums) -> dict[str, float]:
+  """Returns the metrics of everything that was added into `sums`.
+
+  Means over real pairs, but for dpo_loss (over `logps.weights`) and perplexities (over tokens).
+  Buckets with no pairs are left out, and so is the correlation where one side is constant.
+  """
+  sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+  metrics = {name: total / count for name, (total, count) in sums['means'].items()}
+  for name, (total, count) in sums['perplexities'].items():
+    metrics[name] = np.exp(-total / count)
+  metrics |= _calibration(sums['histograms']['confidence'])
+  metrics |= _accuracy_by_margin(sums['histograms']['margin'])
+  metrics |= _length_correlation(sums['moments'])
+  return {name: float(value) for name, value in metrics.items()}
+
+
+def displacement(metrics: Mapping[str, float], start: Mapping[str, float]) -> dict[str, float]:
+  """Returns how the likelihood of both responses has moved since `start`, of the same pairs.
+
+  chosen_logps_change and rejected_logps_change, in nats per response; none that `start` lacks.
+  DPO asks for a difference alone, and often both fall: likelihood displacement (Razin et al. 2024,
+  arXiv:2410.08847).
+  """
+  sides = ('chosen_logps', 'rejected_logps')
+  known = (side for side in sides if start.get(side) is not None)
+  return {f'{side}_change': metrics[side] - start[side] for side in known}
+
+
+def accuracy(margins: jax.Array) -> jax.Array:
+  """1 where chosen has the higher reward, 0 where the lower; a tie is a guess, 1/2.
+
+  So a policy that equals its reference to the bit scores 0.5 on any data; in training, where the
+  two are compiled apart, rounding may break ties.
+  """
+  return (jnp.sign(margins) + 1) / 2
+
+
+def _mean_sums(logps: PairLogps, losses: jax.Array, rewards: Branches) -> dict[str, jax.Array]:
+  values = {
+    'dpo_margin_policy': logps.policy_chosen - logps.policy_rejected,
+    'dpo_accuracy': accuracy(rewards.chosen - rewards.rejected),
+    'dpo_chosen_reward': rewards.chosen,
+    'dpo_rejected_reward': rewards.rejected,
+    'chosen_logps': logps.policy_chosen,
+    'rejected_logps': logps.policy_rejected,
+  }
+  if logps.reference_chosen is not None:
+    values['dpo_margin_ref'] = logps.reference_chosen - logps.reference_rejected
+  if logps.kl is not None:
+    values |= {'kl_chosen': logps.kl.chosen, 'kl_rejected': logps.kl.rejected}
+  if logps.entropy is not None:
+    values['entropy'] = (logps.entropy.chosen + logps.entropy.rejected) / 2
+  means = {name: _over(value, logps.pair_mask) for name, value in values.items()}
+  return {'dpo_loss': _over(losses, logps.weights), **means}
+
+
+def _over(values: jax.Array, weights: jax.Array) -> jax.Array:
+  """A weighted mean, still apart: [sum, what to divide it by]."""
+  return jnp.stack([jnp.sum(values * weights), jnp.sum(weights)])
+
+
+def _perplexity_sums(logps: PairLogps) -> dict[str, jax.Array]:
+  models = {'policy': logps.policy}
+  if logps.reference_chosen is not None:
+    models['reference'] = logps.reference
+  lengths = Branches(logps.chosen_lengths, logps.rejected_lengths)
+  return {
+    f'{model}_perplexity_{branch}': jnp.stack(
+      [jnp.sum(getattr(sums, branch) * logps.pair_mask), jnp.sum(getattr(lengths, branch))]
+    )
+    for model, sums in models.items()
+    for branch in Branches._fields
+  }
+
+
+def _histogram_sums(margins: jax.Array, pair_mask: jax.Array) -> dict[str, jax.Array]:
+  sizes = jnp.abs(margins)
+  confidences = jax.nn.sigmoid(sizes)  # in [0.5, 1]
+  bins = jnp.minimum((2 * confidences - 1) * CONFIDENCE_BINS, CONFIDENCE_BINS - 1)
+  buckets = jnp.searchsorted(jnp.array(MARGIN_EDGES), sizes, side='right')
+  # Of each pair: one, how confident, how right.
+  columns = jnp.stack([jnp.ones_like(margins), confidences, accuracy(margins)], axis=-1)
+  columns = columns * pair_mask[..., None]
+  return {
+    'confidence': _histogram(bins.astype(jnp.int32), columns, CONFIDENCE_BINS),
+    'margin': _histogram(buckets, columns, len(MARGIN_EDGES) + 1),
+  }
+
+
+def _histogram(buckets: jax.Array, columns: jax.Array, size: int) -> jax.Array:
+  """Sums columns [B, P, C] over the pairs of each bucket [B, P]: [size, C]."""
+  flat = columns.reshape(-1, columns.shape[-1])
+  return jax.ops.segment_sum(flat, buckets.ravel(), num_segments=size)
+
+
+def _moment_sums(margins: jax.Array, logps: PairLogps) -> dict[str, jax.Array]:
+  lengths = logps.chosen_lengths - logps.rejected_lengths
+  products = {
+    'count': jnp.ones_like(margins),
+    'x': lengths,
+    'y': margins,
+    'xx': lengths**2,
+    'yy': margins**2,
+    'xy': lengths * margins,
+  }
+  return {name: jnp.sum(value * logps.pair_mask) for name, value in products.items()}
+
+
+def _calibration(histogram: np.ndarray) -> dict[str, float]:
+  """Expected calibration error of sig(|margin|) as the probability that its sign is right.
+
+  sum over bins of (share of pairs) |accuracy - mean confidence| (Guo et al. 2017,
+  arXiv:1706.04599, eq. 3).
+  """
+  counts, confident, right = histogram.T
+  return {'calibration_error': np.abs(right - confident).sum() / counts.sum()}
+
+
+def _accuracy_by_margin(histogram: np.ndarray) -> dict[str, float]:
+  edges = ('0', *(f'{edge:g}' for edge in MARGIN_EDGES), 'inf')
+  return {
+    f'accuracy_margin_{low}_to_{high}': right / count
+    for (low, high), (count, _, right) in zip(itertools.pairwise(edges), histogram, strict=True)
+    if count > 0
+  }
+
+
+def _length_correlation(sums: dict[str, np.ndarray]) -> dict[str, float]:
+  """Pearson correlation of the reward margin with |chosen| - |rejected|, in tokens."""
+  count = sums['count']
+  x, y = sums['x'] / count, sums['y'] / count
+  variances = sums['xx'] / count - x * x, sums['yy'] / count - y * y
+  # Below the rounding of float32 sums a variance is noise.
+  if variances[0] <= 1e-6 * sums['xx'] / count or variances[1] <= 1e-6 * sums['yy'] / count:
+    return {}
+  covariance = sums['xy'] / count - x * y
+  return {'margin_length_correlation': covariance / np.sqrt(variances[0] * variances[1])}

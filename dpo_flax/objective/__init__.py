@@ -1,1 +1,0 @@
-"""Preference objectives as pure functions of log-probs; they know no model."""

@@ -1,0 +1,108 @@
+"""What to lower when a step does not fit into the devices' memory."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from dpo_flax.sharding import make_mesh, row_parts
+
+
+class OutOfMemoryError(ValueError):
+  """The devices hold less than a step needs."""
+
+
+@contextlib.contextmanager
+def explained(config: ConfigDict, *held: Any) -> Iterator[None]:
+  """Turns the device's refusal into figures and remedies, the cheapest first.
+
+  Args:
+    config: the run's.
+    held: trees of what lies on the devices from the first step to the last.
+
+  Raises:
+    OutOfMemoryError: something inside did not fit.
+  """
+  # Before anything can be donated, and so be gone.
+  bytes_held = sum(_bytes_on_a_device(leaf) for leaf in jax.tree.leaves(held))
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    device = jax.local_devices()[0]
+    capacity = (device.memory_stats() or {}).get('bytes_limit')
+    changes = remedies(
+      config, jax.devices(), temporaries_matter=capacity is None or bytes_held < capacity
+    )
+    raise OutOfMemoryError(
+      f'out of memory on {device.device_kind}: {str(error).partition(chr(10))[0]}\n'
+      + _share(bytes_held, capacity)
+      + 'What makes it smaller, the cheapest first:\n  '
+      + '\n  '.join(changes)
+      + '\npython -m dpo_flax.plan measures each of them for a TPU, without one.'
+    ) from error
+
+
+def _share(held: int, capacity: int | None) -> str:
+  """Says what is left for a step; nothing before the weights are there."""
+  if not held:
+    return ''
+  whole = f'the {capacity / 2**30:.1f} GiB of ' if capacity else ''
+  return (
+    f'Weights, adapters and optimizer take {held / 2**30:.2f} GiB of {whole}each device; the rest '
+    'is for the step. '
+  )
+
+
+def _bytes_on_a_device(array: jax.Array) -> int:
+  return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+
+
+def remedies(
+  config: ConfigDict, devices: Sequence[jax.Device], *, temporaries_matter: bool
+) -> list[str]:
+  """Returns what would make a step that does not fit smaller, the cheapest first.
+
+  What is done already, or cannot be enough, is left out.
+  """
+  changes = []
+  if temporaries_matter:
+    changes += _smaller_temporaries(config, devices)
+  if config.tuning.method == 'full':
+    changes.append('config.tuning.method=lora: one frozen copy of the weights, no moments of them')
+  elif config.model.weight_dtype != 'int8':
+    changes.append('config.model.weight_dtype=int8: base weights of one byte, rounded')
+  if config.mesh.data > 1:
+    changes.append('config.mesh.data=1 and config.mesh.fsdp=-1: weights split over all chips')
+  changes.append(f'more chips than {len(devices)}: each holds a smaller part of the weights')
+  return changes
+
+
+def _smaller_temporaries(config: ConfigDict, devices: Sequence[jax.Device]) -> list[str]:
+  batch, model = config.batch, config.model
+  shards = row_parts(make_mesh(config.mesh, devices))
+  per_chip = batch.rows // (shards * batch.microbatches)
+  found = []
+  if model.remat in {'none', 'dots'}:
+    found.append('config.model.remat=full: backward runs each layer forward once more')
+  if model.remat != 'offload':
+    found.append("config.model.remat=offload: each layer's input waits in the host's memory")
+  if per_chip > 1:
+    found.append(
+      f'config.batch.microbatches={batch.rows // shards}: one row of a chip at a time instead of '
+      f'{per_chip}, one after the other'
+    )
+  if model.logits_chunk > 128:
+    found.append(
+      f'config.model.logits_chunk={model.logits_chunk // 4}: fewer logits at once, the head is '
+      'read more often'
+    )
+  if batch.tokens > 1024:
+    found.append(
+      f'config.batch.tokens={batch.tokens // 2}: shorter rows; longer pairs must be dropped or cut'
+    )
+  return found

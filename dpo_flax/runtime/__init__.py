@@ -1,0 +1,1 @@
+"""Processes: how a command starts, meets its peers and ends."""

@@ -1,0 +1,177 @@
+"""How every command starts and fails: its flags, its config, one paragraph for a mistake.
+
+A mistake of the user's (a ValueError, a missing file, a flag that does not exist) ends with exit
+code 2 and one message; --verbose shows the traceback. A run that was stopped from outside ends with
+one of the codes in peers.py: the same command goes on.
+"""
+
+import difflib
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from dpo_flax import config as config_lib
+from dpo_flax.files.messages import without_secrets
+from dpo_flax.files.paths import access_errors
+from dpo_flax.runtime import hosts
+from dpo_flax.runtime.peers import MISTAKE, PREEMPTED, end
+from dpo_flax.runtime.preemption import Preempted
+
+_VERBOSE = flags.DEFINE_bool(
+  'verbose', False, "Show libraries' messages, and the traceback of an error."
+)
+
+INTERRUPTED = 130  # exit code: 128 + SIGINT, as shells have it
+# What XLA says, in a ValueError too, of a collective that another process has left.
+_STATUS = re.compile(r'\b(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ')
+_MISTAKES = (ValueError, FloatingPointError, ImportError)
+
+
+def run(command: Callable[[ConfigDict], object], *, on_every_host: bool = False):
+  """Parses the command line and calls `command` with its config.
+
+  With `on_every_host`, it first joins the same command on the run's other hosts.
+  """
+  try:
+    config = config_flags.DEFINE_config_file('config', help_string='A file of configs/.')
+  except flags.Error as error:  # of a --flagfile, which it reads
+    _fail(str(error))
+  flags.mark_flag_as_required('config')
+
+  def run_config():
+    if not isinstance(config.value, ConfigDict):
+      raise ValueError(f'--config: get_config() returned {config.value!r}, which is no ConfigDict')
+    command(config.value)
+
+  run_flags(run_config, on_every_host=on_every_host)
+
+
+def run_flags(command: Callable[[], object], *, on_every_host: bool = False):
+  """Parses the command line and calls a command that has flags of its own and no config."""
+
+  def main(argv: list[str]):
+    if len(argv) > 1:
+      _fail(f'unexpected arguments: {" ".join(argv[1:])}')
+    if not _VERBOSE.value:
+      _quieten_libraries()
+    try:
+      if on_every_host:
+        hosts.connect()
+      command()
+    except Preempted as stopped:
+      _leave(PREEMPTED, f'told to stop (SIGTERM), {stopped}: the same command goes on.')
+    except KeyboardInterrupt:
+      _leave(INTERRUPTED, 'interrupted (SIGINT)')
+    except Exception as error:
+      is_mistake = isinstance(error, (*_MISTAKES, *access_errors()))
+      if not is_mistake or _STATUS.search(str(error)):
+        hosts.peers().wait_for_verdict()  # a collective fails where another process has died
+      if not is_mistake:
+        hosts.peers().leave(1, f'{type(error).__name__}: {error}')
+        raise
+      if _VERBOSE.value:
+        traceback.print_exc()
+      _leave(MISTAKE, f'{type(error).__name__}: {error}{_hint(error)}')
+    hosts.peers().close()
+
+  app.run(main, flags_parser=_parse)
+
+
+def _quieten_libraries():
+  """Leaves to Orbax, asyncio and gcsfs only what they raise, which is then told in our words.
+
+  When Orbax cannot write, it also leaves coroutines and callbacks behind, which tell of themselves.
+  """
+
+  def is_ours(record):
+    library = record.name.partition('.')[0]
+    return '/orbax/' not in record.pathname and library not in ('asyncio', 'gcsfs')
+
+  def tell(unraisable):
+    if 'Event loop is closed' not in str(unraisable.exc_value):
+      sys.__unraisablehook__(unraisable)
+
+  logging.set_verbosity(logging.WARNING)
+  logging.get_absl_handler().addFilter(is_ours)
+  sys.unraisablehook = tell
+  warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
+
+
+def _hint(error: Exception) -> str:
+  """Returns what may help, where a library's own words do not say."""
+  if isinstance(error, ImportError) and 'gcsfs' in str(error):
+    return ": pip install 'dpo_flax[gcs]' brings what reads gs:// paths"
+  if isinstance(error, OSError) and str(error).startswith('Forbidden'):
+    return '. May this account read and write there?'
+  return ''
+
+
+def _leave(code: int, message: str):
+  message = without_secrets(message)
+  hosts.peers().leave(code, message)
+  if hosts.peers().count > 1:
+    end(message, code)  # without waiting for those that are stuck
+  _fail(message, code)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    _fail(_without_traceback(str(error)))
+  except (AttributeError, KeyError, TypeError) as error:  # ml_collections: no such field
+    _fail(_unknown_field(argv) or f'{_place(error)}{type(error).__name__}: {error}')
+  except FileNotFoundError as error:
+    _fail(f'--config: {error}')
+  except Exception as error:  # whatever a config file raises
+    _fail(f'--config: {_place(error)}{type(error).__name__}: {error}')
+
+
+def _place(error: Exception) -> str:
+  """Returns 'file:line: ' of a config file that failed; '' where that is not it."""
+  if isinstance(error, SyntaxError):  # whose text has the place
+    return ''
+  last = traceback.extract_tb(error.__traceback__)[-1]
+  is_library = 'site-packages' in last.filename or last.filename == __file__
+  return '' if is_library else f'{last.filename}:{last.lineno}: '
+
+
+def _without_traceback(message: str) -> str:
+  """Says in one line what a config file raised, of which ml_collections quotes all."""
+  _, quotes, quoted = message.partition('Traceback (most recent call last):')
+  if not quotes:
+    return message
+  file, line = re.findall(r'^  File "(.+)", line (\d+)', quoted, re.MULTILINE)[-1]
+  error = re.split(r'\n(?=\S)', quoted.strip())[-1]
+  return f'--config: {file}:{line}: {error}'
+
+
+def _unknown_field(argv: list[str]) -> str | None:
+  """Finds the override of a field that the config does not have."""
+  known = _fields(config_lib.default())
+  for argument in argv:
+    match = re.match(r'--(?:no)?config\.([\w.]+)', argument)
+    if match and match.group(1) not in known:
+      close = difflib.get_close_matches(match.group(1), known, n=3)
+      section = match.group(1).rpartition('.')[0]
+      beside = close or [field for field in known if field.rpartition('.')[0] == section]
+      return f'the config has no field {match.group(1)}. Did you mean {", ".join(beside)}?'
+  return None
+
+
+def _fields(config: ConfigDict, prefix: str = '') -> list[str]:
+  names = []
+  for name, value in config.items():
+    nested = isinstance(value, ConfigDict)
+    names += _fields(value, f'{prefix}{name}.') if nested else [prefix + name]
+  return names
+
+
+def _fail(message: str, code: int = MISTAKE):
+  print(without_secrets(message), file=sys.stderr)
+  sys.exit(code)

@@ -1,0 +1,76 @@
+"""Log-probs of pairs by one model alone, no loss and no gradient."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dpo_flax.data import loader
+from dpo_flax.data.batches import pack
+from dpo_flax.data.prepare import PreparedData
+from dpo_flax.model.transformer import Transformer
+from dpo_flax.sharding import row_parts, row_shard, shard_batch
+from dpo_flax.training.step import Batch, reference_logps
+
+_LANES = 128  # rows of few pairs have a multiple of these tokens
+
+
+def score_side(
+  model: Transformer, data: PreparedData, side: str, config: ConfigDict, mesh: Mesh
+) -> np.ndarray:
+  """Returns [n, 2] float32: the log-probs of chosen and rejected of every pair of a side, once.
+
+  All processes call it together, and all get every pair.
+  """
+  score = _scorer(model, config.model.logits_chunk, mesh)
+  index, count = row_shard(mesh)
+  every_row = data.every_row(side)
+  found = np.full((len(getattr(data, side)), 2), np.nan, np.float32)
+  batches = loader.every_pair(data, side, config, shard_index=index, shard_count=count)
+  for step, batch in enumerate(batches):
+    for row, values in enumerate(score(batch), start=step * config.batch.rows):
+      if row < len(every_row):
+        places = every_row[row]
+        found[places] = values[: len(places)]
+  return found
+
+
+def score_pairs(
+  model: Transformer, pairs: Sequence[pack.PackedPair], config: ConfigDict, mesh: Mesh
+) -> np.ndarray:
+  """Returns [n, 2] float32 of a few pairs, each in a row of its own."""
+  layout = config.data.layout
+  lengths = np.array([[len(ids) for ids in (p.prompt, p.chosen, p.rejected)] for p in pairs])
+  longest = int(pack.row_lengths(lengths, layout).max())
+  parts = row_parts(mesh)
+  rows = [[pair] for pair in pairs] + [[] for _ in range(-len(pairs) % parts)]
+  batch = pack.fill_batch(
+    rows, tokens=longest + -longest % _LANES, pairs_per_row=1, layout=layout, columns=()
+  )
+  mine, count = row_shard(mesh)
+  blocks = {name: np.split(values, count) for name, values in batch.items()}
+  local = {name: np.concatenate([parts[i] for i in mine]) for name, parts in blocks.items()}
+  return _scorer(model, config.model.logits_chunk, mesh)(local)[: len(pairs), 0]
+
+
+def _scorer(
+  model: Transformer, chunk: int, mesh: Mesh
+) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+  """Returns a function of this process's rows of a batch: [B, P, 2] of all processes' rows."""
+  graphdef, weights = nnx.split(model)
+
+  @jax.jit
+  def score(weights: Any, batch: Batch) -> jax.Array:
+    return reference_logps(nnx.merge(graphdef, weights), batch, chunk=chunk)
+
+  def score_rows(batch):
+    with jax.set_mesh(mesh):
+      scores = score(weights, shard_batch(batch, mesh))
+    return multihost_utils.process_allgather(scores, tiled=True)
+
+  return score_rows

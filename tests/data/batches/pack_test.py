@@ -1,0 +1,166 @@
+"""Laws of packing: nothing is lost or split, and the masks are those of a pair on its own."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo_flax.data.batches import pack
+
+layouts = st.sampled_from(pack.LAYOUTS)
+
+
+def _pair(index, prompt, chosen, rejected):
+  """A pair whose ids tell which token of which pair they are."""
+  ids = 1000 * (index + 1) + np.arange(prompt + chosen + rejected, dtype=np.int32)
+  return pack.PackedPair(index, *np.split(ids, [prompt, prompt + chosen]))
+
+
+pair_lists = st.lists(
+  st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6)), max_size=4
+).map(lambda sizes: [_pair(i, *size) for i, size in enumerate(sizes)])
+
+
+def _branches(pairs):
+  """Yields (slot, branch, prompt, response) of every sequence in a row."""
+  for slot, pair in enumerate(pairs):
+    yield slot, 0, pair.prompt, pair.chosen
+    yield slot, 1, pair.prompt, pair.rejected
+
+
+def _visible(row):
+  """The mask as the attention applies it: [query, key]."""
+  query = np.arange(len(row['tokens']))[:, None]
+  key = np.arange(len(row['tokens']))[None]
+  return (key <= query) & (query < row['visible_until'][key])
+
+
+def test_worked_example_of_the_shared_layout():
+  a, b, c, x, y, z, eos = 11, 12, 13, 14, 15, 16, 2
+  pair = pack.PackedPair(7, np.array([a, b, c]), np.array([x, eos]), np.array([y, z, eos]))
+  row = pack.fill_row([pair], tokens=11, pairs_per_row=2, layout='shared')
+  expected = {
+    'tokens': [a, b, c, x, eos, c, y, z, eos, 0, 0],
+    'positions': [0, 1, 2, 3, 4, 2, 3, 4, 5, 0, 0],
+    'visible_until': [9, 9, 5, 5, 5, 9, 9, 9, 9, 10, 11],
+    'targets': [0, 0, x, eos, 0, y, z, eos, 0, 0, 0],
+    'loss_mask': [0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 0],
+    'sequence_ids': [4, 4, 0, 0, 4, 1, 1, 1, 4, 4, 4],
+    'pair_mask': [1, 0],
+    'pair_index': [7, -1],
+  }
+  assert row.keys() == expected.keys()
+  for name, values in expected.items():
+    np.testing.assert_array_equal(row[name], values, err_msg=name)
+
+
+def test_batch_has_the_shapes_and_dtypes_the_model_reads():
+  batch = pack.fill_batch(
+    [[_pair(0, 3, 2, 2)], []],
+    tokens=16,
+    pairs_per_row=3,
+    layout='shared',
+    columns=('pair_weight', 'chosen_probability'),
+  )
+  floats = {'loss_mask', 'pair_mask', 'pair_weight', 'chosen_probability'}
+  for name, array in batch.items():
+    per_pair = name.startswith(('pair', 'chosen'))
+    assert array.shape == ((2, 3) if per_pair else (2, 16)), name
+    assert array.dtype == (np.float32 if name in floats else np.int32), name
+
+
+@given(pair_lists, layouts)
+def test_every_target_sees_exactly_its_prompt_and_the_response_before_it(pairs, layout):
+  row = pack.fill_row(pairs, tokens=96, pairs_per_row=4, layout=layout)
+  visible = _visible(row)
+  seen = np.zeros(96)
+  for slot, branch, prompt, response in _branches(pairs):
+    at = np.flatnonzero(row['sequence_ids'] == 2 * slot + branch)
+    np.testing.assert_array_equal(row['targets'][at], response)
+    seen[at] += 1
+    for n, query in enumerate(at):
+      keys = np.flatnonzero(visible[query])
+      np.testing.assert_array_equal(row['tokens'][keys], np.concatenate([prompt, response[:n]]))
+      np.testing.assert_array_equal(row['positions'][keys], np.arange(len(prompt) + n))
+  np.testing.assert_array_equal(seen, row['loss_mask'])
+  assert (row['sequence_ids'][seen == 0] == 8).all()
+  assert (row['targets'][seen == 0] == 0).all()
+
+
+@given(pair_lists, layouts)
+def test_padding_sees_itself_alone_and_nobody_sees_padding(pairs, layout):
+  row = pack.fill_row(pairs, tokens=96, pairs_per_row=4, layout=layout)
+  lengths = [[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs]
+  used = pack.row_lengths(np.array(lengths, int).reshape(-1, 3), layout).sum()
+  assert (row['tokens'][:used] != 0).all()
+  assert not row['tokens'][used:].any()
+  np.testing.assert_array_equal(_visible(row)[used:, :], np.eye(96, dtype=bool)[used:, :])
+  assert not _visible(row)[:used, used:].any()
+
+
+@given(pair_lists)
+def test_separate_layout_has_constant_visible_until_in_a_sequence(pairs):
+  row = pack.fill_row(pairs, tokens=96, pairs_per_row=4, layout='separate')
+  start = 0
+  for _, _, prompt, response in _branches(pairs):
+    end = start + len(prompt) + len(response)
+    assert (row['visible_until'][start:end] == end).all()
+    start = end
+
+
+def test_a_later_turn_of_the_user_is_read_and_not_a_target():
+  chosen = np.array([20, 21, ~30, ~31, 22, 2])
+  for layout in pack.LAYOUTS:
+    pair = pack.PackedPair(0, np.array([11, 12]), chosen, np.array([40, 2]))
+    row = pack.fill_row([pair], tokens=20, pairs_per_row=1, layout=layout)
+    start = np.flatnonzero(row['tokens'] == 20)[0]
+    np.testing.assert_array_equal(row['tokens'][start : start + 6], [20, 21, 30, 31, 22, 2])
+    at = slice(start - 1, start + 5)
+    np.testing.assert_array_equal(row['targets'][at], [20, 21, 0, 0, 22, 2])
+    np.testing.assert_array_equal(row['loss_mask'][at], [1, 1, 0, 0, 1, 1])
+    np.testing.assert_array_equal(row['sequence_ids'][at], [0, 0, 2, 2, 0, 0])
+
+
+@given(
+  st.lists(st.integers(1, 64), max_size=200),
+  st.integers(0, 5),
+  st.sampled_from([0, 7, 1 << 16]),
+  st.randoms(use_true_random=False),
+)
+@settings(max_examples=200)
+def test_plan_holds_every_pair_once_and_no_row_overflows(lengths, cap, window, random):
+  lengths = np.array(lengths, np.int32)
+  order = list(range(len(lengths)))
+  random.shuffle(order)
+  plan = pack.plan_rows(
+    lengths, tokens=64, pairs_per_row=cap, order=np.array(order, int), window=window
+  )
+  assert sorted(plan.pairs) == sorted(order)
+  for i in range(len(plan)):
+    assert 1 <= len(plan[i]) <= ((cap or len(lengths)) if window else 1)
+    assert lengths[plan[i]].sum() <= 64
+  rows = np.array(random.sample(range(len(plan)), len(plan)), int)
+  moved = pack.reorder(plan, rows)
+  assert [list(moved[i]) for i in range(len(plan))] == [list(plan[r]) for r in rows]
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=100))
+def test_plan_is_as_tight_as_textbook_best_fit_decreasing(lengths):
+  rooms = []
+  for length in sorted(lengths, reverse=True):
+    fitting = [i for i, room in enumerate(rooms) if room >= length]
+    if not fitting:
+      rooms.append(64)
+      fitting = [len(rooms) - 1]
+    rooms[min(fitting, key=lambda i: rooms[i])] -= length
+  assert len(pack.plan_rows(np.array(lengths), tokens=64)) == len(rooms)
+
+
+def test_one_pair_per_row_without_packing():
+  plan = pack.plan_rows(np.array([3, 1, 2]), tokens=64, window=0)
+  assert [list(plan[i]) for i in range(3)] == [[0], [1], [2]]
+
+
+def test_plan_wastes_little_on_realistic_lengths():
+  lengths = np.random.RandomState(0).lognormal(np.log(300), 0.7, 20_000).clip(8, 2048).astype(int)
+  plan = pack.plan_rows(lengths, tokens=2048)
+  assert 1 - lengths.sum() / (len(plan) * 2048) < 0.002

@@ -1,0 +1,170 @@
+"""Metrics against plain numpy, and the law that sums of parts give the metrics of the whole."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_flax.losses.metrics import displacement, metric_sums, summarize
+from dpo_flax.losses.pair_logps import Branches
+from dpo_flax.losses.total import total_loss
+
+
+def report(pairs, objective):
+  return summarize(metric_sums(pairs, total_loss(pairs, objective), objective))
+
+
+@pytest.fixture
+def validation(make_pairs):
+  """64 slots, 43 of them real, with rewards that are partly right."""
+  mask = np.random.default_rng(0).permutation(np.arange(64) < 43).reshape(16, 4)
+  statistics = {
+    'kl': Branches(jnp.full((16, 4), 0.3), jnp.full((16, 4), 0.1)),
+    'entropy': Branches(jnp.full((16, 4), 2.0), jnp.full((16, 4), 1.0)),
+  }
+  pairs = make_pairs((16, 4), seed=1, scale=3.0, pair_mask=mask, **statistics)
+  return jax.tree.map(lambda x: x * pairs.pair_mask, pairs)
+
+
+def real(pairs, *names):
+  mask = np.asarray(pairs.pair_mask) > 0
+  return tuple(np.asarray(getattr(pairs, name), np.float64)[mask] for name in names)
+
+
+def reward_margins(pairs, beta):
+  pw, pl, rw, rl = real(
+    pairs, 'policy_chosen', 'policy_rejected', 'reference_chosen', 'reference_rejected'
+  )
+  return beta * ((pw - rw) - (pl - rl))
+
+
+def test_means_are_over_real_pairs(validation, make_objective):
+  objective = make_objective(beta=0.2)
+  metrics = report(validation, objective)
+  pw, pl, rw, rl = real(
+    validation, 'policy_chosen', 'policy_rejected', 'reference_chosen', 'reference_rejected'
+  )
+  margins = reward_margins(validation, 0.2)
+  expected = {
+    'dpo_loss': np.mean(np.log1p(np.exp(-margins))),
+    'dpo_margin_policy': np.mean(pw - pl),
+    'dpo_margin_ref': np.mean(rw - rl),
+    'dpo_accuracy': np.mean(margins > 0),
+    'dpo_chosen_reward': np.mean(0.2 * (pw - rw)),
+    'dpo_rejected_reward': np.mean(0.2 * (pl - rl)),
+    'chosen_logps': np.mean(pw),
+    'rejected_logps': np.mean(pl),
+    'kl_chosen': 0.3,
+    'kl_rejected': 0.1,
+    'entropy': 1.5,
+  }
+  for name, value in expected.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_sums_of_parts_give_the_metrics_of_the_whole(validation, make_objective):
+  """Uneven microbatches: a mean of means would weigh pairs differently."""
+  objective = make_objective()
+  parts = [
+    jax.tree.map(lambda x, at=at: x[at], validation) for at in np.split(np.arange(16), [3, 4])
+  ]
+  sums = [metric_sums(part, total_loss(part, objective), objective) for part in parts]
+  merged = jax.tree.map(lambda *xs: np.sum(xs, axis=0), *sums)
+  whole = report(validation, objective)
+  assert summarize(merged).keys() == whole.keys()
+  for name, value in summarize(merged).items():
+    np.testing.assert_allclose(value, whole[name], rtol=1e-4, err_msg=name)
+  mean_of_means = np.mean([report(part, objective)['dpo_loss'] for part in parts])
+  assert abs(mean_of_means - whole['dpo_loss']) > 1e-3
+
+
+def test_a_weight_of_two_is_the_pair_given_twice(make_pairs, make_objective):
+  pairs = make_pairs((1, 4), seed=2)
+  weighted = dataclasses.replace(pairs, pair_weight=jnp.array([[2.0, 1, 1, 1]]))
+  repeated = jax.tree.map(lambda x: x[:, jnp.array([0, 0, 1, 2, 3])], pairs)
+  objective = make_objective()
+  np.testing.assert_allclose(
+    report(weighted, objective)['dpo_loss'], report(repeated, objective)['dpo_loss'], rtol=1e-6
+  )
+
+
+def test_accuracy_is_one_half_before_the_first_step(make_pairs, make_objective):
+  metrics = report(make_pairs(scale=0.0), make_objective())
+  assert metrics['dpo_accuracy'] == 0.5
+  np.testing.assert_allclose(metrics['calibration_error'], 0.0, atol=1e-7)
+  assert 'margin_length_correlation' not in metrics  # a constant correlates with nothing
+
+
+def test_perplexities_are_over_tokens(validation, make_objective):
+  metrics = report(validation, make_objective())
+  for model in ('policy', 'reference'):
+    for branch in ('chosen', 'rejected'):
+      logps, lengths = real(validation, f'{model}_{branch}', f'{branch}_lengths')
+      np.testing.assert_allclose(
+        metrics[f'{model}_perplexity_{branch}'], np.exp(-logps.sum() / lengths.sum()), rtol=1e-5
+      )
+
+
+def test_calibration_error_equals_a_plain_loop(validation, make_objective):
+  margins = reward_margins(validation, 0.1)
+  confidence, right = 1 / (1 + np.exp(-np.abs(margins))), margins > 0
+  expected = 0.0
+  for low in np.arange(10) / 20 + 0.5:
+    inside = (confidence >= low) & (confidence < low + 0.05)
+    if inside.any():
+      expected += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+  metrics = report(validation, make_objective(beta=0.1))
+  np.testing.assert_allclose(metrics['calibration_error'], expected, rtol=1e-4)
+
+
+def test_accuracy_by_margin_equals_a_plain_loop(validation, make_objective):
+  margins = reward_margins(validation, 0.1)
+  metrics = report(validation, make_objective(beta=0.1))
+  edges = (('0', '0.25'), ('0.25', '0.5'), ('0.5', '1'), ('1', '2'), ('2', 'inf'))
+  for low, high in edges:
+    inside = (np.abs(margins) >= float(low)) & (np.abs(margins) < float(high))
+    name = f'accuracy_margin_{low}_to_{high}'
+    assert (name in metrics) == inside.any()
+    if inside.any():
+      np.testing.assert_allclose(metrics[name], (margins[inside] > 0).mean(), rtol=1e-6)
+
+
+def test_length_correlation_equals_numpy(validation, make_objective):
+  chosen, rejected = real(validation, 'chosen_lengths', 'rejected_lengths')
+  expected = np.corrcoef(chosen - rejected, reward_margins(validation, 0.1))[0, 1]
+  metrics = report(validation, make_objective(beta=0.1))
+  np.testing.assert_allclose(metrics['margin_length_correlation'], expected, rtol=1e-4)
+
+
+def test_metrics_without_a_reference_leave_its_numbers_out(make_pairs, make_objective):
+  pairs = dataclasses.replace(make_pairs(), reference_chosen=None, reference_rejected=None)
+  metrics = report(pairs, make_objective('simpo', beta=2.0))
+  assert 'dpo_margin_ref' not in metrics
+  reward = 2.0 * np.mean(pairs.policy_chosen / pairs.chosen_lengths)
+  np.testing.assert_allclose(metrics['dpo_chosen_reward'], reward, rtol=1e-5)
+
+
+def test_metrics_carry_no_gradient(make_pairs, make_objective):
+  pairs, objective = make_pairs(), make_objective()
+
+  def accuracy(chosen):
+    moved = dataclasses.replace(pairs, policy_chosen=chosen)
+    sums = metric_sums(moved, total_loss(moved, objective), objective)
+    return sum(jnp.sum(x) for x in jax.tree.leaves(sums))
+
+  np.testing.assert_array_equal(jax.grad(accuracy)(pairs.policy_chosen), 0.0)
+
+
+def test_displacement_is_the_change_of_both_log_probs():
+  start = {'chosen_logps': -40.0, 'rejected_logps': -50.0, 'dpo_loss': 0.69}
+  now = {'chosen_logps': -43.0, 'rejected_logps': -60.5, 'dpo_loss': 0.4}
+  expected = {'chosen_logps_change': -3.0, 'rejected_logps_change': -10.5}
+  assert displacement(now, start) == expected
+  assert displacement(now, now) == dict.fromkeys(expected, 0.0)
+
+
+@pytest.mark.parametrize('start', ({}, {'chosen_logps': None}))
+def test_displacement_from_an_unknown_start_is_left_out(start):
+  assert displacement({'chosen_logps': -43.0, 'rejected_logps': -60.5}, start) == {}
