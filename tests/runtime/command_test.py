@@ -61,7 +61,7 @@ def test_a_config_file_that_fails_is_told_in_one_line(tmp_path, content, message
 
 def test_no_command_imports_torch():
   """Which takes longer than all that they need; tensorboardX would, where it is installed."""
-  commands = 'train, evaluate, inspect_data, export, plan, reference_cache'
+  commands = 'train, evaluate, inspect_data, export, plan'
   code = f'import sys; from dpo_flax import {commands}; print("torch" in sys.modules)'
   command_line = [sys.executable, '-c', code]
   printed = subprocess.run(command_line, capture_output=True, text=True, check=True).stdout
