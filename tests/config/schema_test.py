@@ -159,7 +159,7 @@ def test_what_a_config_file_raises_is_one_line(capsys, monkeypatch):
     command._parse(['plan', '--config=configs/llama8b.py:v9'])
   said = capsys.readouterr().err
   assert stopped.value.code == 2 and said.count('\n') == 1
-  assert re.match(r'--config: configs/llama8b.py:\d+: ValueError: .*give one of v5e-16', said)
+  assert re.match(r'--config: .*configs/llama.py:\d+: ValueError: .*give one of v5e-16', said)
 
 
 @pytest.mark.parametrize(
