@@ -17,6 +17,9 @@ STEPS = 4
 XLA_FLAGS = '--xla_backend_optimization_level=0'  # a few steps do not gain by more
 
 
+pytestmark = pytest.mark.slow
+
+
 def start(workdir, *overrides, devices=2, flags=()):
   """Starts one process of a short run of configs/tiny.py."""
   small = {
