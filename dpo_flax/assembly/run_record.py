@@ -13,6 +13,7 @@ from dpo_flax import config as config_lib
 from dpo_flax.config.identity import RunIdentity
 from dpo_flax.data.batches import pack
 from dpo_flax.data.prepare import PreparedData
+from dpo_flax.files.atomic import write_file
 
 NAME = 'run.json'
 _CHECKED = 4  # pairs
@@ -61,9 +62,7 @@ def write_record(record: RunRecord, workdir: epath.Path):
     ],
   }
   workdir.mkdir(parents=True, exist_ok=True)
-  unfinished = workdir / f'{NAME}.tmp'
-  unfinished.write_text(json.dumps(values))
-  unfinished.replace(workdir / NAME)
+  write_file(workdir / NAME, json.dumps(values))
 
 
 def read_record(workdir: epath.Path) -> RunRecord:

@@ -17,6 +17,7 @@ from absl import logging
 from etils import epath
 
 from dpo_flax.checkpoints import manifest
+from dpo_flax.files.atomic import sync
 from dpo_flax.files.paths import access_errors, is_link, is_remote
 
 RECORD = 'run.json'  # what a step says of itself
@@ -79,7 +80,7 @@ def commit(directory: epath.Path, step: int):
   manifest.seal(written)
   if not is_remote(directory):
     written.rename(directory / str(step))
-    manifest.sync_directory(directory)
+    sync(directory)
 
 
 def keep_newest(directory: epath.Path, count: int):

@@ -11,6 +11,7 @@ import tqdm
 from absl import logging
 from etils import epath
 
+from dpo_flax.files.atomic import write_file
 from dpo_flax.files.paths import access_errors, is_remote
 from dpo_flax.losses import metrics
 from dpo_flax.losses.metrics import Sums
@@ -105,9 +106,7 @@ class Reporter:
 
   def _rewrite(self):
     """Writes all lines in one step: a kill must not lose what was there."""
-    rewritten = self._file.with_name(f'{self._file.name}.tmp')
-    rewritten.write_text(''.join(self._lines))
-    rewritten.replace(self._file)
+    write_file(self._file, ''.join(self._lines))
 
   def _time_left(self, step: int) -> str:
     """The time to the end at the rate since the first report, which waited for the compiler."""

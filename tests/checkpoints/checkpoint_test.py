@@ -132,7 +132,8 @@ def test_a_step_takes_its_name_only_when_all_of_it_is_on_disk(
   fsync, rename = os.fsync, local.rename
 
   def note_sync(descriptor):
-    synced.append(pathlib.Path(os.readlink(f'/proc/self/fd/{descriptor}')))
+    name = os.readlink(f'/proc/self/fd/{descriptor}')
+    synced.append(pathlib.Path(name.removesuffix('.tmp')))  # which a file has before its own
     fsync(descriptor)
 
   def note_rename(path, target):

@@ -23,6 +23,7 @@ from dpo_flax.data.records.formats import FormatOptions
 from dpo_flax.data.records.source import RecordSource
 from dpo_flax.data.tokens.encode import Chunk, Task, encode_all, worker_count
 from dpo_flax.data.tokens.tokenizer import Tokenizer
+from dpo_flax.files.atomic import SUFFIX
 
 VERSION = 4  # of the files and of the code that decides token ids
 _CHUNK = 256  # records that go to a process at once; divides cache_files.RECORDS
@@ -86,7 +87,7 @@ class _Build:
 
   def __init__(self, source: RecordSource, directory: epath.Path, *, bad_record: str):
     self._source, self._directory, self._bad_record = source, directory, bad_record
-    for left in directory.glob('*.tmp'):
+    for left in directory.glob(f'*{SUFFIX}'):
       left.unlink()
     if (directory / cache_files.MANIFEST).exists():
       logging.warning('%s is damaged; what is wrong is built again.', directory)
