@@ -14,6 +14,7 @@ from dpo_flax.config.identity import RunIdentity
 from dpo_flax.data.batches import pack
 from dpo_flax.data.prepare import PreparedData
 from dpo_flax.files.atomic import write_file
+from dpo_flax.files.paths import fresh
 
 NAME = 'run.json'
 _CHECKED = 4  # pairs
@@ -71,7 +72,7 @@ def read_record(workdir: epath.Path) -> RunRecord:
   Raises:
     ValueError: there is none, or it is of another version of this library.
   """
-  path = workdir / NAME
+  path = fresh(workdir / NAME)
   if not path.exists():
     raise ValueError(f'{path} does not exist: give the workdir of a run')
   try:

@@ -10,7 +10,7 @@ import os
 from etils import epath
 
 from dpo_flax.files.atomic import sha256_of, sync, write_file
-from dpo_flax.files.paths import is_link, is_remote
+from dpo_flax.files.paths import fresh, is_link, is_remote
 
 NAME = 'SHA256SUMS'
 
@@ -24,7 +24,7 @@ def seal(directory: epath.Path):
 
 def faults(directory: epath.Path) -> list[str]:
   """Returns what differs from when the directory was sealed; [] if every byte is the same."""
-  path = directory / NAME
+  path = fresh(directory / NAME)
   if is_link(path) or not path.exists():
     return [f'{NAME} is missing']
   sealed, found = path.read_bytes(), _describe(directory, synced=False).encode()
@@ -63,7 +63,7 @@ def _describe(directory: epath.Path, *, synced: bool) -> str:
 def _entries(directory: epath.Path) -> list[epath.Path]:
   """Every file below a directory, and every symbolic link and pipe, which are not read."""
   found = []
-  for path in directory.iterdir():
+  for path in fresh(directory).iterdir():
     if path.is_dir() and not is_link(path):
       found += _entries(path)
     else:

@@ -18,7 +18,7 @@ from etils import epath
 
 from dpo_flax.checkpoints import manifest
 from dpo_flax.files.atomic import sync
-from dpo_flax.files.paths import access_errors, is_link, is_remote
+from dpo_flax.files.paths import access_errors, fresh, is_link, is_remote
 
 RECORD = 'run.json'  # what a step says of itself
 _STEP = re.compile(r'0|[1-9][0-9]*')
@@ -107,7 +107,7 @@ def _named(directory: epath.Path) -> list[int]:
 
 
 def _directories(directory: epath.Path) -> list[epath.Path]:
-  if not directory.exists():
+  if not fresh(directory).exists():
     return []
   return [path for path in directory.iterdir() if path.is_dir() and not is_link(path)]
 

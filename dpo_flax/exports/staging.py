@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from dpo_flax.files.atomic import sync
-from dpo_flax.files.paths import absolute, access_errors, is_remote
+from dpo_flax.files.paths import absolute, access_errors, fresh, is_remote
 from dpo_flax.huggingface.tensor_files import WRITER, read_header
 
 # What an export may hold besides its tensors.
@@ -62,7 +62,7 @@ def check_replaceable(output: epath.PathLike):
   Raises:
     ValueError: it exists, and is neither empty nor an earlier export with nothing added to it.
   """
-  output = absolute(output)
+  output = fresh(absolute(output))
   if not output.exists():
     return
   if not output.is_dir():
@@ -91,7 +91,7 @@ def check_writable(output: epath.PathLike):
   """
   staging = staging_path(output)
   try:
-    was_there = staging.exists()  # left by a kill: it tells what `output` is
+    was_there = fresh(staging).exists()  # left by a kill: it tells what `output` is
     staging.mkdir(parents=True, exist_ok=True)
     (staging / _PROBE).write_text('')
     (staging / _PROBE).unlink()

@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from dpo_flax.files.messages import shown
-from dpo_flax.files.paths import is_remote
+from dpo_flax.files.paths import fresh, is_remote
 from dpo_flax.files.strict_json import StrictJsonError, parse_object
 
 # A published index of 90,000 tensors has 9 MB and 90,000 values.
@@ -27,7 +27,7 @@ def find_file(directory: epath.Path, name: str) -> epath.Path | None:
   """
   path = directory / name
   if is_remote(directory):
-    return path if path.exists() else None
+    return path if fresh(path).exists() else None
   home, real = (pathlib.Path(os.path.realpath(os.fspath(place))) for place in (directory, path))
   if not real.is_relative_to(home) and not _is_blob(real, home):
     raise ValueError(

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from dpo_flax.data.batches.split import Split
 from dpo_flax.data.prepare import PreparedData
 from dpo_flax.files.atomic import write_file
+from dpo_flax.files.paths import fresh
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.training.scoring import score_side
 
@@ -66,7 +67,7 @@ def _key(pairs: Split, fingerprint: str, config: ConfigDict) -> str:
 
 def _read(path: epath.Path, count: int) -> np.ndarray | None:
   """Returns [count, 2] float32 chosen, rejected; None where there is no sound file."""
-  if not path.exists():
+  if not fresh(path).exists():
     return None
   content = path.read_bytes()
   digest, data = content[:_DIGEST], content[_DIGEST:]
