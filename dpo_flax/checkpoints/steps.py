@@ -12,6 +12,7 @@ In an object store, which has no rename, a step is finished once it has a manife
 
 import json
 import re
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -20,7 +21,8 @@ from dpo_flax.checkpoints import manifest
 from dpo_flax.files.atomic import sync
 from dpo_flax.files.paths import access_errors, fresh, is_link, is_remote
 
-RECORD = 'run.json'  # what a step says of itself
+RECORD = 'step.json'  # what a step says of itself
+_OLD_RECORD = 'run.json'  # its name in version 0.1.0
 _STEP = re.compile(r'0|[1-9][0-9]*')
 _LEFTOVER = re.compile(r'(0|[1-9][0-9]*)\.(unfinished|deleted)')
 _QUARANTINE = 'quarantine'
@@ -54,6 +56,12 @@ def faults(step: epath.Path) -> list[str]:
     return manifest.faults(step) or _faults_of_the_record(step)
   except access_errors() as error:  # a bad sector, a file that may not be read
     return [str(error)]
+
+
+def read_record(step: epath.Path) -> dict[str, Any]:
+  """Returns what a step says of itself: its number, and the identity of its run."""
+  path, old = step / RECORD, step / _OLD_RECORD
+  return json.loads((path if path.exists() or not old.exists() else old).read_text())
 
 
 def place(directory: epath.Path, step: int) -> epath.Path:
@@ -115,7 +123,7 @@ def _directories(directory: epath.Path) -> list[epath.Path]:
 def _faults_of_the_record(step: epath.Path) -> list[str]:
   """Finds a step under another's name, and a directory that was never one."""
   try:
-    number = json.loads((step / RECORD).read_text())['step']
+    number = read_record(step)['step']
   except (ValueError, KeyError, TypeError):
     return [f'{RECORD} is no record of a step']
   return [] if str(number) == step.name else [f'it was saved as step {number}']
