@@ -31,7 +31,7 @@ def faults(directory: epath.Path) -> list[str]:
   if sealed == found:
     return []
   then, now = (dict(map(_entry, text.splitlines())) for text in (sealed, found))
-  if then == now or None in then:
+  if then == now or b'' in then:
     return [f'{NAME} is damaged']
   return [
     f'{name.decode(errors="replace")} {_fate(then.get(name), now.get(name))}'
@@ -46,10 +46,10 @@ def _fate(then: bytes | None, now: bytes | None) -> str:
   return 'was not there before' if then is None else 'has changed'
 
 
-def _entry(line: bytes) -> tuple[bytes | None, bytes | None]:
-  """Returns (name, SHA-256) of a manifest's line; (None, None) if it is none."""
+def _entry(line: bytes) -> tuple[bytes, bytes]:
+  """Returns (name, SHA-256) of a manifest's line; both are empty if it is none."""
   digest, separator, name = line.partition(b'  ')
-  return (name, digest) if separator and len(digest) == 64 else (None, None)
+  return (name, digest) if separator and len(digest) == 64 else (b'', b'')
 
 
 def _describe(directory: epath.Path, *, synced: bool) -> str:

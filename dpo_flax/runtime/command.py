@@ -12,7 +12,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -145,7 +145,7 @@ def _hint(error: Exception) -> str:
   return ''
 
 
-def _leave(code: int, message: str):
+def _leave(code: int, message: str) -> NoReturn:
   message = without_secrets(message)
   hosts.peers().leave(code, message)
   if hosts.peers().count > 1:
@@ -206,6 +206,6 @@ def _fields(config: ConfigDict, prefix: str = '') -> list[str]:
   return names
 
 
-def _fail(message: str, code: int = MISTAKE):
+def _fail(message: str, code: int = MISTAKE) -> NoReturn:
   print(without_secrets(message), file=sys.stderr)
   sys.exit(code)

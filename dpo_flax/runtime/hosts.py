@@ -176,7 +176,8 @@ def _is_cloud_tpu() -> bool:
   """Whether this is a worker of a Cloud TPU slice, and the run is to use its chips."""
   # jax sets this on import where it finds TPU chips and libtpu.
   has_chips = os.environ.get('TPU_ML_PLATFORM') == 'JAX'
-  is_wanted = 'tpu' in (jax.config.jax_platforms or 'tpu')
+  platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
+  is_wanted = 'tpu' in (platforms or 'tpu')
   # Either GKE names the workers, or the VM's metadata does, where there is any.
   has_workers = 'TPU_WORKER_HOSTNAMES' in os.environ or 'TPU_SKIP_MDS_QUERY' not in os.environ
   return has_chips and is_wanted and has_workers

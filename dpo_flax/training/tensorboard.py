@@ -42,7 +42,7 @@ def _library() -> _Library:
   if _PACKAGE in sys.modules:
     return _Library(*map(importlib.import_module, names))
   spec = importlib.util.find_spec(_PACKAGE)
-  if spec is None:
+  if spec is None or spec.submodule_search_locations is None:
     raise ImportError('tensorboardX is not installed')
   package = types.ModuleType(_PACKAGE)
   package.__path__ = spec.submodule_search_locations
