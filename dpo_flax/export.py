@@ -18,12 +18,7 @@ from dpo_flax.assembly.models import load_models
 from dpo_flax.assembly.run_record import NAME, RunRecord, read_record
 from dpo_flax.assembly.sources import Sources, make_sources
 from dpo_flax.assembly.tuning import make_lora_config
-from dpo_flax.checkpoints.checkpoint import (
-  check_whole,
-  newest_step,
-  restore_trainable,
-  saved_identity,
-)
+from dpo_flax.checkpoints.checkpoint import check_whole, newest_step, restore, saved_identity
 from dpo_flax.config.identity import RunIdentity
 from dpo_flax.exports.exporting import check_outputs, export_adapter, export_merged
 from dpo_flax.exports.model_card import Facts
@@ -65,7 +60,7 @@ def export(workdir: str, output: str, *, merged: bool, step: int | None = None):
     )
     models = load_models(config, sources, lora, keeps_reference=False, mesh=mesh)
     graphdef, trainable, frozen = split_models(models)
-    trainable = restore_trainable(place / 'checkpoints', step, trainable)
+    trainable = restore(place / 'checkpoints', step, trainable, part='trainable')
     policy = nnx.merge(graphdef, trainable, frozen).policy
     if merged:
       export_merged(policy, sources.base, facts, output, mesh)
@@ -76,7 +71,7 @@ def export(workdir: str, output: str, *, merged: bool, step: int | None = None):
 def _check_record(record: RunRecord, place: epath.Path, step: int):
   """Refuses a record that is not of the run that saved the step, which is sealed."""
   now = RunIdentity(config_lib.identity_of(record.config), record.fingerprints)
-  for found in saved_identity(place / 'checkpoints', step).differences(now):
+  for found in saved_identity(place / 'checkpoints', step, RunIdentity).differences(now):
     if not found.is_of_the_data:
       raise ValueError(f'{place}/{NAME} is not that of step {step}. {found}')
 

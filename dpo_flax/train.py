@@ -79,7 +79,7 @@ def train(config: ConfigDict) -> dict[str, float]:
     check_room_to_learn(run, done)
     hosts.first_does(lambda: write_record(run.record, workdir))
     reporter = Reporter(
-      workdir, start_step=done, num_steps=run.num_steps, speaks=jax.process_index() == 0
+      workdir, start_step=done, num_steps=run.num_steps, is_writer=jax.process_index() == 0
     )
     enter(contextlib.closing(reporter))
     introduce(run, state, done, reporter)
@@ -114,7 +114,7 @@ class Learning:
     self._train_step, self._eval_step = assemble.make_steps(
       run.graphdef, run.options, optimizer=run.optimizer, mesh=run.mesh
     )
-    session.preemption.nothing_to_save = lambda: (session.checkpoints.latest() or 0) == self.done
+    session.preemption.save_unless(lambda: (session.checkpoints.latest() or 0) == self.done)
 
   def to_the_end(self):
     """Trains, saves, evaluates and exports until the last step is done."""

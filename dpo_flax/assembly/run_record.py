@@ -13,6 +13,8 @@ from dpo_flax import config as config_lib
 from dpo_flax.config.identity import RunIdentity
 from dpo_flax.data.batches import pack
 from dpo_flax.data.prepare import PreparedData
+from dpo_flax.files.atomic import write_file
+from dpo_flax.files.paths import fresh
 
 NAME = 'run.json'
 _CHECKED = 4  # pairs
@@ -61,9 +63,7 @@ def write_record(record: RunRecord, workdir: epath.Path):
     ],
   }
   workdir.mkdir(parents=True, exist_ok=True)
-  unfinished = workdir / f'{NAME}.tmp'
-  unfinished.write_text(json.dumps(values))
-  unfinished.replace(workdir / NAME)
+  write_file(workdir / NAME, json.dumps(values))
 
 
 def read_record(workdir: epath.Path) -> RunRecord:
@@ -72,7 +72,7 @@ def read_record(workdir: epath.Path) -> RunRecord:
   Raises:
     ValueError: there is none, or it is of another version of this library.
   """
-  path = workdir / NAME
+  path = fresh(workdir / NAME)
   if not path.exists():
     raise ValueError(f'{path} does not exist: give the workdir of a run')
   try:

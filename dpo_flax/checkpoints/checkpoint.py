@@ -1,7 +1,8 @@
-"""Checkpoints: adapters, optimizer, step and identity of a run in one atomic step.
+"""Checkpoints: a pytree of arrays, its step and the identity of its run in one atomic step.
 
-The base is not in them; the place in the data is the step. Orbax writes and reads the arrays; which
-step is whole is steps.py's to say.
+Of a training run the arrays are adapters and optimizer; the base is not among them, and the
+position in the data is the step. Orbax writes and reads the arrays; which step is whole is
+steps.py's to say.
 
 Every use of Orbax is in this file, because its names still move.
 """
@@ -11,7 +12,8 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +21,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from flax import nnx
 from jax.experimental import multihost_utils
 
 from dpo_flax.checkpoints import steps
-from dpo_flax.config.identity import RunIdentity
 from dpo_flax.files.paths import absolute, access_errors, is_remote
 from dpo_flax.runtime import hosts
-from dpo_flax.training.state import TrainState
 
 _STATE = 'state'
 
@@ -34,11 +33,36 @@ _STATE = 'state'
 _OVERHEAD_BYTES = 1 << 20
 
 
+Tree = TypeVar('Tree')  # a pytree of arrays
+
+
 class SaveError(OSError):
   """A step could not be saved; those before it are as they were."""
 
 
-def _raise(error: SaveError):
+class Difference(Protocol):
+  """What is not as it was when a step was saved; its text names it, with both values."""
+
+  @property
+  def is_of_the_data(self) -> bool:
+    """Whether it decides only which data are seen, and when."""
+    ...
+
+
+class Identity(Protocol):
+  """What a step may only be continued under: a dataclass of values that JSON can hold."""
+
+  __dataclass_fields__: ClassVar[dict[str, Any]]
+
+  def differences(self, other: Any) -> Sequence[Difference]:
+    """Returns each difference to another of the same class that wants to go on."""
+    ...
+
+
+AnIdentity = TypeVar('AnIdentity', bound=Identity)
+
+
+def _raise(error: SaveError) -> NoReturn:
   raise error
 
 
@@ -46,12 +70,28 @@ class Checkpoints:
   """The steps of one run, saved in one directory.
 
   Every process of the run makes the same calls in the same order.
+
+  >>> import tempfile
+  >>> directory = tempfile.mkdtemp()
+  >>> checkpoints = Checkpoints(directory, keep=2)
+  >>> checkpoints.save({'weight': jnp.ones(3)}, 7)
+  >>> checkpoints.finish(7)
+  >>> tree, step = checkpoints.resume({'weight': jnp.zeros(3)})
+  >>> tree['weight'].sum().item(), step
+  (3.0, 7)
+  >>> checkpoints.close()
+
+  Args:
+    directory: local or in an object store; made where it does not exist.
+    identity: of the run; None: any run goes on from here.
+    keep: how many of the newest steps are kept.
+    on_error: is called with the error of a step that could not be saved; raises it by default.
   """
 
   def __init__(
     self,
     directory: epath.PathLike,
-    identity: RunIdentity,
+    identity: Identity | None = None,
     *,
     keep: int,  # newest steps
     on_error: Callable[[SaveError], None] = _raise,
@@ -70,8 +110,8 @@ class Checkpoints:
     found = steps.finished(self.directory)
     return found[-1] if found else None
 
-  def save(self, state: TrainState, step: int):
-    """Starts writing `state` as `step`; returns once the arrays are copied off the devices.
+  def save(self, state: Any, step: int):
+    """Starts writing a pytree of arrays as `step`; returns once they are copied off the devices.
 
     What goes wrong meanwhile is `on_error`'s, with the step that it befell: by the next call of
     `check`, `save` or `close` at the latest.
@@ -110,7 +150,7 @@ class Checkpoints:
 
     hosts.first_does(require)
 
-  def resume(self, state: TrainState, *, allow_data_change: bool = False) -> tuple[TrainState, int]:
+  def resume(self, state: Tree, *, allow_data_change: bool = False) -> tuple[Tree, int]:
     """Returns the newest whole step's state and number; `state` and 0 where nothing is saved.
 
     Raises:
@@ -119,7 +159,13 @@ class Checkpoints:
     step = self._newest_whole()
     if step is None:
       return state, 0
-    found = saved_identity(self.directory, step).differences(self.identity)
+    self._check_identity(step, allow_data_change)
+    return self.restore(state, step), step
+
+  def _check_identity(self, step: int, allow_data_change: bool):
+    if self.identity is None:
+      return
+    found = saved_identity(self.directory, step, type(self.identity)).differences(self.identity)
     refused = [each for each in found if not (allow_data_change and each.is_of_the_data)]
     if refused:
       hint = (
@@ -139,28 +185,14 @@ class Checkpoints:
         step,
         each,
       )
-    return self.restore(state, step), step
 
-  def restore(self, state: TrainState, step: int) -> TrainState:
+  def restore(self, state: Tree, step: int) -> Tree:
     """Returns the state saved as `step`, on the shardings of `state`.
 
     Raises:
       ValueError: a saved array has another shape or dtype than `state` (Orbax would cast it).
     """
-    named = _named_arrays(state)
-    place = self.directory / str(step) / _STATE
-    saved = self._checkpointer.metadata(place).item_metadata
-    for name, array in named.items():
-      there = saved.get(name)
-      if there is None or (tuple(there.shape), there.dtype) != (array.shape, array.dtype):
-        found = 'nothing' if there is None else f'{there.dtype}{list(there.shape)}'
-        raise ValueError(
-          f'checkpoint {self.directory}/{step}: {name} is {found}, '
-          f'this run needs {array.dtype}{list(array.shape)}'
-        )
-    targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, named)
-    restored = self._checkpointer.restore(place, args=ocp.args.StandardRestore(targets))
-    return jax.tree.unflatten(jax.tree.structure(state), [restored[name] for name in named])
+    return restore(self.directory, step, state)
 
   def close(self):
     """Waits for the last save and handles its error if it failed."""
@@ -179,13 +211,14 @@ class Checkpoints:
     agreed = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found)))
     return None if agreed < 0 else agreed
 
-  def _begin(self, state: TrainState, step: int) -> bool:
+  def _begin(self, state: Any, step: int) -> bool:
     """Makes the place to write to, on the first process; whether all may go on."""
 
     def make():
       self._check_room(state)
       steps.begin(self.directory, step)
-      record = {'step': step, **dataclasses.asdict(self.identity)}
+      identity = {} if self.identity is None else dataclasses.asdict(self.identity)
+      record = {'step': step, **identity}
       (steps.place(self.directory, step) / steps.RECORD).write_text(json.dumps(record, indent=2))
 
     try:
@@ -202,7 +235,7 @@ class Checkpoints:
       steps.commit(self.directory, step)
       steps.keep_newest(self.directory, self._keep)
 
-  def _check_room(self, state: TrainState):
+  def _check_room(self, state: Any):
     if is_remote(self.directory):
       return
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD_BYTES
@@ -226,7 +259,7 @@ def _are_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
   return jax.tree.map(lambda array: jnp.all(jnp.isfinite(array)), arrays)
 
 
-def _check_finite(state: TrainState, step: int):
+def _check_finite(state: Any, step: int):
   bad = [
     name for name, finite in jax.device_get(_are_finite(_named_arrays(state))).items() if not finite
   ]
@@ -249,10 +282,17 @@ def newest_step(directory: epath.Path) -> int:
   return found[-1]
 
 
-def saved_identity(directory: epath.Path, step: int) -> RunIdentity:
-  """Returns what the run that saved `step` was."""
-  record = json.loads((directory / str(step) / steps.RECORD).read_text())
-  return RunIdentity(record['config'], record['fingerprints'])
+def saved_identity(directory: epath.Path, step: int, of: type[AnIdentity]) -> AnIdentity:
+  """Returns what the run that saved `step` was.
+
+  Raises:
+    ValueError: the step does not say.
+  """
+  record = steps.read_record(directory / str(step))
+  names = [field.name for field in dataclasses.fields(of)]
+  if missing := [name for name in names if name not in record]:
+    raise ValueError(f'{directory}/{step} does not say of which run it is: no {missing[0]}')
+  return of(**{name: record[name] for name in names})
 
 
 def check_whole(directory: epath.Path, step: int):
@@ -268,26 +308,44 @@ def check_whole(directory: epath.Path, step: int):
     raise ValueError(f'{directory}/{step} is damaged: {faults[0]}')
 
 
-def restore_trainable(directory: epath.Path, step: int, trainable: nnx.State) -> nnx.State:
-  """Returns what the state saved as `step` learned, on the shardings of `trainable`.
+def restore(directory: epath.PathLike, step: int, tree: Tree, *, part: str = '') -> Tree:
+  """Returns arrays of `step` in the structure and on the shardings of `tree`.
 
-  The step must be whole (`check_whole`). Neither the optimizer's part of its state nor a running
-  training is touched.
+  The step must be whole (`check_whole`). A running training is not touched.
+
+  Args:
+    directory: of the steps.
+    step: its number.
+    tree: a pytree of arrays or of jax.ShapeDtypeStruct with shardings.
+    part: the path in what was saved at which `tree` was, such as 'trainable'; the rest is not read.
+
+  Raises:
+    ValueError: a saved array has another shape or dtype than in `tree` (Orbax would cast it).
   """
-  arrays = {f'trainable.{name}': array for name, array in _named_arrays(trainable).items()}
-  targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, arrays)
+  prefix = f'{part}.' if part else ''
+  wanted = {prefix + name: array for name, array in _named_arrays(tree).items()}
+  path = absolute(directory) / str(step) / _STATE
+  targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
   args = ocp.args.PyTreeRestore(
     targets,
     restore_args=ocp.checkpoint_utils.construct_restore_args(targets),
-    partial_restore=True,
+    partial_restore=bool(part),
   )
-  place = absolute(directory) / str(step) / _STATE
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-    restored = checkpointer.restore(place, args=args)
-  return jax.tree.unflatten(jax.tree.structure(trainable), [restored[name] for name in arrays])
+    saved = checkpointer.metadata(path).item_metadata
+    for name, array in wanted.items():
+      there = saved.get(name)
+      if there is None or (tuple(there.shape), there.dtype) != (array.shape, array.dtype):
+        found = 'nothing' if there is None else f'{there.dtype}{list(there.shape)}'
+        raise ValueError(
+          f'checkpoint {directory}/{step}: {name} is {found}, '
+          f'this run needs {array.dtype}{list(array.shape)}'
+        )
+    restored = checkpointer.restore(path, args=args)
+  return jax.tree.unflatten(jax.tree.structure(tree), [restored[name] for name in wanted])
 
 
-def _named_arrays(state: TrainState | nnx.State) -> dict[str, jax.Array]:
-  """Path -> array, in the order of the state's leaves."""
-  leaves = jax.tree.leaves_with_path(state)
+def _named_arrays(tree: Any) -> dict[str, jax.Array]:
+  """Path -> array, in the order of the tree's leaves."""
+  leaves = jax.tree.leaves_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator='.'): leaf for path, leaf in leaves}

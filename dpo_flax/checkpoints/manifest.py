@@ -5,38 +5,33 @@ The manifest has the format of sha256sum, so that any machine can check a direct
     sha256sum -c SHA256SUMS
 """
 
-import hashlib
 import os
 
 from etils import epath
 
-from dpo_flax.files.paths import is_link, is_remote
+from dpo_flax.files.atomic import sha256_of, sync, write_file
+from dpo_flax.files.paths import fresh, is_link, is_remote
 
 NAME = 'SHA256SUMS'
-_CHUNK = 1 << 22  # bytes
 
 
 def seal(directory: epath.Path):
   """Writes the manifest of a directory; returns once that and all it tells of are on disk."""
-  text = _describe(directory, sync=True)
-  path = directory / NAME
-  path.write_text(text)
-  if not is_remote(directory):
-    _sync(path)
-    for place in {directory, *(path.parent for path in _entries(directory))}:
-      _sync(place)
+  write_file(directory / NAME, _describe(directory, synced=True))
+  for folder in {path.parent for path in _entries(directory)}:
+    sync(folder)
 
 
 def faults(directory: epath.Path) -> list[str]:
   """Returns what differs from when the directory was sealed; [] if every byte is the same."""
-  path = directory / NAME
+  path = fresh(directory / NAME)
   if is_link(path) or not path.exists():
     return [f'{NAME} is missing']
-  sealed, found = path.read_bytes(), _describe(directory, sync=False).encode()
+  sealed, found = path.read_bytes(), _describe(directory, synced=False).encode()
   if sealed == found:
     return []
   then, now = (dict(map(_entry, text.splitlines())) for text in (sealed, found))
-  if then == now or None in then:
+  if then == now or b'' in then:
     return [f'{NAME} is damaged']
   return [
     f'{name.decode(errors="replace")} {_fate(then.get(name), now.get(name))}'
@@ -45,36 +40,30 @@ def faults(directory: epath.Path) -> list[str]:
   ]
 
 
-def sync_directory(directory: epath.Path):
-  """Puts the names in a local directory on disk."""
-  if not is_remote(directory):
-    _sync(directory)
-
-
 def _fate(then: bytes | None, now: bytes | None) -> str:
   if now is None:
     return 'is missing'
   return 'was not there before' if then is None else 'has changed'
 
 
-def _entry(line: bytes) -> tuple[bytes | None, bytes | None]:
-  """Returns (name, SHA-256) of a manifest's line; (None, None) if it is none."""
+def _entry(line: bytes) -> tuple[bytes, bytes]:
+  """Returns (name, SHA-256) of a manifest's line; both are empty if it is none."""
   digest, separator, name = line.partition(b'  ')
-  return (name, digest) if separator and len(digest) == 64 else (None, None)
+  return (name, digest) if separator and len(digest) == 64 else (b'', b'')
 
 
-def _describe(directory: epath.Path, *, sync: bool) -> str:
+def _describe(directory: epath.Path, *, synced: bool) -> str:
   """Returns the manifest of what the directory now holds."""
   base = len(str(directory)) + 1
   names = {str(path)[base:]: path for path in _entries(directory)}
-  lines = [f'{_digest(path, sync)}  {name}\n' for name, path in sorted(names.items())]
+  lines = [f'{_digest(path, synced)}  {name}\n' for name, path in sorted(names.items())]
   return ''.join(line for line in lines if not line.endswith(f'  {NAME}\n'))
 
 
 def _entries(directory: epath.Path) -> list[epath.Path]:
   """Every file below a directory, and every symbolic link and pipe, which are not read."""
   found = []
-  for path in directory.iterdir():
+  for path in fresh(directory).iterdir():
     if path.is_dir() and not is_link(path):
       found += _entries(path)
     else:
@@ -82,22 +71,8 @@ def _entries(directory: epath.Path) -> list[epath.Path]:
   return found
 
 
-def _digest(path: epath.Path, sync: bool) -> str:
+def _digest(path: epath.Path, synced: bool) -> str:
   # epath takes a pipe for a file.
   if is_link(path) or not (is_remote(path) or os.path.isfile(path)):
     return '-' * 64  # no file's: what a link leads to may change, a pipe may have nothing to read
-  digest = hashlib.sha256()
-  with path.open('rb') as file:
-    while chunk := file.read(_CHUNK):
-      digest.update(chunk)
-    if sync and not is_remote(path):
-      os.fsync(file.fileno())
-  return digest.hexdigest()
-
-
-def _sync(path: epath.Path):
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
+  return sha256_of(path, synced=synced)

@@ -12,14 +12,17 @@ In an object store, which has no rename, a step is finished once it has a manife
 
 import json
 import re
+from typing import Any
 
 from absl import logging
 from etils import epath
 
 from dpo_flax.checkpoints import manifest
-from dpo_flax.files.paths import access_errors, is_link, is_remote
+from dpo_flax.files.atomic import sync
+from dpo_flax.files.paths import access_errors, fresh, is_link, is_remote
 
-RECORD = 'run.json'  # what a step says of itself
+RECORD = 'step.json'  # what a step says of itself
+_OLD_RECORD = 'run.json'  # its name in version 0.1.0
 _STEP = re.compile(r'0|[1-9][0-9]*')
 _LEFTOVER = re.compile(r'(0|[1-9][0-9]*)\.(unfinished|deleted)')
 _QUARANTINE = 'quarantine'
@@ -55,6 +58,12 @@ def faults(step: epath.Path) -> list[str]:
     return [str(error)]
 
 
+def read_record(step: epath.Path) -> dict[str, Any]:
+  """Returns what a step says of itself: its number, and the identity of its run."""
+  path, old = step / RECORD, step / _OLD_RECORD
+  return json.loads((path if path.exists() or not old.exists() else old).read_text())
+
+
 def place(directory: epath.Path, step: int) -> epath.Path:
   """Returns where a step is written before it is one."""
   return directory / (str(step) if is_remote(directory) else f'{step}.unfinished')
@@ -79,7 +88,7 @@ def commit(directory: epath.Path, step: int):
   manifest.seal(written)
   if not is_remote(directory):
     written.rename(directory / str(step))
-    manifest.sync_directory(directory)
+    sync(directory)
 
 
 def keep_newest(directory: epath.Path, count: int):
@@ -106,7 +115,7 @@ def _named(directory: epath.Path) -> list[int]:
 
 
 def _directories(directory: epath.Path) -> list[epath.Path]:
-  if not directory.exists():
+  if not fresh(directory).exists():
     return []
   return [path for path in directory.iterdir() if path.is_dir() and not is_link(path)]
 
@@ -114,7 +123,7 @@ def _directories(directory: epath.Path) -> list[epath.Path]:
 def _faults_of_the_record(step: epath.Path) -> list[str]:
   """Finds a step under another's name, and a directory that was never one."""
   try:
-    number = json.loads((step / RECORD).read_text())['step']
+    number = read_record(step)['step']
   except (ValueError, KeyError, TypeError):
     return [f'{RECORD} is no record of a step']
   return [] if str(number) == step.name else [f'it was saved as step {number}']

@@ -2,13 +2,13 @@
 
 import contextlib
 import os
-import pathlib
 import re
 from collections.abc import Iterator
 
 from etils import epath
 
-from dpo_flax.files.paths import absolute, access_errors, is_remote
+from dpo_flax.files.atomic import sync
+from dpo_flax.files.paths import absolute, access_errors, fresh, is_remote
 from dpo_flax.huggingface.tensor_files import WRITER, read_header
 
 # What an export may hold besides its tensors.
@@ -51,6 +51,7 @@ def new_directory(output: epath.PathLike) -> Iterator[epath.Path]:
   if output.exists():
     output.rename(retired)
   staging.rename(output)
+  sync(output.parent)
   if retired.exists():
     retired.rmtree()
 
@@ -61,7 +62,7 @@ def check_replaceable(output: epath.PathLike):
   Raises:
     ValueError: it exists, and is neither empty nor an earlier export with nothing added to it.
   """
-  output = absolute(output)
+  output = fresh(absolute(output))
   if not output.exists():
     return
   if not output.is_dir():
@@ -90,7 +91,7 @@ def check_writable(output: epath.PathLike):
   """
   staging = staging_path(output)
   try:
-    was_there = staging.exists()  # left by a kill: it tells what `output` is
+    was_there = fresh(staging).exists()  # left by a kill: it tells what `output` is
     staging.mkdir(parents=True, exist_ok=True)
     (staging / _PROBE).write_text('')
     (staging / _PROBE).unlink()
@@ -146,11 +147,5 @@ def _is_ours(file: epath.Path) -> bool:
 
 def _flush(directory: epath.Path):
   """Puts the files on the disk itself, so that the rename is never there before them."""
-  if is_remote(directory):
-    return
-  for path in (*pathlib.Path(directory).iterdir(), directory):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-      os.fsync(descriptor)
-    finally:
-      os.close(descriptor)
+  for path in (*directory.iterdir(), directory):
+    sync(path)

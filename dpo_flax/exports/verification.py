@@ -14,6 +14,7 @@ from dpo_flax.data.batches import pack
 from dpo_flax.huggingface.peft_adapter import open_adapter
 from dpo_flax.huggingface.weights import open_checkpoint
 from dpo_flax.model.transformer import Transformer
+from dpo_flax.runtime.memory import is_out_of_memory
 
 # What rounding to a dtype can make of a token's log-prob, in nats: twice the most that was seen in
 # random models, which amplify it more than trained ones do. Errors of n tokens are independent: in
@@ -44,7 +45,7 @@ def reload_merged(policy: Transformer, directory: epath.Path, mesh: Mesh) -> Tra
   try:
     return load_model(policy.config, None, checkpoint=checkpoint, mesh=mesh, seed=0)
   except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
+    if not is_out_of_memory(error):
       raise
     logging.warning('%s: the devices have no room to reload it: not compared', directory)
     return None

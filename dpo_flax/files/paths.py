@@ -6,15 +6,10 @@ An object store has no links, no locks, no appending, and no rename of a directo
 import os
 import sys
 
-import fsspec.config
 from etils import epath
+from etils.epath import backend
 
-# fsspec, by which epath reaches object stores, keeps listings, and then never sees what TensorStore
-# and other processes write.
-for _protocol in ('gs', 's3'):
-  fsspec.config.conf.setdefault(_protocol, {})['use_listings_cache'] = False
-
-
+_CLIENTS = {'gs': 'gcsfs', 's3': 's3fs'}  # scheme -> the module by which fsspec reaches it
 _STORE_ERRORS = (
   ('gcsfs.retry', 'HttpError'),
   ('gcsfs.retry', 'ChecksumError'),
@@ -31,6 +26,34 @@ def is_remote(path: epath.PathLike) -> bool:
 def is_link(path: epath.PathLike) -> bool:
   """Whether a path is a symbolic link."""
   return not is_remote(path) and os.path.islink(path)
+
+
+def keep_no_listings():
+  """Lets all of this process see what other processes write to object stores.
+
+  fsspec, by which epath reaches them, keeps listings, and then never sees what TensorStore and
+  other processes write. This changes fsspec for everyone: it is for commands, whose process is
+  theirs. `fresh` does it for what this library reads.
+  """
+  import fsspec.config
+
+  for scheme in _CLIENTS:
+    fsspec.config.conf.setdefault(scheme, {})['use_listings_cache'] = False
+
+
+def fresh(path: epath.Path) -> epath.Path:
+  """Returns the path; what is read by it from then on is what the object store holds now.
+
+  epath's own client of the store, which its paths share, forgets what it has listed and keeps no
+  listings any more. Neither fsspec's settings nor its other clients change.
+  """
+  client = _CLIENTS.get(os.fspath(path).partition('://')[0])
+  if client in sys.modules:  # else nothing has been listed yet
+    store = backend.fsspec_backend.fs(path)
+    if store.dircache.use_listings_cache:
+      store.dircache.use_listings_cache = False
+      store.invalidate_cache()
+  return path
 
 
 def access_errors() -> tuple[type[Exception], ...]:

@@ -1,6 +1,5 @@
 """Files of directories that may come from anyone, read without leaving these, in bounded memory."""
 
-import json
 import os
 import pathlib
 import re
@@ -9,7 +8,8 @@ from typing import Any
 from etils import epath
 
 from dpo_flax.files.messages import shown
-from dpo_flax.files.paths import is_remote
+from dpo_flax.files.paths import fresh, is_remote
+from dpo_flax.files.strict_json import StrictJsonError, parse_object
 
 # A published index of 90,000 tensors has 9 MB and 90,000 values.
 MAX_JSON_BYTES = 32 * 2**20
@@ -27,7 +27,7 @@ def find_file(directory: epath.Path, name: str) -> epath.Path | None:
   """
   path = directory / name
   if is_remote(directory):
-    return path if path.exists() else None
+    return path if fresh(path).exists() else None
   home, real = (pathlib.Path(os.path.realpath(os.fspath(place))) for place in (directory, path))
   if not real.is_relative_to(home) and not _is_blob(real, home):
     raise ValueError(
@@ -67,29 +67,28 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 def parse_json(
   text: bytes, where: epath.Path, *, max_values: float = MAX_JSON_VALUES
 ) -> dict[str, Any]:
-  """Parses a JSON object.
+  """Parses a JSON object strictly.
+
+  Args:
+    text: UTF-8.
+    where: its file, for the message.
+    max_values: how many values it may have at most.
 
   Raises:
     ValueError: it is not one, a key occurs twice, or it would take much memory.
   """
-
-  def unique(pairs):
-    values = dict(pairs)
-    if len(values) < len(pairs):
-      seen = set()
-      again = {key for key, _ in pairs if key in seen or seen.add(key)}
-      raise ValueError(f'duplicate {shown(sorted(again))}')
-    return values
-
-  def refuse(constant):
-    raise ValueError(f'{constant} is no JSON')
-
-  if sum(map(text.count, (b',', b'[', b'{'))) > max_values:
-    raise ValueError(f'{where}: JSON of more than {max_values} values')
   try:
-    values = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f'{where}: not valid JSON: {error}') from error
-  if not isinstance(values, dict):
-    raise ValueError(f'{where}: a JSON object is expected, not {type(values).__name__}')
-  return values
+    return parse_object(text, max_values=max_values)
+  except StrictJsonError as error:
+    raise ValueError(f'{where}: {_fault(error)}') from error
+
+
+def _fault(error: StrictJsonError) -> str:
+  match error.reason:
+    case 'too many values':
+      return f'JSON of {error.detail} values'
+    case 'not a JSON object':
+      return f'a JSON object is expected, not {error.detail}'
+    case 'duplicate key':
+      return f'not valid JSON: duplicate {shown([error.detail])}'
+  return f'not valid JSON: {shown(error.detail)}'

@@ -15,6 +15,7 @@ from dpo_flax.huggingface.weights import Checkpoint
 from dpo_flax.planning.aot import abstract_train_step
 from dpo_flax.planning.chips import Slice
 from dpo_flax.planning.compiled import hlo, memory, work
+from dpo_flax.runtime.memory import is_out_of_memory
 from dpo_flax.sharding import make_mesh
 
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
@@ -77,7 +78,7 @@ def estimate(
     with jax.set_mesh(mesh):
       compiled, text = compile_with_text(step.lower(*arguments))
   except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
+    if not is_out_of_memory(error):
       raise
     return refused(str(error), arguments, slice_, seconds=time.perf_counter() - start)
   seconds = time.perf_counter() - start

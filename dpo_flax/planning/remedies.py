@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from dpo_flax.runtime.memory import is_out_of_memory
 from dpo_flax.sharding import make_mesh, row_parts
 
 
@@ -31,7 +32,7 @@ def explained(config: ConfigDict, *held: Any) -> Iterator[None]:
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
+    if not is_out_of_memory(error):
       raise
     device = jax.local_devices()[0]
     capacity = (device.memory_stats() or {}).get('bytes_limit')

@@ -6,30 +6,57 @@ one of the codes in peers.py: the same command goes on.
 """
 
 import difflib
+import functools
 import re
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from dpo_flax import config as config_lib
 from dpo_flax.files.messages import without_secrets
-from dpo_flax.files.paths import access_errors
+from dpo_flax.files.paths import access_errors, keep_no_listings
 from dpo_flax.runtime import hosts
 from dpo_flax.runtime.peers import MISTAKE, PREEMPTED, end
 from dpo_flax.runtime.preemption import Preempted
-
-_VERBOSE = flags.DEFINE_bool(
-  'verbose', False, "Show libraries' messages, and the traceback of an error."
-)
 
 INTERRUPTED = 130  # exit code: 128 + SIGINT, as shells have it
 # What XLA says, in a ValueError too, of a collective that another process has left.
 _STATUS = re.compile(r'\b(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ')
 _MISTAKES = (ValueError, FloatingPointError, ImportError)
+
+
+class _Flags(NamedTuple):
+  """The flags that all commands have."""
+
+  verbose: flags.FlagHolder
+  coordinator: flags.FlagHolder
+  num_processes: flags.FlagHolder
+  process_id: flags.FlagHolder
+  join_timeout: flags.FlagHolder
+
+
+@functools.cache
+def _define_flags() -> _Flags:
+  """Defines them as a command starts, so that a program that imports this library has none."""
+  return _Flags(
+    flags.DEFINE_bool('verbose', False, "Show libraries' messages, and the traceback of an error."),
+    flags.DEFINE_string(
+      'coordinator', None, 'host:port where process 0 listens, and on no other address.'
+    ),
+    flags.DEFINE_integer('num_processes', None, 'Processes of the run, all together.'),
+    flags.DEFINE_integer('process_id', None, 'This one among them, from 0.'),
+    flags.DEFINE_integer(
+      'join_timeout',
+      hosts.JOIN_TIMEOUT,
+      'Seconds until all processes of the run must have come.',
+      lower_bound=1,
+    ),
+  )
 
 
 def run(command: Callable[[ConfigDict], object], *, on_every_host: bool = False):
@@ -53,15 +80,22 @@ def run(command: Callable[[ConfigDict], object], *, on_every_host: bool = False)
 
 def run_flags(command: Callable[[], object], *, on_every_host: bool = False):
   """Parses the command line and calls a command that has flags of its own and no config."""
+  given = _define_flags()
+  keep_no_listings()
 
   def main(argv: list[str]):
     if len(argv) > 1:
       _fail(f'unexpected arguments: {" ".join(argv[1:])}')
-    if not _VERBOSE.value:
+    if not given.verbose.value:
       _quieten_libraries()
     try:
       if on_every_host:
-        hosts.connect()
+        hosts.connect(
+          given.coordinator.value,
+          given.num_processes.value,
+          given.process_id.value,
+          join_timeout=given.join_timeout.value,
+        )
       command()
     except Preempted as stopped:
       _leave(PREEMPTED, f'told to stop (SIGTERM), {stopped}: the same command goes on.')
@@ -74,7 +108,7 @@ def run_flags(command: Callable[[], object], *, on_every_host: bool = False):
       if not is_mistake:
         hosts.peers().leave(1, f'{type(error).__name__}: {error}')
         raise
-      if _VERBOSE.value:
+      if given.verbose.value:
         traceback.print_exc()
       _leave(MISTAKE, f'{type(error).__name__}: {error}{_hint(error)}')
     hosts.peers().close()
@@ -111,7 +145,7 @@ def _hint(error: Exception) -> str:
   return ''
 
 
-def _leave(code: int, message: str):
+def _leave(code: int, message: str) -> NoReturn:
   message = without_secrets(message)
   hosts.peers().leave(code, message)
   if hosts.peers().count > 1:
@@ -172,6 +206,6 @@ def _fields(config: ConfigDict, prefix: str = '') -> list[str]:
   return names
 
 
-def _fail(message: str, code: int = MISTAKE):
+def _fail(message: str, code: int = MISTAKE) -> NoReturn:
   print(without_secrets(message), file=sys.stderr)
   sys.exit(code)

@@ -1,13 +1,14 @@
 """One run on several hosts: how its processes find one another before jax looks for devices.
 
-On Cloud TPU the environment tells. Elsewhere every process is told, here for the second of two:
+On Cloud TPU the environment says. Elsewhere every process is given it, here the second of two:
 
     --coordinator=10.0.0.1:8476 --num_processes=2 --process_id=1
 
-Without these a run is one process that listens to nobody.
+Without these a run is one process that listens to nobody. command.py defines the flags.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -19,21 +20,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
-from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from dpo_flax.files.paths import access_errors
+from dpo_flax.runtime.coordinator import membership
 from dpo_flax.runtime.peers import LOST_PEER, Peers, end
-
-_COORDINATOR = flags.DEFINE_string(
-  'coordinator', None, 'host:port where process 0 listens, and on no other address.'
-)
-_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Processes of the run, all together.')
-_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'This one among them, from 0.')
-_JOIN_TIMEOUT = flags.DEFINE_integer(
-  'join_timeout', 300, 'Seconds until all processes of the run must have come.', lower_bound=1
-)
 
 # peers.py notices sooner, and names who is at fault; this is for when it cannot.
 _TIMEOUTS = {'heartbeat_timeout_seconds': 60, 'shutdown_timeout_seconds': 15}
@@ -43,49 +34,91 @@ _CLOUD_TPU_PORT = '8482'  # jax's own choice
 _METADATA_SERVER = ('169.254.169.254', 80)  # that of any Google Cloud VM
 
 
-_alone = Peers()
-_joined: list[Peers] = []  # none or one, as a process joins once
+JOIN_TIMEOUT = 300  # seconds
+
+
+@dataclasses.dataclass
+class _Run:
+  """The run that this process belongs to; alone until `connect`."""
+
+  peers: Peers = dataclasses.field(default_factory=Peers)
+
+
+_run = _Run()
 
 
 def peers() -> Peers:
   """Returns the run's other processes, as far as this one has joined them."""
-  return _joined[0] if _joined else _alone
+  return _run.peers
 
 
-def connect():
+def connect(
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  *,
+  join_timeout: int = JOIN_TIMEOUT,
+):
   """Joins the run's other processes, if there are any.
 
+  Args:
+    coordinator: host:port where process 0 listens, and on no other address.
+    num_processes: of the run, all together.
+    process_id: this one among them, from 0.
+    join_timeout: seconds until all of them must have come; else this process ends.
+
   Raises:
-    ValueError: the flags are incomplete or contradict each other.
+    ValueError: the first three are incomplete or contradict each other.
   """
-  given = {flag.name: flag.value for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)}
-  if any(value is not None for value in given.values()):
-    _connect_as_told(**given)
+  given = {'coordinator': coordinator, 'num_processes': num_processes, 'process_id': process_id}
+  if coordinator is not None and num_processes is not None and process_id is not None:
+    _connect_as_given(coordinator, num_processes, process_id, join_timeout)
+  elif any(value is not None for value in given.values()):
+    missing = [f'--{name}' for name, value in given.items() if value is None]
+    raise ValueError(f'a run of several processes also needs {", ".join(missing)}')
   elif _is_cloud_tpu():
     port = os.environ.get('JAX_COORDINATOR_PORT', _CLOUD_TPU_PORT)
     # jax would listen on every interface; the other workers know this one.
-    _join(coordinator_bind_address=f'{_own_address()}:{port}')
+    with _limited_wait('another process of the run', 'Has it failed', join_timeout):
+      _join(join_timeout, coordinator_bind_address=f'{_own_address()}:{port}')
 
 
-def _join(*arguments, **options):
+def _connect_as_given(coordinator: str, num_processes: int, process_id: int, join_timeout: int):
+  if not 0 <= process_id < num_processes:
+    raise ValueError(
+      f'--process_id={process_id}: with --num_processes={num_processes} it is one of '
+      f'0 ... {num_processes - 1}'
+    )
+  host, _, port = coordinator.rpartition(':')
+  if not host or not port.isdecimal():
+    raise ValueError(f'--coordinator={coordinator}: expected host:port of process 0')
+  who = f'process {1 - process_id} of 2' if num_processes == 2 else 'another process of the run'
+  why = f'Has it failed, or can {coordinator} not be reached'
+  with _limited_wait(who, why, join_timeout):
+    _join(
+      join_timeout,
+      coordinator,
+      num_processes,
+      process_id,
+      coordinator_bind_address=coordinator,
+      cluster_detection_method='deactivate',
+    )
+
+
+def _join(join_timeout: int, *arguments, **options):
   jax.config.update('jax_enable_preemption_service', False)  # it would take SIGTERM for itself
-  patience = _JOIN_TIMEOUT.value + _LONGER
-  with _limited_wait():
-    jax.distributed.initialize(*arguments, **options, **_TIMEOUTS, initialization_timeout=patience)
-  state = distributed.global_state
-  _joined.append(Peers(state.process_id, state.num_processes))
-  _joined[0].watch()
+  patience = join_timeout + _LONGER
+  jax.distributed.initialize(*arguments, **options, **_TIMEOUTS, initialization_timeout=patience)
+  _run.peers = Peers(*membership())
+  _run.peers.watch()
 
 
 @contextlib.contextmanager
-def _limited_wait() -> Iterator[None]:
+def _limited_wait(who: str, why: str, seconds: int) -> Iterator[None]:
   """Ends the process if it waits too long for the others; an interrupt ends it at once.
 
   One that comes late cannot be told from one that has died before it came.
   """
-  seconds, coordinator, count = _JOIN_TIMEOUT.value, _COORDINATOR.value, _NUM_PROCESSES.value
-  who = f'process {1 - _PROCESS_ID.value} of 2' if count == 2 else 'another process of the run'
-  why = 'Has it failed' + (f', or can {coordinator} not be reached' if coordinator else '')
   said = f'{who} has not come within {seconds} s (--join_timeout). {why}? This process ends too.'
   timer = threading.Timer(seconds, end, [said, LOST_PEER])
   timer.daemon = True
@@ -139,33 +172,12 @@ def check_agreement(values: Mapping[str, Any]):
     )
 
 
-def _connect_as_told(coordinator: str | None, num_processes: int | None, process_id: int | None):
-  given = {'coordinator': coordinator, 'num_processes': num_processes, 'process_id': process_id}
-  missing = [f'--{name}' for name, value in given.items() if value is None]
-  if missing:
-    raise ValueError(f'a run of several processes also needs {", ".join(missing)}')
-  if not 0 <= process_id < num_processes:
-    raise ValueError(
-      f'--process_id={process_id}: with --num_processes={num_processes} it is one of '
-      f'0 ... {num_processes - 1}'
-    )
-  host, _, port = coordinator.rpartition(':')
-  if not host or not port.isdecimal():
-    raise ValueError(f'--coordinator={coordinator}: expected host:port of process 0')
-  _join(
-    coordinator,
-    num_processes,
-    process_id,
-    coordinator_bind_address=coordinator,
-    cluster_detection_method='deactivate',
-  )
-
-
 def _is_cloud_tpu() -> bool:
   """Whether this is a worker of a Cloud TPU slice, and the run is to use its chips."""
   # jax sets this on import where it finds TPU chips and libtpu.
   has_chips = os.environ.get('TPU_ML_PLATFORM') == 'JAX'
-  is_wanted = 'tpu' in (jax.config.jax_platforms or 'tpu')
+  platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
+  is_wanted = 'tpu' in (platforms or 'tpu')
   # Either GKE names the workers, or the VM's metadata does, where there is any.
   has_workers = 'TPU_WORKER_HOSTNAMES' in os.environ or 'TPU_SKIP_MDS_QUERY' not in os.environ
   return has_chips and is_wanted and has_workers

@@ -17,7 +17,7 @@ from typing import TextIO
 from absl import logging
 from etils import epath
 
-from dpo_flax.files.paths import access_errors, is_link, is_remote
+from dpo_flax.files.paths import access_errors, fresh, is_link, is_remote
 
 _NAME = 'lock'
 
@@ -29,7 +29,7 @@ def sole_writer(workdir: epath.Path) -> Iterator[str]:
   Raises:
     ValueError: another process holds it, which is named; or it cannot be written to.
   """
-  path = workdir / _NAME
+  path = fresh(workdir / _NAME)
   since = datetime.datetime.now().astimezone().isoformat(timespec='seconds')
   me = json.dumps({'host': socket.gethostname(), 'pid': os.getpid(), 'since': since})
   if is_remote(workdir):
@@ -60,7 +60,7 @@ def holder(workdir: epath.Path) -> str | None:
 
   Not for that writer: POSIX locks end when their process closes the file, however it came to it.
   """
-  path = workdir / _NAME
+  path = fresh(workdir / _NAME)
   return path.read_text() if path.exists() and not is_link(path) else None
 
 

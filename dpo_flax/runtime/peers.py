@@ -18,7 +18,8 @@ import time
 from typing import NoReturn
 
 import jax
-from jax._src import distributed  # the board has no public name; Orbax uses it as well
+
+from dpo_flax.runtime import coordinator
 
 # Exit codes. After the last two, of sysexits.h, the same command goes on.
 MISTAKE = 2
@@ -59,15 +60,14 @@ class Peers:
   def post(self, topic: str, text: str):
     """Pins a note to the board, over an earlier one of this process on the topic."""
     if self.count > 1:
-      key = f'{_BOARD}/{topic}/{self.index}'
-      distributed.global_state.client.key_value_set(key, text, allow_overwrite=True)
+      coordinator.write(f'{_BOARD}/{topic}/{self.index}', text)
 
   def notes(self, topic: str) -> dict[int, str]:
     """Returns the notes on a topic: process -> text."""
     if self.count == 1:
       return {}
-    found = distributed.global_state.client.key_value_dir_get(f'{_BOARD}/{topic}/')
-    return {int(key.rpartition('/')[2]): text for key, text in found}
+    found = coordinator.read_directory(f'{_BOARD}/{topic}/')
+    return {int(key.rpartition('/')[2]): text for key, text in found.items()}
 
   def ask_to_stop(self):
     """Asks all processes to stop at a point that they agree on."""
@@ -118,9 +118,8 @@ class Peers:
 
   def _aborted(self, _: int):
     """Runs on the thread that aborts, which does so once this returns."""
-    host, _, port = distributed.global_state.coordinator_address.rpartition(':')
     try:
-      socket.create_connection((host, int(port)), timeout=5).close()
+      socket.create_connection(coordinator.address(), timeout=5).close()
     except OSError:
       end(f'{self._describe(0)}, the coordinator, is gone. This process ends too.', LOST_PEER)
     faulthandler.dump_traceback()

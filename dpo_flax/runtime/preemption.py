@@ -30,7 +30,7 @@ class Preemption:
   """
 
   def __init__(self, peers: Peers, *, grace: float):
-    self.nothing_to_save: Callable[[], bool] = lambda: True
+    self._is_saved: Callable[[], bool] | None = None  # until there is something to save
     self._peers, self._grace = peers, grace
     self._limit = grace - min(_GOODBYE, grace / 2)
     self._told: float | None = None  # when, on the monotonic clock
@@ -56,6 +56,13 @@ class Preemption:
     signal.signal(signal.SIGTERM, self._before if self._told is None else signal.SIG_IGN)
     for descriptor in self._pipe:
       os.close(descriptor)
+
+  def save_unless(self, is_saved: Callable[[], bool]):
+    """From now on, this process ends at once only when `is_saved` says that nothing would be lost.
+
+    It is called on another thread.
+    """
+    self._is_saved = is_saved
 
   def check(self):
     """Marks a point at which the run could stop; every process comes to the same ones.
@@ -83,8 +90,11 @@ class Preemption:
         continue
       time.sleep(_INTERVAL / 10)
       late = time.monotonic() - self._told > self._limit
-      if late or (not self._stopping and (self._peers.parting or self.nothing_to_save())):
+      if late or (not self._stopping and (self._peers.parting or self._has_nothing_to_save())):
         self._leave(late)
+
+  def _has_nothing_to_save(self) -> bool:
+    return self._is_saved is None or self._is_saved()
 
   def _was_signalled(self) -> bool:
     readable, _, _ = select.select([self._pipe[0]], [], [], _INTERVAL)

@@ -7,8 +7,6 @@ its own SHA-256: what does not fit, or is damaged, is computed again.
 import dataclasses
 import hashlib
 import json
-import os
-import uuid
 
 import jax
 import numpy as np
@@ -20,7 +18,8 @@ from ml_collections import ConfigDict
 
 from dpo_flax.data.batches.split import Split
 from dpo_flax.data.prepare import PreparedData
-from dpo_flax.files.paths import is_remote
+from dpo_flax.files.atomic import write_file
+from dpo_flax.files.paths import fresh
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.training.scoring import score_side
 
@@ -68,7 +67,7 @@ def _key(pairs: Split, fingerprint: str, config: ConfigDict) -> str:
 
 def _read(path: epath.Path, count: int) -> np.ndarray | None:
   """Returns [count, 2] float32 chosen, rejected; None where there is no sound file."""
-  if not path.exists():
+  if not fresh(path).exists():
     return None
   content = path.read_bytes()
   digest, data = content[:_DIGEST], content[_DIGEST:]
@@ -79,16 +78,10 @@ def _read(path: epath.Path, count: int) -> np.ndarray | None:
 
 
 def _write(path: epath.Path, logps: np.ndarray):
-  """Writes the SHA-256 of the numbers, then the numbers; the file appears whole or not at all."""
+  """Writes the SHA-256 of the numbers, then the numbers."""
   data = logps.astype(np.float32).tobytes()
   path.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')  # runs may write at once
-  with unfinished.open('wb') as file:
-    file.write(hashlib.sha256(data).digest() + data)
-    file.flush()
-    if not is_remote(path):
-      os.fsync(file.fileno())
-  unfinished.replace(path)
+  write_file(path, hashlib.sha256(data).digest() + data, concurrent=True)
 
 
 def _missing_anywhere(logps: np.ndarray | None) -> bool:

@@ -11,7 +11,8 @@ import tqdm
 from absl import logging
 from etils import epath
 
-from dpo_flax.files.paths import access_errors, is_remote
+from dpo_flax.files.atomic import write_file
+from dpo_flax.files.paths import access_errors, fresh, is_remote
 from dpo_flax.losses import metrics
 from dpo_flax.losses.metrics import Sums
 from dpo_flax.training.tensorboard import EventFiles
@@ -27,38 +28,46 @@ _COLUMNS = (
 
 
 class Reporter:
-  """Writes metrics to every place at once. Only the first process has one that speaks.
+  """Writes metrics to the screen, metrics.jsonl and TensorBoard at once.
 
   After a resume, what was written beyond the restored step is taken back, so that every step is
   reported once.
+
+  Args:
+    workdir: of the run.
+    start_step: the step that was restored; 0 for a new run.
+    num_steps: of the run.
+    is_writer: whether this process writes; of several, the first one alone.
   """
 
-  def __init__(self, workdir: epath.Path, *, start_step: int, num_steps: int, speaks: bool = True):
+  def __init__(
+    self, workdir: epath.Path, *, start_step: int, num_steps: int, is_writer: bool = True
+  ):
     self._file = workdir / 'metrics.jsonl'
-    self._speaks = speaks
+    self._is_writer = is_writer
     self.num_steps = num_steps
     self._start: tuple[int, float] | None = None  # step and time of the first report
     self._lines = _kept_lines(self._file, start_step)  # all processes agree on what was written
-    if not speaks:
+    self._behind = False  # a line could not be written
+    self._events: EventFiles | None = None
+    self._bar: tqdm.tqdm | None = None
+    if not is_writer:
       return
     self._rewrite()
-    self._board = EventFiles(
-      workdir / 'tensorboard', purge_step=start_step + 1 if start_step else 0
-    )
-    self._behind = False  # a line could not be written
-    self._bar = None
+    purge_step = start_step + 1 if start_step else 0
+    self._events = EventFiles(workdir / 'tensorboard', purge_step=purge_step)
     if sys.stdout.isatty():
       self._bar = tqdm.tqdm(total=num_steps, initial=start_step, unit='step', file=sys.stdout)
 
   def write(self, step: int, split: str, metrics: Mapping[str, float]):
     """Reports the metrics of `split` (train or validation) after `step` optimizer steps."""
-    if not self._speaks:
+    if self._events is None:
       return
     # JSON has no NaN: a mean over nothing is null.
     values = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
     try:
       self._append(json.dumps({'step': step, 'split': split, **values}) + '\n')
-      self._board.write(step, {f'{split}/{name}': value for name, value in metrics.items()})
+      self._events.write(step, {f'{split}/{name}': value for name, value in metrics.items()})
     except access_errors() as error:
       logging.error('the report of step %d could not be written: %s', step, error)
     if 'dpo_loss' not in metrics:
@@ -78,7 +87,7 @@ class Reporter:
 
   def say(self, text: str):
     """Prints a line without disturbing the progress bar."""
-    if not self._speaks:
+    if not self._is_writer:
       return
     if self._bar is None:
       print(text, flush=True)
@@ -87,9 +96,8 @@ class Reporter:
 
   def close(self):
     """Writes out what is still held back."""
-    if not self._speaks:
-      return
-    self._board.close()
+    if self._events is not None:
+      self._events.close()
     if self._bar is not None:
       self._bar.close()
 
@@ -105,9 +113,7 @@ class Reporter:
 
   def _rewrite(self):
     """Writes all lines in one step: a kill must not lose what was there."""
-    rewritten = self._file.with_name(f'{self._file.name}.tmp')
-    rewritten.write_text(''.join(self._lines))
-    rewritten.replace(self._file)
+    write_file(self._file, ''.join(self._lines))
 
   def _time_left(self, step: int) -> str:
     """The time to the end at the rate since the first report, which waited for the compiler."""
@@ -140,7 +146,7 @@ def _kept_lines(path: epath.Path, start_step: int) -> list[str]:
 
 def _whole_lines(path: epath.Path) -> list[str]:
   """The lines of a file of metrics; one that a kill cut short, or that is damaged, is left out."""
-  lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+  lines = path.read_bytes().splitlines(keepends=True) if fresh(path).exists() else []
   whole = {number: line for number, line in enumerate(lines, start=1) if line.endswith(b'\n')}
   damaged = [number for number, line in whole.items() if not _is_report(line)]
   if damaged:

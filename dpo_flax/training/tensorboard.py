@@ -5,36 +5,53 @@ a full disk the queue fills, and the run waits for it for ever.
 """
 
 import contextlib
+import importlib
+import importlib.util
 import itertools
 import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+import types
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from etils import epath
 
 _FORMAT = 'brain.Event:2'
+_PACKAGE = 'tensorboardX'
 
 
-@contextlib.contextmanager
-def _without_torch() -> Iterator[None]:
-  """Keeps torch, where it is installed, from being imported."""
-  imported = sys.modules.get('torch')
-  sys.modules['torch'] = None
+class _Library(NamedTuple):
+  """The parts of tensorboardX that are used here, as protobuf makes them: without types."""
+
+  event_pb2: Any
+  summary_pb2: Any
+  record_writer: Any
+
+
+def _library() -> _Library:
+  """Imports those parts alone.
+
+  The package itself would import torch, where it is installed, for tensors, of which it gets none
+  here. That takes as long as all other imports of a run together, and 180 MB. So a package without
+  content stands for it meanwhile; whoever imports tensorboardX later gets all of it.
+  """
+  names = [f'{_PACKAGE}.{part}' for part in ('proto.event_pb2', 'proto.summary_pb2')]
+  names.append(f'{_PACKAGE}.record_writer')
+  if _PACKAGE in sys.modules:
+    return _Library(*map(importlib.import_module, names))
+  spec = importlib.util.find_spec(_PACKAGE)
+  if spec is None or spec.submodule_search_locations is None:
+    raise ImportError('tensorboardX is not installed')
+  package = types.ModuleType(_PACKAGE)
+  package.__path__ = spec.submodule_search_locations
+  sys.modules[_PACKAGE] = package
   try:
-    yield
+    return _Library(*map(importlib.import_module, names))
   finally:
-    sys.modules.pop('torch')
-    if imported is not None:
-      sys.modules['torch'] = imported
-
-
-# tensorboardX would import it for tensors, of which it gets none here. That takes as long as all
-# other imports of a run together, and 180 MB.
-with _without_torch():
-  from tensorboardX.proto import event_pb2, summary_pb2
-  from tensorboardX.record_writer import RecordWriter
+    for name in [name for name in sys.modules if name.partition('.')[0] == _PACKAGE]:
+      del sys.modules[name]
 
 
 class EventFiles:
@@ -45,7 +62,9 @@ class EventFiles:
     directory.mkdir(parents=True, exist_ok=True)
     prefix = f'events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}'
     self._paths = (f'{directory}/{prefix}.{number}' for number in itertools.count())
-    self._file: RecordWriter | None = None
+    self._library = _library()
+    self._file: Any = None  # a RecordWriter, or none
+    event_pb2 = self._library.event_pb2
     log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._append(event_pb2.Event(session_log=log, step=purge_step))
 
@@ -55,6 +74,7 @@ class EventFiles:
     Raises:
       OSError: it could not; the file has what it had before, and perhaps a part of these.
     """
+    event_pb2, summary_pb2, _ = self._library
     scalars = [
       summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()
     ]
@@ -66,12 +86,12 @@ class EventFiles:
     if file is not None:
       file.close()
 
-  def _append(self, event: event_pb2.Event):
+  def _append(self, event: Any):
     event.wall_time = time.time()
     try:
       if self._file is None:
-        self._file = RecordWriter(next(self._paths))
-        first = event_pb2.Event(wall_time=event.wall_time, file_version=_FORMAT)
+        self._file = self._library.record_writer.RecordWriter(next(self._paths))
+        first = self._library.event_pb2.Event(wall_time=event.wall_time, file_version=_FORMAT)
         self._file.write(first.SerializeToString())
       self._file.write(event.SerializeToString())
       self._file.flush()

@@ -1,5 +1,6 @@
 """Laws of checkpoints: what was saved comes back bit for bit, or a reason why not."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import types
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ import optax
 import pytest
 from etils import epath
 from flax import nnx
+from helpers import checkpoint_arrays
 
 from dpo_flax.checkpoints import checkpoint, steps
 from dpo_flax.checkpoints.checkpoint import Checkpoints
@@ -132,7 +135,8 @@ def test_a_step_takes_its_name_only_when_all_of_it_is_on_disk(
   fsync, rename = os.fsync, local.rename
 
   def note_sync(descriptor):
-    synced.append(pathlib.Path(os.readlink(f'/proc/self/fd/{descriptor}')))
+    name = os.readlink(f'/proc/self/fd/{descriptor}')
+    synced.append(pathlib.Path(name.removesuffix('.tmp')))  # which a file has before its own
     fsync(descriptor)
 
   def note_rename(path, target):
@@ -191,13 +195,13 @@ def test_a_damaged_step_is_set_aside_for_the_one_before(
   for step in (1, 2):
     checkpoints.save(make_state(step), step)
   checkpoints.close()
-  with (tmp_path / 'checkpoints' / '2' / 'run.json').open('r+b') as file:
+  with (tmp_path / 'checkpoints' / '2' / 'step.json').open('r+b') as file:
     file.write(b'[')
   state, step = open_checkpoints().resume(make_state(0))
   assert step == 1
   assert_same_bits(state, make_state(1))
-  assert (tmp_path / 'checkpoints' / 'quarantine' / '2' / 'run.json').exists()
-  assert 'damaged (run.json has changed)' in caplog.text
+  assert (tmp_path / 'checkpoints' / 'quarantine' / '2' / 'step.json').exists()
+  assert 'damaged (step.json has changed)' in caplog.text
 
 
 def test_a_pipe_in_a_step_is_a_fault_and_not_waited_for(make_state, open_checkpoints, tmp_path):
@@ -227,7 +231,7 @@ def test_a_whole_directory_that_is_not_that_step_is_set_aside(
   state, step = open_checkpoints().resume(make_state(0))
   assert step == (1 if how == 'renamed' else 2)
   assert_same_bits(state, make_state(step))
-  assert ('it was saved as step 2' if how == 'renamed' else 'run.json') in caplog.text
+  assert ('it was saved as step 2' if how == 'renamed' else 'step.json') in caplog.text
 
 
 def test_any_machine_can_check_a_step(make_state, open_checkpoints, tmp_path):
@@ -338,7 +342,7 @@ def test_a_run_resumes_after_its_newest_step(make_state, open_checkpoints):
     checkpoints.save(make_state(step), step)
   checkpoints.close()
   again = open_checkpoints(identity=identity)
-  assert checkpoint.saved_identity(again.directory, 2) == identity
+  assert checkpoint.saved_identity(again.directory, 2, RunIdentity) == identity
   state, step = again.resume(start)
   assert step == 2
   assert_same_bits(state, make_state(2))
@@ -396,3 +400,44 @@ def test_every_difference_is_named_with_both_values():
     "data.train: saved 'ab', now 'cd'",
   ]
   assert saved.differences(saved) == []
+
+
+SAVED = pathlib.Path(__file__).parents[1] / 'saved_run' / 'workdir' / 'checkpoints'
+
+
+def test_a_step_that_version_0_1_0_saved_is_read_and_checked(tmp_path, caplog):
+  """It holds run.json where step.json is now."""
+  folder = tmp_path / 'checkpoints'
+  shutil.copytree(SAVED, folder)
+  record = json.loads((folder / '4' / 'run.json').read_text())
+  saved = checkpoint_arrays.read(folder / '4')
+  identity = RunIdentity(record['config'], record['fingerprints'])
+  assert checkpoint.saved_identity(epath.Path(folder), 4, RunIdentity) == identity
+  checkpoint.check_whole(epath.Path(folder), 4)
+  checkpoints = Checkpoints(folder, identity, keep=2)
+  start = {name: jnp.zeros_like(array) for name, array in saved.items()}
+  state, step = checkpoints.resume(start)
+  assert step == 4
+  assert_same_bits(state, saved)
+  (folder / '4' / 'run.json').write_text('{"step": 4}')
+  assert checkpoints.resume(start) == (start, 0)
+  checkpoints.close()
+  assert 'damaged (run.json has changed)' in caplog.text
+
+
+def test_any_tree_of_arrays_is_saved_and_needs_no_identity(tmp_path):
+  tree = {'a': [jnp.arange(3), jnp.ones((2, 2), jnp.bfloat16)], 'b': (jnp.float32(5),)}
+  zeros = jax.tree.map(jnp.zeros_like, tree)
+  with contextlib.closing(Checkpoints(tmp_path / 'checkpoints', keep=1)) as checkpoints:
+    checkpoints.save(tree, 3)
+    checkpoints.finish(3)
+    state, step = checkpoints.resume(zeros)
+    assert step == 3
+    chex.assert_trees_all_equal(state, tree)
+    part = checkpoint.restore(checkpoints.directory, 3, zeros['a'], part='a')
+    chex.assert_trees_all_equal(part, tree['a'])
+    with pytest.raises(ValueError, match=r'a\.0 is int32\[3\], this run needs float32\[3\]'):
+      checkpoint.restore(checkpoints.directory, 3, [jnp.zeros(3)], part='a')
+  others = Checkpoints(tmp_path / 'checkpoints', IDENTITY, keep=1)
+  with contextlib.closing(others), pytest.raises(ValueError, match='does not say of which run'):
+    others.resume(zeros)

@@ -5,7 +5,6 @@ import types
 
 import jax
 import pytest
-from absl.testing import flagsaver
 
 from dpo_flax.runtime import hosts
 
@@ -15,7 +14,7 @@ def joined(monkeypatch):
   """The arguments of each call that would have joined other processes."""
   calls = []
   monkeypatch.setattr(jax.distributed, 'initialize', lambda *args, **kw: calls.append((args, kw)))
-  monkeypatch.setattr(hosts, '_joined', [])
+  monkeypatch.setattr(hosts, '_run', hosts._Run())
   return calls
 
 
@@ -30,8 +29,8 @@ def joined(monkeypatch):
   ],
 )
 def test_incomplete_flags_are_refused(joined, given, message):
-  with flagsaver.flagsaver(**given), pytest.raises(ValueError, match=message):
-    hosts.connect()
+  with pytest.raises(ValueError, match=message):
+    hosts.connect(**given)
   assert not joined
 
 
@@ -41,8 +40,7 @@ def test_a_run_that_is_told_nothing_joins_nobody(joined):
 
 
 def test_the_coordinator_listens_on_its_given_address_alone(joined):
-  with flagsaver.flagsaver(coordinator='10.0.0.1:8476', num_processes=2, process_id=1):
-    hosts.connect()
+  hosts.connect('10.0.0.1:8476', 2, 1)
   [(args, kwargs)] = joined
   assert args == ('10.0.0.1:8476', 2, 1)
   assert kwargs['coordinator_bind_address'] == '10.0.0.1:8476'

@@ -203,25 +203,24 @@ def test_cached_reference_and_tensor_axis_across_processes(alone, tmp_path):
 
 # A mesh in whose order the processes take turns, as the chip grid of a TPU makes them.
 SCATTERED = """
-import sys
 import jax
 import numpy as np
-from absl import flags
 from jax.experimental import multihost_utils
 
-from dpo_flax import hosts
+from dpo_flax.runtime import command
 from dpo_flax.sharding import make_mesh, row_shard, shard_batch
 
-flags.FLAGS(sys.argv)
-hosts.connect()
-order = [jax.devices()[i] for i in (0, 2, 3, 1)]
-mesh = make_mesh({'data': 1, 'fsdp': -1, 'tensor': 1}, order)
-blocks, count = row_shard(mesh)
-assert (blocks, count) == ([(0, 3), (1, 2)][jax.process_index()], 4)
-rows = np.arange(8 * 3).reshape(4, 2, 3)
-batch = shard_batch({'tokens': rows[list(blocks)].reshape(-1, 3)}, mesh)
-everywhere = multihost_utils.process_allgather(batch['tokens'], tiled=True)
-np.testing.assert_array_equal(everywhere, rows.reshape(8, 3))
+def main():
+  order = [jax.devices()[i] for i in (0, 2, 3, 1)]
+  mesh = make_mesh({'data': 1, 'fsdp': -1, 'tensor': 1}, order)
+  blocks, count = row_shard(mesh)
+  assert (blocks, count) == ([(0, 3), (1, 2)][jax.process_index()], 4)
+  rows = np.arange(8 * 3).reshape(4, 2, 3)
+  batch = shard_batch({'tokens': rows[list(blocks)].reshape(-1, 3)}, mesh)
+  everywhere = multihost_utils.process_allgather(batch['tokens'], tiled=True)
+  np.testing.assert_array_equal(everywhere, rows.reshape(8, 3))
+
+command.run_flags(main, on_every_host=True)
 """
 
 

@@ -106,5 +106,5 @@ def test_reporter_finds_what_was_written_before_a_resume(tmp_path):
 
 
 def test_silent_process_has_written_nothing(tmp_path):
-  reporter = Reporter(tmp_path, start_step=0, num_steps=9, speaks=False)
+  reporter = Reporter(tmp_path, start_step=0, num_steps=9, is_writer=False)
   assert reporter.written(0, 'validation') == {}

@@ -187,7 +187,7 @@ def test_resume_without_an_earlier_file_starts_one(open_reporter, tmp_path):
 
 
 def test_other_processes_write_and_say_nothing(open_reporter, tmp_path, capsys):
-  reporter = open_reporter(speaks=False)
+  reporter = open_reporter(is_writer=False)
   reporter.write(1, 'train', METRICS)
   reporter.say('hello')
   assert list(tmp_path.iterdir()) == []

@@ -23,6 +23,8 @@ from dpo_flax.data.records.formats import FormatOptions
 from dpo_flax.data.records.source import RecordSource
 from dpo_flax.data.tokens.encode import Chunk, Task, encode_all, worker_count
 from dpo_flax.data.tokens.tokenizer import Tokenizer
+from dpo_flax.files.atomic import SUFFIX
+from dpo_flax.files.paths import fresh
 
 VERSION = 4  # of the files and of the code that decides token ids
 _CHUNK = 256  # records that go to a process at once; divides cache_files.RECORDS
@@ -55,7 +57,7 @@ def open_or_build(
   """
   parts = [VERSION, source.fingerprint, tokenizer.fingerprint, dataclasses.astuple(options)]
   fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-  path = epath.Path(directory) / fingerprint[:16]
+  path = fresh(epath.Path(directory) / fingerprint[:16])
   local = local_directory(path)
   with cache_files.locked(local, shared=True):
     complete = cache_files.is_complete(local, fingerprint)
@@ -67,7 +69,7 @@ def open_or_build(
         build = _Build(source, local, bad_record=bad_record)
         shards = build.run(tokenizer, options, workers)
         cache_files.write_manifest(local, fingerprint, source.files, shards)
-  if local != path and not (path / cache_files.MANIFEST).exists():
+  if local != path and not fresh(path / cache_files.MANIFEST).exists():
     _copy(local, path)
   cache = TokenCache(str(path))
   cache.files = source.files  # the same bytes may now be under another name
@@ -86,7 +88,7 @@ class _Build:
 
   def __init__(self, source: RecordSource, directory: epath.Path, *, bad_record: str):
     self._source, self._directory, self._bad_record = source, directory, bad_record
-    for left in directory.glob('*.tmp'):
+    for left in directory.glob(f'*{SUFFIX}'):
       left.unlink()
     if (directory / cache_files.MANIFEST).exists():
       logging.warning('%s is damaged; what is wrong is built again.', directory)

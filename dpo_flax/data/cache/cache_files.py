@@ -16,10 +16,7 @@ import collections
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import IO, Any
@@ -29,6 +26,7 @@ from etils import epath
 
 from dpo_flax.data.records.source import Record
 from dpo_flax.data.tokens.encode import Chunk
+from dpo_flax.files.atomic import sha256_of, write_file
 from dpo_flax.files.paths import access_errors
 
 RECORDS = 1 << 14  # of a shard
@@ -91,12 +89,11 @@ class ShardWriter:
     for name in chunks[0].columns:
       arrays[name] = np.concatenate([chunk.columns[name] for chunk in chunks])
     sha256 = {
-      f'{self._name}.tokens': self._write('tokens', lambda file: file.write(tokens.tobytes())),
+      f'{self._name}.tokens': self._write('tokens', tokens.tobytes()),
       f'{self._name}.npz': self._write('npz', lambda file: np.savez(file, **arrays)),
     }
     report = self._report(tokens, arrays['lengths'], sha256)
-    content = json.dumps(dataclasses.asdict(report)).encode()
-    self._write('json', lambda file: file.write(content))
+    self._write('json', json.dumps(dataclasses.asdict(report)))
 
   def _report(self, tokens: np.ndarray, lengths: np.ndarray, sha256: dict[str, str]) -> ShardReport:
     ids = np.where(tokens < 0, ~tokens, tokens)
@@ -113,29 +110,17 @@ class ShardWriter:
       sha256=sha256,
     )
 
-  def _write(self, suffix: str, write: Callable[[IO[bytes]], Any]) -> str:
-    return write_file(self._directory / f'{self._name}.{suffix}', write)
-
-
-def write_file(path: epath.Path, write: Callable[[IO[bytes]], Any]) -> str:
-  """Writes a file under another name, renames it, and returns its SHA-256."""
-  work = path.parent / f'{path.name}.{uuid.uuid4().hex}.tmp'
-  with work.open('wb') as file:
-    write(file)
-    file.flush()
-    os.fsync(file.fileno())
-  digest = _sha256(work)
-  work.replace(path)
-  return digest
+  def _write(self, suffix: str, content: str | bytes | Callable[[IO[bytes]], Any]) -> str:
+    # Where a file system knows no locks, others may build this cache as well.
+    return write_file(self._directory / f'{self._name}.{suffix}', content, concurrent=True)
 
 
 def write_manifest(directory: epath.Path, fingerprint: str, files: list[str], shards: int) -> None:
   """Completes a cache."""
   names = [f'{shard_name(number)}.json' for number in range(shards)]
-  sha256 = {name: _sha256(directory / name) for name in names}
+  sha256 = {name: sha256_of(directory / name) for name in names}
   manifest = {'fingerprint': fingerprint, 'files': files, 'sha256': sha256}
-  content = json.dumps(manifest, indent=1).encode()
-  write_file(directory / MANIFEST, lambda file: file.write(content))
+  write_file(directory / MANIFEST, json.dumps(manifest, indent=1), concurrent=True)
 
 
 def read_manifest(directory: epath.Path) -> dict[str, Any]:
@@ -170,7 +155,7 @@ def is_complete(directory: epath.Path, fingerprint: str) -> bool:
     sha256, files = manifest['sha256'], manifest['files']
     if manifest['fingerprint'] != fingerprint or not isinstance(files, list) or not sha256:
       return False
-    if any(_sha256(directory / name) != digest for name, digest in sha256.items()):
+    if any(sha256_of(directory / name) != digest for name, digest in sha256.items()):
       return False
   except (ValueError, KeyError, TypeError, AttributeError, *access_errors()):
     return False
@@ -180,14 +165,9 @@ def is_complete(directory: epath.Path, fingerprint: str) -> bool:
 def _is_whole(directory: epath.Path, number: int) -> bool:
   try:
     report = read_report(directory, number)
-    return all(_sha256(directory / name) == digest for name, digest in report.sha256.items())
+    return all(sha256_of(directory / name) == digest for name, digest in report.sha256.items())
   except (ValueError, TypeError, *access_errors()):
     return False
-
-
-def _sha256(path: epath.Path) -> str:
-  with path.open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from dpo_flax.data.records.preference import Preference, Span
 from dpo_flax.data.records.raw import RecordError
 from dpo_flax.data.tokens.backends import Backend, SentencePieceBackend, TokenizersBackend
 from dpo_flax.data.tokens.chat_template import ChatTemplate, Rendering
+from dpo_flax.files.strict_json import StrictJsonError, parse_object
 
 _FILES = ('tokenizer.json', 'tokenizer.model')  # in order of preference
 _SETTINGS = ('config.json', 'special_tokens_map.json', 'tokenizer_config.json')  # the last one wins
@@ -220,8 +221,8 @@ def _read_settings(directory: epath.Path) -> dict[str, Any]:
   for name in _SETTINGS:
     if (directory / name).exists():
       try:
-        settings |= json.loads((directory / name).read_text())
-      except ValueError as error:
+        settings |= parse_object((directory / name).read_bytes())
+      except StrictJsonError as error:
         raise ValueError(f'{directory / name} is not JSON: {error}') from None
   return settings
 

@@ -199,10 +199,10 @@ def test_a_bad_record_in_another_process_stops_the_build(many, tokenizer, tmp_pa
 
 _BUILD = """
 import os, signal, sys
-from dpo_flax.data.caching import build_cache, cache_files
-from dpo_flax.data.formats import FormatOptions
-from dpo_flax.data.source import RecordSource
-from dpo_flax.data.tokenizer import load_tokenizer
+from dpo_flax.data.cache import build_cache, cache_files
+from dpo_flax.data.records.formats import FormatOptions
+from dpo_flax.data.records.source import RecordSource
+from dpo_flax.data.tokens.tokenizer import load_tokenizer
 cache_files.RECORDS, build_cache._CHUNK = 4, 2
 tokenizer, directory, log, last, *data = sys.argv[1:]
 write = cache_files.ShardWriter.close
