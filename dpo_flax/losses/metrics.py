@@ -7,12 +7,12 @@ hosts merge by addition, each pair counting once; `summarize` turns the merged s
 import itertools
 from collections.abc import Mapping
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_flax.losses.losses import implicit_rewards
-from dpo_flax.losses.objective import Objective
+from dpo_flax.losses.objective import Objective, implicit_rewards
 from dpo_flax.losses.pair_logps import Branches, PairLogps
 
 Sums = dict[str, dict[str, jax.Array]]
@@ -26,14 +26,19 @@ def metric_sums(
   losses: jax.Array,  # [B, P], from `total_loss`
   objective: Objective,
 ) -> Sums:
-  """Returns the sums of a batch, over real pairs; add two of them with `jax.tree.map(add, ...)`."""
+  """Returns the sums of a batch, over real pairs; add two of them with `jax.tree.map(add, ...)`.
+
+  Sums that need lengths, a reference, KL or entropy are left out where the pairs have none.
+  """
+  logps.check_shapes()
+  chex.assert_equal_shape((logps.policy_chosen, losses))
   rewards = implicit_rewards(logps, objective)
   margins = rewards.chosen - rewards.rejected
   return jax.lax.stop_gradient(
     {
       'means': _mean_sums(logps, losses, rewards),
       'perplexities': _perplexity_sums(logps),
-      'histograms': _histogram_sums(margins, logps.pair_mask),
+      'histograms': _histogram_sums(margins, logps.mask),
       'moments': _moment_sums(margins, logps),
     }
   )
@@ -91,7 +96,7 @@ def _mean_sums(logps: PairLogps, losses: jax.Array, rewards: Branches) -> dict[s
     values |= {'kl_chosen': logps.kl.chosen, 'kl_rejected': logps.kl.rejected}
   if logps.entropy is not None:
     values['entropy'] = (logps.entropy.chosen + logps.entropy.rejected) / 2
-  means = {name: _over(value, logps.pair_mask) for name, value in values.items()}
+  means = {name: _over(value, logps.mask) for name, value in values.items()}
   return {'dpo_loss': _over(losses, logps.weights), **means}
 
 
@@ -104,10 +109,12 @@ def _perplexity_sums(logps: PairLogps) -> dict[str, jax.Array]:
   models = {'policy': logps.policy}
   if logps.reference_chosen is not None:
     models['reference'] = logps.reference
+  if logps.chosen_lengths is None:
+    return {}
   lengths = Branches(logps.chosen_lengths, logps.rejected_lengths)
   return {
     f'{model}_perplexity_{branch}': jnp.stack(
-      [jnp.sum(getattr(sums, branch) * logps.pair_mask), jnp.sum(getattr(lengths, branch))]
+      [jnp.sum(getattr(sums, branch) * logps.mask), jnp.sum(getattr(lengths, branch))]
     )
     for model, sums in models.items()
     for branch in Branches._fields
@@ -135,6 +142,8 @@ def _histogram(buckets: jax.Array, columns: jax.Array, size: int) -> jax.Array:
 
 
 def _moment_sums(margins: jax.Array, logps: PairLogps) -> dict[str, jax.Array]:
+  if logps.chosen_lengths is None:
+    return {}
   lengths = logps.chosen_lengths - logps.rejected_lengths
   products = {
     'count': jnp.ones_like(margins),
@@ -144,7 +153,7 @@ def _moment_sums(margins: jax.Array, logps: PairLogps) -> dict[str, jax.Array]:
     'yy': margins**2,
     'xy': lengths * margins,
   }
-  return {name: jnp.sum(value * logps.pair_mask) for name, value in products.items()}
+  return {name: jnp.sum(value * logps.mask) for name, value in products.items()}
 
 
 def _calibration(histogram: np.ndarray) -> dict[str, float]:
@@ -168,6 +177,8 @@ def _accuracy_by_margin(histogram: np.ndarray) -> dict[str, float]:
 
 def _length_correlation(sums: dict[str, np.ndarray]) -> dict[str, float]:
   """Pearson correlation of the reward margin with |chosen| - |rejected|, in tokens."""
+  if not sums:
+    return {}
   count = sums['count']
   x, y = sums['x'] / count, sums['y'] / count
   variances = sums['xx'] / count - x * x, sums['yy'] / count - y * y

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.pairs import make_objective, make_pairs
 
+from dpo_flax.losses import Branches, total_loss
 from dpo_flax.losses.metrics import displacement, metric_sums, summarize
-from dpo_flax.losses.pair_logps import Branches
-from dpo_flax.losses.total import total_loss
 
 
 def report(pairs, objective):
@@ -17,7 +17,7 @@ def report(pairs, objective):
 
 
 @pytest.fixture
-def validation(make_pairs):
+def validation():
   """64 slots, 43 of them real, with rewards that are partly right."""
   mask = np.random.default_rng(0).permutation(np.arange(64) < 43).reshape(16, 4)
   statistics = {
@@ -40,7 +40,7 @@ def reward_margins(pairs, beta):
   return beta * ((pw - rw) - (pl - rl))
 
 
-def test_means_are_over_real_pairs(validation, make_objective):
+def test_means_are_over_real_pairs(validation):
   objective = make_objective(beta=0.2)
   metrics = report(validation, objective)
   pw, pl, rw, rl = real(
@@ -64,7 +64,7 @@ def test_means_are_over_real_pairs(validation, make_objective):
     np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
 
 
-def test_sums_of_parts_give_the_metrics_of_the_whole(validation, make_objective):
+def test_sums_of_parts_give_the_metrics_of_the_whole(validation):
   """Uneven microbatches: a mean of means would weigh pairs differently."""
   objective = make_objective()
   parts = [
@@ -80,7 +80,7 @@ def test_sums_of_parts_give_the_metrics_of_the_whole(validation, make_objective)
   assert abs(mean_of_means - whole['dpo_loss']) > 1e-3
 
 
-def test_a_weight_of_two_is_the_pair_given_twice(make_pairs, make_objective):
+def test_a_weight_of_two_is_the_pair_given_twice():
   pairs = make_pairs((1, 4), seed=2)
   weighted = dataclasses.replace(pairs, pair_weight=jnp.array([[2.0, 1, 1, 1]]))
   repeated = jax.tree.map(lambda x: x[:, jnp.array([0, 0, 1, 2, 3])], pairs)
@@ -90,14 +90,14 @@ def test_a_weight_of_two_is_the_pair_given_twice(make_pairs, make_objective):
   )
 
 
-def test_accuracy_is_one_half_before_the_first_step(make_pairs, make_objective):
+def test_accuracy_is_one_half_before_the_first_step():
   metrics = report(make_pairs(scale=0.0), make_objective())
   assert metrics['dpo_accuracy'] == 0.5
   np.testing.assert_allclose(metrics['calibration_error'], 0.0, atol=1e-7)
   assert 'margin_length_correlation' not in metrics  # a constant correlates with nothing
 
 
-def test_perplexities_are_over_tokens(validation, make_objective):
+def test_perplexities_are_over_tokens(validation):
   metrics = report(validation, make_objective())
   for model in ('policy', 'reference'):
     for branch in ('chosen', 'rejected'):
@@ -107,7 +107,7 @@ def test_perplexities_are_over_tokens(validation, make_objective):
       )
 
 
-def test_calibration_error_equals_a_plain_loop(validation, make_objective):
+def test_calibration_error_equals_a_plain_loop(validation):
   margins = reward_margins(validation, 0.1)
   confidence, right = 1 / (1 + np.exp(-np.abs(margins))), margins > 0
   expected = 0.0
@@ -119,7 +119,7 @@ def test_calibration_error_equals_a_plain_loop(validation, make_objective):
   np.testing.assert_allclose(metrics['calibration_error'], expected, rtol=1e-4)
 
 
-def test_accuracy_by_margin_equals_a_plain_loop(validation, make_objective):
+def test_accuracy_by_margin_equals_a_plain_loop(validation):
   margins = reward_margins(validation, 0.1)
   metrics = report(validation, make_objective(beta=0.1))
   edges = (('0', '0.25'), ('0.25', '0.5'), ('0.5', '1'), ('1', '2'), ('2', 'inf'))
@@ -131,14 +131,14 @@ def test_accuracy_by_margin_equals_a_plain_loop(validation, make_objective):
       np.testing.assert_allclose(metrics[name], (margins[inside] > 0).mean(), rtol=1e-6)
 
 
-def test_length_correlation_equals_numpy(validation, make_objective):
+def test_length_correlation_equals_numpy(validation):
   chosen, rejected = real(validation, 'chosen_lengths', 'rejected_lengths')
   expected = np.corrcoef(chosen - rejected, reward_margins(validation, 0.1))[0, 1]
   metrics = report(validation, make_objective(beta=0.1))
   np.testing.assert_allclose(metrics['margin_length_correlation'], expected, rtol=1e-4)
 
 
-def test_metrics_without_a_reference_leave_its_numbers_out(make_pairs, make_objective):
+def test_metrics_without_a_reference_leave_its_numbers_out():
   pairs = dataclasses.replace(make_pairs(), reference_chosen=None, reference_rejected=None)
   metrics = report(pairs, make_objective('simpo', beta=2.0))
   assert 'dpo_margin_ref' not in metrics
@@ -146,7 +146,7 @@ def test_metrics_without_a_reference_leave_its_numbers_out(make_pairs, make_obje
   np.testing.assert_allclose(metrics['dpo_chosen_reward'], reward, rtol=1e-5)
 
 
-def test_metrics_carry_no_gradient(make_pairs, make_objective):
+def test_metrics_carry_no_gradient():
   pairs, objective = make_pairs(), make_objective()
 
   def accuracy(chosen):
