@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_flax.losses.losses import log_ratios
 from dpo_flax.losses.objective import Objective, implicit_rewards
 from dpo_flax.losses.pair_logps import Branches, PairLogps
 
@@ -29,6 +30,11 @@ def metric_sums(
   """Returns the sums of a batch, over real pairs; add two of them with `jax.tree.map(add, ...)`.
 
   Sums that need lengths, a reference, KL or entropy are left out where the pairs have none.
+
+  dpo_accuracy is the share of pairs that the policy orders better than the reference does: whose
+  summed margin, log policy(w) - log policy(l), is larger than the reference's; without a reference,
+  whose reward is larger. reward_accuracy stands beside it where the loss's own reward may order
+  pairs otherwise, being a mean over tokens or without the tails that ld_alpha removes.
   """
   logps.check_shapes()
   chex.assert_equal_shape((logps.policy_chosen, losses))
@@ -36,7 +42,7 @@ def metric_sums(
   margins = rewards.chosen - rewards.rejected
   return jax.lax.stop_gradient(
     {
-      'means': _mean_sums(logps, losses, rewards),
+      'means': _mean_sums(logps, losses, rewards, objective),
       'perplexities': _perplexity_sums(logps),
       'histograms': _histogram_sums(margins, logps.mask),
       'moments': _moment_sums(margins, logps),
@@ -81,10 +87,12 @@ def accuracy(margins: jax.Array) -> jax.Array:
   return (jnp.sign(margins) + 1) / 2
 
 
-def _mean_sums(logps: PairLogps, losses: jax.Array, rewards: Branches) -> dict[str, jax.Array]:
+def _mean_sums(
+  logps: PairLogps, losses: jax.Array, rewards: Branches, objective: Objective
+) -> dict[str, jax.Array]:
   values = {
     'dpo_margin_policy': logps.policy_chosen - logps.policy_rejected,
-    'dpo_accuracy': accuracy(rewards.chosen - rewards.rejected),
+    **_accuracies(logps, rewards, objective),
     'dpo_chosen_reward': rewards.chosen,
     'dpo_rejected_reward': rewards.rejected,
     'chosen_logps': logps.policy_chosen,
@@ -98,6 +106,18 @@ def _mean_sums(logps: PairLogps, losses: jax.Array, rewards: Branches) -> dict[s
     values['entropy'] = (logps.entropy.chosen + logps.entropy.rejected) / 2
   means = {name: _over(value, logps.mask) for name, value in values.items()}
   return {'dpo_loss': _over(losses, logps.weights), **means}
+
+
+def _accuracies(logps: PairLogps, rewards: Branches, objective: Objective) -> dict[str, jax.Array]:
+  of_rewards = accuracy(rewards.chosen - rewards.rejected)
+  if logps.reference_chosen is None or objective.reference_free:
+    return {'dpo_accuracy': of_rewards}
+  # Of the margins in this order, for the two are equal to the bit where the models are.
+  ratios = log_ratios(logps)
+  values = {'dpo_accuracy': accuracy(ratios.chosen - ratios.rejected)}
+  if objective.per_token or objective.ld_alpha is not None:
+    values['reward_accuracy'] = of_rewards
+  return values
 
 
 def _over(values: jax.Array, weights: jax.Array) -> jax.Array:

@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 from helpers.pairs import make_objective, make_pairs
 
-from dpo_flax.losses import Branches, total_loss
+from dpo_flax.losses import LOSSES, Branches, PairLogps, total_loss
 from dpo_flax.losses.metrics import displacement, metric_sums, summarize
+
+
+def filled(chosen, rejected):
+  return Branches(jnp.full((1, 1), chosen), jnp.full((1, 1), rejected))
 
 
 def report(pairs, objective):
@@ -95,6 +99,71 @@ def test_accuracy_is_one_half_before_the_first_step():
   assert metrics['dpo_accuracy'] == 0.5
   np.testing.assert_allclose(metrics['calibration_error'], 0.0, atol=1e-7)
   assert 'margin_length_correlation' not in metrics  # a constant correlates with nothing
+
+
+# Three pairs: the policy's margins are 2, -1 and 1, the reference's 1, 0 and 1.
+ORDERED = {
+  'policy_chosen': [[-4.0, -6.0, -3.0]],
+  'policy_rejected': [[-6.0, -5.0, -4.0]],
+  'reference_chosen': [[-5.0, -5.0, -3.0]],
+  'reference_rejected': [[-6.0, -5.0, -4.0]],
+  'chosen_lengths': [[2, 2, 2]],
+  'rejected_lengths': [[4, 4, 4]],
+}
+
+
+COMPARED = tuple(name for name, loss in LOSSES.items() if loss.needs_reference)
+
+
+@pytest.mark.parametrize('name', COMPARED)
+def test_accuracy_is_the_share_of_pairs_with_a_margin_above_the_references(name):
+  """Above, below and equal: half of three, whatever the loss calls a reward."""
+  metrics = report(make_pairs((1, 3), **ORDERED), make_objective(name))
+  np.testing.assert_allclose(metrics['dpo_accuracy'], (1 + 0 + 0.5) / 3)
+  assert ('reward_accuracy' in metrics) == (name in ('ipo', 'sigmoid_norm'))
+
+
+@pytest.mark.parametrize('name', ('ipo', 'sigmoid_norm'))
+def test_accuracy_and_the_accuracy_of_mean_rewards_may_contradict(name):
+  """Chosen gains 1 nat over 10 tokens, rejected 0.5 over 1: more in all, less per token."""
+  gains = {'reference_chosen': [[-5.0]], 'reference_rejected': [[-5.0]]}
+  gains |= {'policy_chosen': [[-4.0]], 'policy_rejected': [[-4.5]]}
+  pairs = make_pairs((1, 1), **gains, chosen_lengths=[[10]], rejected_lengths=[[1]])
+  metrics = report(pairs, make_objective(name))
+  assert metrics['dpo_margin_policy'] > metrics['dpo_margin_ref']
+  assert metrics['dpo_accuracy'] == 1.0
+  assert metrics['reward_accuracy'] == 0.0
+  assert metrics['dpo_chosen_reward'] < metrics['dpo_rejected_reward']
+
+
+def test_accuracy_counts_the_tails_that_ld_alpha_leaves_out():
+  tails = {'policy_tails': filled(-3.0, 0.0), 'reference_tails': filled(-5.0, 0.0)}
+  gains = {'policy_chosen': [[-10.0]], 'policy_rejected': [[-4.0]]}
+  gains |= {'reference_chosen': [[-11.0]], 'reference_rejected': [[-4.0]]}
+  metrics = report(make_pairs((1, 1), **gains, **tails), make_objective(ld_alpha=0.0))
+  assert (metrics['dpo_accuracy'], metrics['reward_accuracy']) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(('name', 'expected'), (('cpo', 2 / 3), ('simpo', 0.0), ('sft', 0.0)))
+def test_accuracy_without_a_reference_compares_log_probs_as_the_loss_reads_them(name, expected):
+  """Sums of -4, -6, -3 against -6, -5, -4; means of -2, -3, -1.5 against -1.5, -1.25, -1."""
+  pairs = make_pairs((1, 3), **ORDERED)
+  pairs = dataclasses.replace(pairs, reference_chosen=None, reference_rejected=None)
+  metrics = report(pairs, make_objective(name))
+  np.testing.assert_allclose(metrics['dpo_accuracy'], expected)
+  assert 'reward_accuracy' not in metrics
+
+
+def test_accuracy_with_a_free_reference_is_that_of_the_policy_alone():
+  metrics = report(make_pairs((1, 3), **ORDERED), make_objective(reference_free=True))
+  np.testing.assert_allclose(metrics['dpo_accuracy'], 2 / 3)
+
+
+def test_metrics_need_the_policys_log_probs_alone():
+  pairs = PairLogps(policy_chosen=jnp.array([-4.0, -6.0]), policy_rejected=jnp.array([-6.0, -5.0]))
+  metrics = report(pairs, make_objective(reference_free=True))
+  assert (metrics['dpo_accuracy'], metrics['dpo_margin_policy']) == (0.5, 0.5)
+  assert not any('perplexity' in name or 'length' in name for name in metrics)
 
 
 def test_perplexities_are_over_tokens(validation):
