@@ -20,9 +20,8 @@ from flax import nnx
 
 from dpo_flax.data.batches import pack
 from dpo_flax.data.tokens.tokenizer import Tokenizer
-from dpo_flax.losses.losses import implicit_rewards
+from dpo_flax.losses.objective import implicit_rewards, total_loss
 from dpo_flax.losses.pair_logps import PairLogps
-from dpo_flax.losses.total import total_loss
 from dpo_flax.training.state import Models
 from dpo_flax.training.step import StepOptions, pair_logps
 
@@ -142,7 +141,7 @@ def _with_and_without_kl(
   if objective.reference_free or not has_reference:
     del weights['_with_kl']
   for suffix, weight in weights.items():
-    changed = dataclasses.replace(objective, kl_penalty_weight=weight)
+    changed = objective.replace(kl_penalty_weight=weight)
     yield suffix, dataclasses.replace(options, objective=changed)
 
 

@@ -29,9 +29,8 @@ from dpo_flax.data.prepare import PreparedData, prepare
 from dpo_flax.huggingface.peft_adapter import open_adapter
 from dpo_flax.huggingface.weights import Checkpoint, open_checkpoint
 from dpo_flax.losses import metrics
-from dpo_flax.losses.objective import Objective
+from dpo_flax.losses.objective import Objective, total_loss
 from dpo_flax.losses.pair_logps import PairLogps
-from dpo_flax.losses.total import total_loss
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.runtime import command
 from dpo_flax.sharding import make_mesh, row_parts
@@ -176,9 +175,7 @@ def _alone(logps: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
 
 def _against(found: Evaluation, beta: float) -> dict[str, float]:
   """Returns what training reports of the sigmoid loss."""
-  settings = config_lib.default().objective
-  settings.beta = beta
-  objective = Objective.from_config(settings)
+  objective = Objective(beta=beta)
   rows = {
     'policy_chosen': found.policy[:, 0],
     'policy_rejected': found.policy[:, 1],
@@ -186,7 +183,6 @@ def _against(found: Evaluation, beta: float) -> dict[str, float]:
     'reference_rejected': found.reference[:, 1],
     'chosen_lengths': found.lengths[:, 0],
     'rejected_lengths': found.lengths[:, 1],
-    'pair_mask': np.ones(len(found.lengths)),
   }
   logps = PairLogps(**{name: jnp.asarray(row[None], jnp.float32) for name, row in rows.items()})
   return metrics.summarize(metrics.metric_sums(logps, total_loss(logps, objective), objective))

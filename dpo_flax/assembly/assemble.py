@@ -18,7 +18,7 @@ from dpo_flax.config.identity import RunIdentity
 from dpo_flax.data.loader import steps_for_epochs
 from dpo_flax.data.prepare import PreparedData, prepare
 from dpo_flax.huggingface.weights import Checkpoint, open_checkpoint
-from dpo_flax.losses.objective import SORTED, Objective, check_records
+from dpo_flax.losses.objective import Objective, check_records
 from dpo_flax.model.lora import LoraConfig
 from dpo_flax.runtime import hosts
 from dpo_flax.sharding import row_parts
@@ -132,7 +132,7 @@ def make_step_options(
       raise ValueError(
         f'{field}={config[field]}: objective.loss={objective.loss} needs no reference; unset it'
       )
-  if SORTED.intersection(objective.loss) and config.batch.microbatches > 1:
+  if objective.sorts_batch and config.batch.microbatches > 1:
     raise ValueError(
       f'objective.loss={objective.loss} sorts the pairs of the whole batch, so '
       f'batch.microbatches={config.batch.microbatches} would change it: set it to 1'

@@ -10,6 +10,8 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from dpo_flax.losses.objective import OPTIONS
+
 # Where things are read: their contents are fingerprinted, and every host may have its own.
 _SOURCES = (
   'workdir',
@@ -127,30 +129,10 @@ def _lora() -> ConfigDict:
 
 
 def _objective() -> ConfigDict:
+  """What losses/objective.py says of its options; a constant set beside another loss is refused."""
   objective = ConfigDict()
-  # A loss of losses/losses.py, or a tuple of them with one of loss_weights each.
-  objective.loss = config_dict.FieldReference('sigmoid', field_type=object)
-  objective.loss_weights = config_dict.placeholder(tuple)
-  # Strength of the pull to the reference (arXiv:2305.18290, eq. 7). It also scales the reported
-  # rewards, which is all it does beside losses that have none (sft, orpo).
-  objective.beta = 0.1
-  # What follows belongs to some losses; set beside another, it is refused.
-  objective.label_smoothing = config_dict.placeholder(float)  # share of flipped labels, [0, 0.5)
-  objective.gamma = config_dict.placeholder(float)  # simpo: margin per token; unset: 0.5
-  objective.cpo_alpha = config_dict.placeholder(float)  # cpo: weight of chosen's NLL; unset: 1.0
-  objective.orpo_lambda = config_dict.placeholder(float)  # orpo: of the odds ratio; unset: 0.1
-  objective.dpop_lambda = config_dict.placeholder(float)  # dpop: of a falling chosen; unset: 50
-  objective.discopop_temperature = config_dict.placeholder(float)  # in (0, 1]; unset: 0.05
-  # reverse_kl | forward_kl | js | alpha (arXiv:2309.16240)
-  objective.divergence = 'reverse_kl'
-  objective.alpha_divergence = config_dict.placeholder(float)  # the paper's alpha, in (0, 1)
-  objective.sft_weight = config_dict.placeholder(float)  # RPO: adds this times chosen's mean NLL
-  objective.ld_alpha = config_dict.placeholder(float)  # LD-DPO: weight of tokens past the shorter
-  objective.wpo = False  # weigh pairs by how on-policy they are (arXiv:2406.11827)
-  objective.reference_free = False  # the reference's log-ratio counts as 0
-  objective.kl_penalty_weight = config_dict.placeholder(float)  # of the exact KL to the reference
-  # Report the policy's entropy and, where the loss runs the reference, the KL to it.
-  objective.token_statistics = False
+  for name, option in OPTIONS.items():
+    objective[name] = config_dict.FieldReference(option.default, field_type=option.value_type)
   return objective
 
 

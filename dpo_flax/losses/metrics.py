@@ -7,12 +7,13 @@ hosts merge by addition, each pair counting once; `summarize` turns the merged s
 import itertools
 from collections.abc import Mapping
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_flax.losses.losses import implicit_rewards
-from dpo_flax.losses.objective import Objective
+from dpo_flax.losses.losses import log_ratios
+from dpo_flax.losses.objective import Objective, implicit_rewards
 from dpo_flax.losses.pair_logps import Branches, PairLogps
 
 Sums = dict[str, dict[str, jax.Array]]
@@ -26,14 +27,24 @@ def metric_sums(
   losses: jax.Array,  # [B, P], from `total_loss`
   objective: Objective,
 ) -> Sums:
-  """Returns the sums of a batch, over real pairs; add two of them with `jax.tree.map(add, ...)`."""
+  """Returns the sums of a batch, over real pairs; add two of them with `jax.tree.map(add, ...)`.
+
+  Sums that need lengths, a reference, KL or entropy are left out where the pairs have none.
+
+  dpo_accuracy is the share of pairs that the policy orders better than the reference does: whose
+  summed margin, log policy(w) - log policy(l), is larger than the reference's; without a reference,
+  whose reward is larger. reward_accuracy stands beside it where the loss's own reward may order
+  pairs otherwise, being a mean over tokens or without the tails that ld_alpha removes.
+  """
+  logps.check_shapes()
+  chex.assert_equal_shape((logps.policy_chosen, losses))
   rewards = implicit_rewards(logps, objective)
   margins = rewards.chosen - rewards.rejected
   return jax.lax.stop_gradient(
     {
-      'means': _mean_sums(logps, losses, rewards),
+      'means': _mean_sums(logps, losses, rewards, objective),
       'perplexities': _perplexity_sums(logps),
-      'histograms': _histogram_sums(margins, logps.pair_mask),
+      'histograms': _histogram_sums(margins, logps.mask),
       'moments': _moment_sums(margins, logps),
     }
   )
@@ -76,10 +87,12 @@ def accuracy(margins: jax.Array) -> jax.Array:
   return (jnp.sign(margins) + 1) / 2
 
 
-def _mean_sums(logps: PairLogps, losses: jax.Array, rewards: Branches) -> dict[str, jax.Array]:
+def _mean_sums(
+  logps: PairLogps, losses: jax.Array, rewards: Branches, objective: Objective
+) -> dict[str, jax.Array]:
   values = {
     'dpo_margin_policy': logps.policy_chosen - logps.policy_rejected,
-    'dpo_accuracy': accuracy(rewards.chosen - rewards.rejected),
+    **_accuracies(logps, rewards, objective),
     'dpo_chosen_reward': rewards.chosen,
     'dpo_rejected_reward': rewards.rejected,
     'chosen_logps': logps.policy_chosen,
@@ -91,8 +104,20 @@ def _mean_sums(logps: PairLogps, losses: jax.Array, rewards: Branches) -> dict[s
     values |= {'kl_chosen': logps.kl.chosen, 'kl_rejected': logps.kl.rejected}
   if logps.entropy is not None:
     values['entropy'] = (logps.entropy.chosen + logps.entropy.rejected) / 2
-  means = {name: _over(value, logps.pair_mask) for name, value in values.items()}
+  means = {name: _over(value, logps.mask) for name, value in values.items()}
   return {'dpo_loss': _over(losses, logps.weights), **means}
+
+
+def _accuracies(logps: PairLogps, rewards: Branches, objective: Objective) -> dict[str, jax.Array]:
+  of_rewards = accuracy(rewards.chosen - rewards.rejected)
+  if logps.reference_chosen is None or objective.reference_free:
+    return {'dpo_accuracy': of_rewards}
+  # Of the margins in this order, for the two are equal to the bit where the models are.
+  ratios = log_ratios(logps)
+  values = {'dpo_accuracy': accuracy(ratios.chosen - ratios.rejected)}
+  if objective.per_token or objective.ld_alpha is not None:
+    values['reward_accuracy'] = of_rewards
+  return values
 
 
 def _over(values: jax.Array, weights: jax.Array) -> jax.Array:
@@ -104,10 +129,12 @@ def _perplexity_sums(logps: PairLogps) -> dict[str, jax.Array]:
   models = {'policy': logps.policy}
   if logps.reference_chosen is not None:
     models['reference'] = logps.reference
+  if logps.chosen_lengths is None:
+    return {}
   lengths = Branches(logps.chosen_lengths, logps.rejected_lengths)
   return {
     f'{model}_perplexity_{branch}': jnp.stack(
-      [jnp.sum(getattr(sums, branch) * logps.pair_mask), jnp.sum(getattr(lengths, branch))]
+      [jnp.sum(getattr(sums, branch) * logps.mask), jnp.sum(getattr(lengths, branch))]
     )
     for model, sums in models.items()
     for branch in Branches._fields
@@ -135,6 +162,8 @@ def _histogram(buckets: jax.Array, columns: jax.Array, size: int) -> jax.Array:
 
 
 def _moment_sums(margins: jax.Array, logps: PairLogps) -> dict[str, jax.Array]:
+  if logps.chosen_lengths is None:
+    return {}
   lengths = logps.chosen_lengths - logps.rejected_lengths
   products = {
     'count': jnp.ones_like(margins),
@@ -144,7 +173,7 @@ def _moment_sums(margins: jax.Array, logps: PairLogps) -> dict[str, jax.Array]:
     'yy': margins**2,
     'xy': lengths * margins,
   }
-  return {name: jnp.sum(value * logps.pair_mask) for name, value in products.items()}
+  return {name: jnp.sum(value * logps.mask) for name, value in products.items()}
 
 
 def _calibration(histogram: np.ndarray) -> dict[str, float]:
@@ -168,6 +197,8 @@ def _accuracy_by_margin(histogram: np.ndarray) -> dict[str, float]:
 
 def _length_correlation(sums: dict[str, np.ndarray]) -> dict[str, float]:
   """Pearson correlation of the reward margin with |chosen| - |rejected|, in tokens."""
+  if not sums:
+    return {}
   count = sums['count']
   x, y = sums['x'] / count, sums['y'] / count
   variances = sums['xx'] / count - x * x, sums['yy'] / count - y * y

@@ -1,122 +1,207 @@
-"""What a run minimises: the losses, their constants, and which options go together."""
+"""What a run minimises: its losses, weighted, their constants, and the modifiers around them."""
 
 import dataclasses
-import math
-from collections.abc import Collection, Mapping
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from dpo_flax.losses.divergences import DIVERGENCES, REFUSED
+import jax
+import jax.numpy as jnp
 
-# Options a loss reads, by how it uses the responses' log-probs.
-_RATIO = frozenset({'reference_free', 'ld_alpha', 'wpo'})  # log policy - log reference
-_DIFFERENCE = _RATIO | {'divergence'}  # only chosen - rejected: the normaliser cancels
-_POLICY = frozenset({'wpo'})  # the policy alone: no reference is run
+from dpo_flax.losses import checks
+from dpo_flax.losses.losses import CONSTANTS, links, sft
+from dpo_flax.losses.pair_logps import Branches, PairLogps
+from dpo_flax.losses.registry import MODIFIERS, RECORD_FIELDS, Constant, Loss, users
 
-# Beside beta, what each loss reads of the config and (chosen_probability, margin) of the records.
-# Anything else that is set is refused.
-READS = {
-  'sigmoid': _DIFFERENCE | {'label_smoothing', 'chosen_probability', 'margin'},
-  'sigmoid_norm': _DIFFERENCE | {'label_smoothing', 'chosen_probability', 'margin'},
-  'hinge': _DIFFERENCE | {'margin'},
-  'ipo': _DIFFERENCE,
-  'exo_pair': _DIFFERENCE | {'label_smoothing'},
-  'robust': _DIFFERENCE | {'label_smoothing'},
-  'discopop': _DIFFERENCE | {'discopop_temperature'},
-  'dpop': _RATIO | {'dpop_lambda'},
-  'nca_pair': _RATIO,
-  'bco_pair': _RATIO,
-  'sppo_hard': _RATIO,
-  'apo_zero': _RATIO,
-  'apo_down': _RATIO,
-  # A slot's loss belongs to a rank in the sorted batch, not to a pair that could be weighted.
-  'aot': _RATIO - {'wpo'} | {'label_smoothing'},
-  'aot_unpaired': _RATIO - {'wpo'} | {'label_smoothing'},
-  'sft': frozenset(),
-  'simpo': _POLICY | {'gamma'},
-  'cpo': _POLICY | {'cpo_alpha'},
-  'orpo': _POLICY | {'orpo_lambda'},
-}
-
-# Losses of log-probs per token; rewards are then logged per token too.
-LENGTH_NORMALISED = frozenset({'ipo', 'sigmoid_norm', 'sft', 'simpo', 'orpo'})
-RECORD_FIELDS = ('chosen_probability', 'margin')  # of the records, what some losses use
-SORTED = frozenset({'aot', 'aot_unpaired'})
-
-# The value of an option that is unset and read, as published.
-PUBLISHED = {
-  'label_smoothing': 0.0,
-  'gamma': 0.5,
-  'cpo_alpha': 1.0,
-  'orpo_lambda': 0.1,
-  'dpop_lambda': 50.0,
-  'discopop_temperature': 0.05,
-}
-
-_POSITIVE = ('above 0', lambda x: x > 0)
-_RANGES = {
-  'beta': _POSITIVE,
-  'label_smoothing': ('in [0, 0.5)', lambda x: 0 <= x < 0.5),
-  'alpha_divergence': ('in (0, 1); 0 is reverse_kl, 1 is forward_kl', lambda x: 0 < x < 1),
-  'gamma': ('at least 0', lambda x: x >= 0),
-  'cpo_alpha': ('at least 0', lambda x: x >= 0),
-  'orpo_lambda': _POSITIVE,
-  'dpop_lambda': _POSITIVE,
-  # Above 1 the exponential would outgrow its weight and the loss would overflow.
-  'discopop_temperature': ('in (0, 1]', lambda x: 0 < x <= 1),
-  'sft_weight': _POSITIVE,
-  'ld_alpha': ('in [0, 1]', lambda x: 0 <= x <= 1),
-  'kl_penalty_weight': _POSITIVE,
-}
+SomeLoss = str | Loss | Callable[..., jax.Array]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
 class Objective:
-  """The validated `config.objective`; hashable, so that it can be a static argument of a jit."""
+  """One or several losses, weighted, with their constants and modifiers; hashable.
 
-  loss: tuple[str, ...]
+  It checks itself: an option that is out of range, or that none of the losses would use, is a
+  ValueError that names the field of the config.
+
+  >>> objective = Objective('simpo', beta=2.0)
+  >>> objective.gamma  # was not given: as published
+  0.5
+  >>> objective.needs_reference
+  False
+  >>> objective.replace(gamma=1.0)
+  Objective(loss='simpo', beta=2.0, gamma=1.0)
+  >>> Objective('ipo', gamma=1.0)
+  Traceback (most recent call last):
+  ValueError: objective.gamma=1.0 is not used by objective.loss='ipo': leave it unset, or use it \
+with simpo.
+  """
+
+  losses: tuple[Loss, ...]
   loss_weights: tuple[float, ...]
   beta: float
-  label_smoothing: float
   divergence: str
   alpha_divergence: float | None
-  gamma: float
-  cpo_alpha: float
-  orpo_lambda: float
-  dpop_lambda: float
-  discopop_temperature: float
   sft_weight: float | None
   ld_alpha: float | None
   wpo: bool
   reference_free: bool
   kl_penalty_weight: float | None
   token_statistics: bool
+  constants: tuple[tuple[str, float], ...]  # those given
+  given: tuple[tuple[str, Any], ...] = dataclasses.field(compare=False)  # the arguments
+
+  def __init__(
+    self,
+    loss: SomeLoss | Sequence[SomeLoss] = 'sigmoid',
+    *,
+    loss_weights: Sequence[float] | None = None,
+    beta: float = 0.1,
+    divergence: str = 'reverse_kl',
+    alpha_divergence: float | None = None,
+    sft_weight: float | None = None,
+    ld_alpha: float | None = None,
+    wpo: bool = False,
+    reference_free: bool = False,
+    kl_penalty_weight: float | None = None,
+    token_statistics: bool = False,
+    **constants: float | None,
+  ):
+    """Checks and keeps what is given.
+
+    Args:
+      loss: the name of a loss, a function from `PairLogps` to losses, a `Loss`, or several.
+      loss_weights: one for each loss; None: 1.0 each.
+      beta: strength of the pull to the reference. It also scales the reported rewards.
+      divergence: reverse_kl, forward_kl, js or alpha (arXiv:2309.16240).
+      alpha_divergence: the alpha of divergence='alpha', in (0, 1).
+      sft_weight: adds this times chosen's mean negative log-likelihood per token (RPO).
+      ld_alpha: weight of the tokens past the shorter response's length (LD-DPO), in [0, 1].
+      wpo: weigh pairs by how on-policy they are (arXiv:2406.11827).
+      reference_free: the reference's log-probs count as 0.
+      kl_penalty_weight: adds this times the exact KL(policy || reference) per token.
+      token_statistics: report the policy's entropy and, with a reference, the KL to it.
+      **constants: of the losses, such as label_smoothing; None or left out: the loss's default.
+
+    Raises:
+      ValueError: an option is unknown, out of range, or would be ignored.
+    """
+    general = {name: value for name, value in locals().items() if name in DEFAULTS}
+    losses = checks.resolve(loss)
+    checks.check(losses, OPTIONS, general, constants)
+    numbers = {name: float(value) for name, value in constants.items() if value is not None}
+    given = {name: value for name, value in (general | constants).items() if value is not None}
+    values = general | {
+      'losses': losses,
+      'loss_weights': tuple(map(float, loss_weights or (1.0,) * len(losses))),
+      'constants': tuple(sorted(numbers.items())),
+      'given': tuple(given.items()),
+    }
+    del values['loss']
+    for name, value in values.items():
+      object.__setattr__(self, name, value)
 
   @classmethod
   def from_config(cls, config: Mapping[str, Any]) -> 'Objective':
-    """Reads `config.objective`; ValueError where options are unknown, unused or out of range."""
-    losses = _losses(config)
-    validate(config)
-    values = {field.name: config[field.name] for field in dataclasses.fields(cls)}
-    for name, published in PUBLISHED.items():
-      values[name] = published if values[name] is None else float(values[name])
-    values['loss'] = losses
-    values['loss_weights'] = tuple(map(float, config['loss_weights'] or (1.0,) * len(losses)))
-    return cls(**values)
+    """Reads the section `objective` of a config."""
+    return cls(**dict(config.items()))
 
-  def reads(self, option: str) -> bool:
-    """Whether any of the losses uses an option or a field of the records."""
-    return any(option in READS[name] for name in self.loss)
+  def replace(self, **changes: Any) -> 'Objective':
+    """Returns the objective with other options; None takes one back to its default."""
+    options = dict(self.given) | changes
+    return Objective(**{name: value for name, value in options.items() if value is not None})
+
+  def options(self) -> dict[str, Any]:
+    """Returns every option in the order of the config; None for a constant that is not given."""
+    return {name: option.default for name, option in OPTIONS.items()} | dict(self.given)
+
+  @property
+  def loss(self) -> tuple[str, ...]:
+    """The names of the losses."""
+    return tuple(loss.name for loss in self.losses)
 
   @property
   def needs_reference(self) -> bool:
     """Whether the reference's log-probs are needed; without them its forward pass is skipped."""
-    compares = self.reads('reference_free') and not self.reference_free
+    compares = any(loss.needs_reference for loss in self.losses) and not self.reference_free
     return compares or self.kl_penalty_weight is not None
 
   @property
   def per_token(self) -> bool:
     """Whether the first loss, which the logged rewards follow, compares means over tokens."""
-    return self.loss[0] in LENGTH_NORMALISED
+    return self.losses[0].per_token
+
+  @property
+  def sorts_batch(self) -> bool:
+    """Whether a loss compares the pairs of the batch by rank: then it cannot be split."""
+    return any(loss.sorts_batch for loss in self.losses)
+
+  def reads(self, option: str) -> bool:
+    """Whether any of the losses uses an option or a field of the records."""
+    return any(loss.reads(option) for loss in self.losses)
+
+  def __getattr__(self, name: str) -> float:
+    """A constant as the losses use it: as given, or the default of the first that has it."""
+    fields = self.__dict__  # empty while the objective is being copied
+    values = [value for given, value in fields.get('constants', ()) if given == name]
+    losses = [loss for loss in fields.get('losses', ()) if name in loss.constants]
+    for value in (*values, *(loss.constants[name] for loss in losses)):
+      return value
+    raise AttributeError(f'no loss of this objective has a constant {name}')
+
+  def _run(self, loss: Loss, logps: PairLogps) -> jax.Array:
+    """Calls a loss with those of its constants that the objective has a value for."""
+    general = {name: getattr(self, name) for name in ('beta', 'divergence', 'alpha_divergence')}
+    values = general | dict(self.constants)
+    return loss(logps, **{name: values[name] for name in loss.constants if name in values})
+
+  def __repr__(self) -> str:
+    usual = {name: option.default for name, option in OPTIONS.items()} | {'loss': None}
+    changed = (f'{name}={value!r}' for name, value in self.given if value != usual.get(name))
+    return f'Objective({", ".join(changed)})'
+
+
+def as_objective(loss: Objective | SomeLoss | Sequence[SomeLoss]) -> Objective:
+  """Returns the objective of a loss with its defaults; an `Objective` as it is."""
+  return loss if isinstance(loss, Objective) else Objective(loss)
+
+
+DEFAULTS = {
+  name: parameter.default
+  for name, parameter in inspect.signature(Objective).parameters.items()
+  if name != 'constants'
+}
+
+# Every field of the config's section `objective`, in its order.
+_MEANINGS = {
+  'loss': Constant('a loss of losses/losses.py, or a tuple of them', value_type=object),
+  'loss_weights': Constant('one for each loss of a tuple; unset: 1.0 each', value_type=tuple),
+  'beta': Constant(
+    'strength of the pull to the reference (arXiv:2305.18290, eq. 7); it also scales the reported '
+    'rewards, which is all it does beside losses that have none (sft, orpo)',
+    'above 0',
+    lambda x: x > 0,
+  ),
+  **CONSTANTS,
+  'divergence': Constant('reverse_kl | forward_kl | js | alpha (arXiv:2309.16240)', value_type=str),
+  'alpha_divergence': Constant(
+    "the paper's alpha", 'in (0, 1); 0 is reverse_kl, 1 is forward_kl', lambda x: 0 < x < 1
+  ),
+  'sft_weight': Constant("RPO: adds this times chosen's mean NLL", 'above 0', lambda x: x > 0),
+  'ld_alpha': Constant(
+    'LD-DPO: weight of tokens past the shorter response', 'in [0, 1]', lambda x: 0 <= x <= 1
+  ),
+  'wpo': Constant('weigh pairs by how on-policy they are (arXiv:2406.11827)', value_type=bool),
+  'reference_free': Constant("the reference's log-probs count as 0", value_type=bool),
+  'kl_penalty_weight': Constant('of the exact KL to the reference', 'above 0', lambda x: x > 0),
+  'token_statistics': Constant(
+    "report the policy's entropy and, where the loss runs the reference, the KL to it",
+    value_type=bool,
+  ),
+}
+OPTIONS = {
+  name: dataclasses.replace(option, default=DEFAULTS.get(name))
+  for name, option in _MEANINGS.items()
+}
 
 
 def check_records(fields: Collection[str], objective: Objective) -> None:
@@ -127,113 +212,112 @@ def check_records(fields: Collection[str], objective: Objective) -> None:
     objective: whose losses each read some of them.
   """
   for field in RECORD_FIELDS:
-    deaf = [name for name in objective.loss if name != 'sft' and field not in READS[name]]
-    if field in fields and (deaf or objective.loss == ('sft',)):
-      users = ', '.join(name for name in READS if field in READS[name])
+    losses = checks.unread(objective.losses, field)
+    if field in fields and losses:
       raise ValueError(
-        f'The records give {field}, which {", ".join(deaf) or "sft"} does not use: remove it from '
-        f'the records, or set objective.loss to {users}.'
+        f'The records give {field}, which {", ".join(losses)} does not use: remove it from '
+        f'the records, or set objective.loss to {users(field)}.'
       )
-  unweighted = SORTED.intersection(objective.loss)
+  unweighted = sorted(loss.name for loss in objective.losses if loss.sorts_batch)
   if 'pair_weight' in fields and unweighted:
     raise ValueError(
-      f'The records give pair_weight, which {", ".join(sorted(unweighted))} cannot use: it sorts '
+      f'The records give pair_weight, which {", ".join(unweighted)} cannot use: it sorts '
       'the batch, in which a pair has no loss of its own. Remove the weights or change the loss.'
     )
 
 
-def validate(config: Mapping[str, Any]) -> None:
-  """Raises ValueError for anything in `config.objective` that is wrong or would be ignored."""
-  losses = _losses(config)
-  unknown = [name for name in losses if name not in READS]
-  if unknown or not losses:
-    raise ValueError(
-      f'objective.loss={config["loss"]!r}: {unknown or "no loss"} is not one of '
-      f'{", ".join(READS)}. Give one name, or a tuple with objective.loss_weights.'
-    )
-  if len(set(losses)) < len(losses):
-    raise ValueError(f'objective.loss={losses!r} names a loss twice: add up its weights instead.')
-  _validate_weights(config, losses)
-  _validate_ranges(config)
-  _validate_divergence(config, losses)
-  _validate_use(config, losses)
-  _validate_reference(config)
+def total_loss(logps: PairLogps, objective: Objective) -> jax.Array:
+  """Returns what the run minimises, for each pair, float32 in the shape of `policy_chosen`.
 
+  The step minimises sum(total_loss * logps.weights) / sum(logps.weights), both sums over the whole
+  batch. Beside the weighted losses: WPO's weights on them, `sft_weight` times the likelihood of
+  chosen (RPO: Pang et al. 2024, arXiv:2404.19733, eq. 1), and `kl_penalty_weight` times the exact
+  KL(policy || reference), a mean over tokens, then over the pair's two responses.
 
-def _losses(config: Mapping[str, Any]) -> tuple[str, ...]:
-  return (config['loss'],) if isinstance(config['loss'], str) else tuple(config['loss'])
+  >>> pairs = PairLogps(policy_chosen=jnp.array([-4.0]), policy_rejected=jnp.array([-10.0]))
+  >>> print(total_loss(pairs, Objective(lambda logps: -logps.policy_chosen)))
+  [4.]
 
-
-def _validate_weights(config: Mapping[str, Any], losses: tuple[str, ...]) -> None:
-  weights = config['loss_weights']
-  if weights is not None and len(weights) != len(losses):
-    raise ValueError(
-      f'objective.loss_weights has {len(weights)} numbers for {len(losses)} losses '
-      f'({", ".join(losses)}): give one for each, or leave it unset for 1.0 each.'
-    )
-  sound = (isinstance(weight, int | float) and 0 < weight < math.inf for weight in weights or ())
-  if not all(sound):
-    raise ValueError(
-      f'objective.loss_weights={tuple(weights)}: every weight must be a finite number above 0.'
-    )
-
-
-def _validate_ranges(config: Mapping[str, Any]) -> None:
-  for name, (expected, is_inside) in _RANGES.items():
-    value = config[name]
-    if value is not None and not (math.isfinite(value) and is_inside(value)):
-      raise ValueError(f'objective.{name}={value}: it must be {expected}.')
-
-
-def _validate_divergence(config: Mapping[str, Any], losses: tuple[str, ...]) -> None:
-  divergence, alpha = config['divergence'], config['alpha_divergence']
-  if divergence in REFUSED:
-    raise ValueError(
-      f'objective.divergence={divergence!r} gives no implicit reward: {REFUSED[divergence]} '
-      f'(arXiv:2309.16240, Theorem 1). Use one of {", ".join(DIVERGENCES)}.'
-    )
-  if divergence not in DIVERGENCES:
-    raise ValueError(f'objective.divergence={divergence!r}: use one of {", ".join(DIVERGENCES)}.')
-  if (divergence == 'alpha') != (alpha is not None):
-    raise ValueError(
-      f'objective.divergence={divergence!r} with objective.alpha_divergence={alpha}: '
-      "alpha_divergence goes with divergence='alpha', and only with it."
-    )
-  others = [name for name in losses if name != 'sft' and 'divergence' not in READS[name]]
-  if divergence != 'reverse_kl' and (others or losses == ('sft',)):
-    raise ValueError(
-      f'objective.divergence={divergence!r} cannot go with {", ".join(others) or "sft alone"}: the '
-      'normaliser of the optimal policy cancels only in losses on the difference of two rewards '
-      f'({", ".join(name for name in READS if "divergence" in READS[name])}).'
-    )
-
-
-def _validate_use(config: Mapping[str, Any], losses: tuple[str, ...]) -> None:
-  for option in (*PUBLISHED, 'ld_alpha', 'wpo', 'reference_free'):
-    is_set = config[option] is not None and config[option] is not False
-    if is_set and not any(option in READS[name] for name in losses):
-      users = ', '.join(name for name in READS if option in READS[name])
+  Raises:
+    ValueError: the pairs lack a field that is needed, or a loss is not one number for each pair.
+  """
+  logps.check_shapes()
+  total = jnp.zeros_like(logps.policy_chosen)
+  for loss, weight in zip(objective.losses, objective.loss_weights, strict=True):
+    values = objective._run(loss, _as_read(logps, objective, loss))
+    if jnp.shape(values) != total.shape:
       raise ValueError(
-        f'objective.{option}={config[option]} is not used by objective.loss={config["loss"]!r}: '
-        f'leave it unset, or use it with {users}.'
+        f'the loss {loss.name} returns shape {jnp.shape(values)} for pairs of shape '
+        f'{total.shape}: it has to return one number for each pair'
       )
-  if 'exo_pair' in losses and not config['label_smoothing']:
-    raise ValueError(
-      "objective.loss='exo_pair' needs objective.label_smoothing above 0 (at 0 the loss is "
-      'infinite); the paper uses 0.001 (arXiv:2402.00856).'
-    )
+    if objective.wpo and 'wpo' in loss.modifiers:
+      values = wpo_weights(logps) * values
+    total += weight * values
+  if objective.sft_weight is not None:
+    total += objective.sft_weight * sft(logps)
+  if objective.kl_penalty_weight is not None:
+    kl = logps.branches('kl')
+    total += objective.kl_penalty_weight * (kl.chosen + kl.rejected) / 2
+  return total
 
 
-def _validate_reference(config: Mapping[str, Any]) -> None:
-  if not config['reference_free']:
-    return
-  if config['kl_penalty_weight'] is not None:
-    raise ValueError(
-      f'objective.reference_free=True with objective.kl_penalty_weight='
-      f'{config["kl_penalty_weight"]}: the KL is measured from the reference. Drop one of them.'
-    )
-  if config['divergence'] != 'reverse_kl':
-    raise ValueError(
-      f'objective.reference_free=True with objective.divergence={config["divergence"]!r}: a '
-      'divergence is measured from the reference. Drop one of them.'
-    )
+def wpo_weights(logps: PairLogps) -> jax.Array:
+  """WPO's weight of each pair: how near to on-policy it is, without gradient.
+
+  The product over both responses of exp(mean over tokens of log(pi(y_t) / sum_v pi(v)^2)), the
+  "sampled alignment" of Zhou et al. 2024 (arXiv:2406.11827, eq. 2). The ratio is 1 in expectation
+  where y_t is the policy's own sample; as in the authors' code, a pair of likelier tokens than that
+  counts no more than 1.
+  """
+  alignments = logps.branches('alignments')
+  total = alignments.chosen + alignments.rejected
+  return jax.lax.stop_gradient(jnp.exp(jnp.minimum(total, 0.0)))
+
+
+def implicit_rewards(logps: PairLogps, objective: Objective) -> Branches:
+  """Returns the reward the policy stands for: beta s (up to a constant per prompt).
+
+  Without a reference it is beta log policy. It is a mean over tokens where the (first) loss is.
+  """
+  seen = modified(logps, objective)
+  if seen.reference_chosen is None:
+    rewards = logps.policy
+  else:
+    rewards = links(seen, objective.divergence, objective.alpha_divergence)
+  if objective.per_token:
+    rewards = jax.tree.map(jnp.divide, rewards, logps.lengths)
+  return jax.tree.map(lambda reward: objective.beta * reward, rewards)
+
+
+def modified(
+  logps: PairLogps, objective: Objective, modifiers: Sequence[str] = MODIFIERS
+) -> PairLogps:
+  """Returns the pairs after the objective's modifiers of log-probs, as the losses compare them.
+
+  With `reference_free` the reference's log-probs are 0. With `ld_alpha`, tokens past the length of
+  the pair's shorter response count `ld_alpha` each: LD-DPO, length desensitisation (Liu et al.
+  2024, arXiv:2409.06411).
+  """
+  if objective.reference_free and 'reference_free' in modifiers:
+    zeros = jax.tree.map(jnp.zeros_like, logps.policy)
+    logps = _with_reference(logps, zeros, tails=zeros)
+  if objective.ld_alpha is None or 'ld_alpha' not in modifiers:
+    return logps
+
+  def cut(sums: Branches, tails: Branches) -> Branches:
+    return jax.tree.map(lambda each, tail: each - (1 - objective.ld_alpha) * tail, sums, tails)
+
+  policy = cut(logps.policy, logps.branches('policy_tails'))
+  logps = dataclasses.replace(logps, policy_chosen=policy.chosen, policy_rejected=policy.rejected)
+  return _with_reference(logps, cut(logps.reference, logps.branches('reference_tails')))
+
+
+def _with_reference(logps: PairLogps, sums: Branches, **tails: Branches) -> PairLogps:
+  fields = {f'reference_{name}': value for name, value in (sums._asdict() | tails).items()}
+  return dataclasses.replace(logps, **fields)
+
+
+def _as_read(logps: PairLogps, objective: Objective, loss: Loss) -> PairLogps:
+  """Returns the pairs as a loss sees them, without the fields of records that it does not use."""
+  unread = {field: None for field in RECORD_FIELDS if field not in loss.records}
+  return modified(dataclasses.replace(logps, **unread), objective, loss.modifiers)

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -17,18 +18,19 @@ class Branches(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairLogps:
-  """Log-probs of a batch of pairs, float32 [B, P]; empty slots hold zeros.
+  """Log-probs of pairs, float32 of any one shape ([B, P] in a batch); empty slots hold zeros.
 
-  Fields that are None were not asked for, or not in the data.
+  Only the policy's log-probs are needed. A field that is None was not asked for, or is not in the
+  data; what needs it raises a ValueError that names it.
   """
 
   policy_chosen: jax.Array  # log-prob of the whole response, summed over its tokens
   policy_rejected: jax.Array
   reference_chosen: jax.Array | None = None  # None: no reference was run
   reference_rejected: jax.Array | None = None
-  chosen_lengths: jax.Array  # response tokens
-  rejected_lengths: jax.Array
-  pair_mask: jax.Array  # 1.0 for a real pair
+  chosen_lengths: jax.Array | None = None  # response tokens
+  rejected_lengths: jax.Array | None = None
+  pair_mask: jax.Array | None = None  # 1.0 for a real pair; None: all are real
 
   # From the records.
   pair_weight: jax.Array | None = None  # a pair of weight 2 counts as the pair given twice
@@ -48,22 +50,48 @@ class PairLogps:
   @property
   def policy(self) -> Branches:
     """The policy's log-probs of both responses."""
-    return Branches(self.policy_chosen, self.policy_rejected)
+    return Branches(*self._required('policy_chosen', 'policy_rejected'))
 
   @property
   def reference(self) -> Branches:
     """The reference's log-probs of both responses."""
-    return Branches(self.reference_chosen, self.reference_rejected)
+    return Branches(*self._required('reference_chosen', 'reference_rejected'))
 
   @property
   def lengths(self) -> Branches:
     """Tokens of both responses, at least 1 so that empty slots divide to 0."""
-    return Branches(jnp.maximum(self.chosen_lengths, 1.0), jnp.maximum(self.rejected_lengths, 1.0))
+    chosen, rejected = self._required('chosen_lengths', 'rejected_lengths')
+    return Branches(jnp.maximum(chosen, 1.0), jnp.maximum(rejected, 1.0))
+
+  @property
+  def mask(self) -> jax.Array:
+    """1.0 for a real pair, 0.0 for an empty slot."""
+    return jnp.ones_like(self.policy_chosen) if self.pair_mask is None else self.pair_mask
 
   @property
   def weights(self) -> jax.Array:
     """What each slot counts in the mean loss: its weight if real, else 0."""
-    return self.pair_mask if self.pair_weight is None else self.pair_mask * self.pair_weight
+    return self.mask if self.pair_weight is None else self.mask * self.pair_weight
+
+  def branches(self, name: str) -> Branches:
+    """Returns a field that holds both responses' values, such as kl; ValueError if not given."""
+    (values,) = self._required(name)
+    return values
+
+  def check_shapes(self) -> None:
+    """Raises AssertionError unless all fields, but for reward_mean, have one shape."""
+    for field in dataclasses.fields(self):
+      values = jax.tree.leaves(getattr(self, field.name))
+      if field.name != 'reward_mean':
+        chex.assert_equal_shape((self.policy_chosen, *values), custom_message=field.name)
+
+  def _required(self, *names: str) -> list:
+    values = [getattr(self, name) for name in names]
+    missing = [name for name, value in zip(names, values, strict=True) if value is None]
+    if missing:
+      raise ValueError(f'PairLogps lacks {" and ".join(missing)}, which this computation needs.')
+    chex.assert_equal_shape((self.policy_chosen, *jax.tree.leaves(values)))
+    return values
 
 
 def sum_by_response(

@@ -11,9 +11,8 @@ from flax import nnx
 
 from dpo_flax.losses.losses import reward_sums
 from dpo_flax.losses.metrics import Sums, metric_sums
-from dpo_flax.losses.objective import Objective
+from dpo_flax.losses.objective import Objective, modified, total_loss
 from dpo_flax.losses.pair_logps import Branches, PairLogps, sum_by_response, tail_mask
-from dpo_flax.losses.total import total_loss
 from dpo_flax.model.token_logps import Stream, TokenStatistics, Wanted, token_statistics
 from dpo_flax.model.transformer import Transformer, run_streams
 from dpo_flax.training.state import Models, TrainState
@@ -213,7 +212,7 @@ def _report(logps: PairLogps, losses: jax.Array, batch: Batch, objective: Object
 
 def _reward_sums(logps: PairLogps, objective: Objective) -> tuple[jax.Array, jax.Array]:
   if 'bco_pair' in objective.loss:
-    return reward_sums(logps, objective)
+    return reward_sums(modified(logps, objective), beta=objective.beta)
   return jnp.zeros(()), jnp.zeros(())
 
 

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 
-from dpo_flax.losses.losses import LOSSES
+from dpo_flax.losses import LOSSES
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 ENOUGH = 0.8  # chance is 0.5

@@ -9,7 +9,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from dpo_flax import config as config_lib
-from dpo_flax.losses import objective
+from dpo_flax.losses import Objective
 from dpo_flax.runtime import command
 
 # ml_collections loads config files by a method that Python has deprecated.
@@ -29,7 +29,7 @@ def test_the_defaults_are_the_published_ones():
     'cosine',
     1.0,
   )
-  objective.validate(config.objective)
+  Objective.from_config(config.objective)
 
 
 FREE = {

@@ -1,9 +1,16 @@
 """Every option that would be ignored, and every illegal pairing, is refused by name."""
 
+import copy
+import pickle
+
+import jax
+import jax.numpy as jnp
 import pytest
+from helpers.pairs import make_pairs
 
 from dpo_flax import config
-from dpo_flax.losses.objective import PUBLISHED, READS, Objective
+from dpo_flax.losses import CONSTANTS, LOSSES, Loss, Objective, as_objective, register, total_loss
+from dpo_flax.losses.objective import OPTIONS
 
 
 def options_of(**options):
@@ -12,14 +19,14 @@ def options_of(**options):
   return settings
 
 
-@pytest.mark.parametrize('option', (*PUBLISHED, 'ld_alpha', 'wpo', 'reference_free'))
-@pytest.mark.parametrize('loss', tuple(READS))
+@pytest.mark.parametrize('option', (*CONSTANTS, 'ld_alpha', 'wpo', 'reference_free'))
+@pytest.mark.parametrize('loss', tuple(LOSSES))
 def test_an_option_is_accepted_exactly_where_it_is_read(loss, option):
   value = True if option in ('wpo', 'reference_free') else 0.25
   options = {'loss': loss, option: value}
   if loss == 'exo_pair':
     options.setdefault('label_smoothing', 0.001)
-  if option in READS[loss]:
+  if LOSSES[loss].reads(option):
     assert getattr(Objective.from_config(options_of(**options)), option) == value
   else:
     with pytest.raises(ValueError, match=rf'{option}=.*not used by objective.loss'):
@@ -64,7 +71,7 @@ def test_refuses(case):
     Objective.from_config(options_of(**options))
 
 
-@pytest.mark.parametrize('loss', tuple(READS))
+@pytest.mark.parametrize('loss', tuple(LOSSES))
 def test_a_divergence_goes_only_where_the_normaliser_cancels(loss):
   allowed = {'sigmoid', 'sigmoid_norm', 'hinge', 'ipo', 'exo_pair', 'robust', 'discopop'}
   options = {'loss': (loss, 'sft') if loss != 'sft' else 'sft', 'divergence': 'js'}
@@ -98,3 +105,108 @@ def test_the_reference_is_run_only_where_it_is_read():
 def test_equal_settings_are_one_key_so_that_a_step_compiles_once():
   assert {Objective.from_config(options_of()): 'compiled'}[Objective.from_config(options_of())]
   assert Objective.from_config(options_of(beta=0.2)) != Objective.from_config(options_of())
+
+
+def test_the_config_has_the_options_of_an_objective_and_their_defaults():
+  """One list, in one order: saved runs and command lines name these fields."""
+  names = ['loss', 'loss_weights', 'beta', 'label_smoothing', 'gamma', 'cpo_alpha', 'orpo_lambda']
+  names += ['dpop_lambda', 'discopop_temperature', 'divergence', 'alpha_divergence', 'sft_weight']
+  names += ['ld_alpha', 'wpo', 'reference_free', 'kl_penalty_weight', 'token_statistics']
+  section = config.default().objective
+  assert list(OPTIONS) == list(Objective().options()) == names
+  assert Objective().options() == dict(section.items())
+  assert Objective() == Objective.from_config(section)
+
+
+def test_options_that_are_not_given_stay_unset():
+  objective = Objective('simpo', beta=2.0)
+  assert objective.gamma == 0.5
+  assert objective.options()['gamma'] is None
+  assert Objective.from_config(objective.options()) == objective
+  assert Objective('simpo', gamma=0.5).options()['gamma'] == 0.5
+
+
+def test_replacing_an_option_checks_it_again():
+  objective = Objective(('sigmoid', 'sft'), loss_weights=(1.0, 0.5), kl_penalty_weight=0.1)
+  changed = objective.replace(kl_penalty_weight=None, beta=0.3)
+  assert (changed.kl_penalty_weight, changed.beta) == (None, 0.3)
+  assert changed.loss_weights == (1.0, 0.5)
+  with pytest.raises(ValueError, match='must be above 0'):
+    objective.replace(beta=-1.0)
+
+
+@pytest.mark.parametrize(
+  'duplicate', (copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)))
+)
+def test_a_copy_is_the_same_key(duplicate):
+  objective = Objective('simpo', gamma=1.0)
+  assert duplicate(objective) == objective
+  assert hash(duplicate(objective)) == hash(objective)
+
+
+def test_an_option_that_does_not_exist_is_named():
+  with pytest.raises(TypeError, match='no option gama'):
+    Objective('simpo', gama=1.0)
+  with pytest.raises(AttributeError, match='no loss of this objective has a constant gamma'):
+    _ = Objective('sigmoid').gamma
+
+
+def squared(logps, *, beta=0.1, target=1.0):
+  """A user's loss: the square of DPO's logit less a target."""
+  policy, reference = logps.policy, logps.reference
+  ratio = policy.chosen - policy.rejected - reference.chosen + reference.rejected
+  return jnp.square(beta * ratio - target)
+
+
+def likelihood(logps):
+  return -logps.policy_chosen
+
+
+def test_a_function_is_taken_wherever_a_name_is():
+  pairs = make_pairs()
+  objective = Objective(squared, beta=0.3, target=2.0)
+  assert objective.loss == ('squared',) and objective.needs_reference
+  expected = squared(pairs, beta=0.3, target=2.0)
+  assert jnp.array_equal(total_loss(pairs, objective), expected)
+  compiled = jax.jit(total_loss, static_argnums=1)
+  assert jnp.allclose(compiled(pairs, objective), expected, rtol=1e-6)
+  mixed = Objective((squared, 'ipo'), loss_weights=(1.0, 0.5), beta=0.3)
+  parts = squared(pairs, beta=0.3) + 0.5 * LOSSES['ipo'](pairs, beta=0.3)
+  assert jnp.allclose(total_loss(pairs, mixed), parts, rtol=1e-6)
+
+
+def test_a_function_is_taken_to_need_the_reference_unless_it_says_otherwise():
+  assert Objective(likelihood).needs_reference
+  assert not Objective(Loss(likelihood, needs_reference=False)).needs_reference
+  with pytest.raises(ValueError, match='reference_free=True is not used'):
+    Objective(Loss(likelihood, needs_reference=False), reference_free=True)
+
+
+def test_a_loss_of_the_package_is_itself_by_name_and_by_function():
+  assert Objective(LOSSES['ipo'].function) == Objective('ipo') == as_objective('ipo')
+  objective = Objective('ipo', beta=0.3)
+  assert as_objective(objective) is objective
+
+
+def test_a_function_of_another_shape_is_refused():
+  with pytest.raises(ValueError, match=r'mean returns shape \(\) for pairs of shape \(2, 4\)'):
+    total_loss(make_pairs(), Objective(Loss(lambda logps: likelihood(logps).mean(), 'mean')))
+
+
+def test_a_constant_without_a_default_has_to_be_given():
+  def needy(logps, *, target):
+    return logps.policy_chosen * target
+
+  with pytest.raises(ValueError, match=r'needs objective\.target a value'):
+    Objective(needy)
+  assert Objective(needy, target=2.0).target == 2.0
+
+
+def test_a_registered_loss_goes_by_its_name():
+  register(records=('margin',), needs_reference=False)(squared)
+  try:
+    assert Objective('squared', wpo=True).reads('margin')
+    with pytest.raises(ValueError, match='registered already'):
+      register()(squared)
+  finally:
+    del LOSSES['squared']

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+from helpers.pairs import make_pairs
 
 from dpo_flax.losses.pair_logps import Branches, sum_by_response, tail_mask
 
@@ -29,7 +30,7 @@ def test_an_empty_slot_has_no_tail():
   np.testing.assert_array_equal(tail_mask(ids, lengths), np.zeros((1, 6)))
 
 
-def test_empty_slots_weigh_nothing_and_divide_safely(make_pairs):
+def test_empty_slots_weigh_nothing_and_divide_safely():
   mask = np.array([[1.0, 0.0]])
   lengths = {'chosen_lengths': [[5, 0]], 'rejected_lengths': [[3, 0]]}
   pairs = make_pairs((1, 2), pair_mask=mask, pair_weight=[[0.5, 3.0]], **lengths)
