@@ -1,5 +1,6 @@
 """Laws of packing: nothing is lost or split, and the masks are those of a pair on its own."""
 
+import chex
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,8 +44,9 @@ def test_worked_example_of_the_shared_layout():
     'positions': [0, 1, 2, 3, 4, 2, 3, 4, 5, 0, 0],
     'visible_until': [9, 9, 5, 5, 5, 9, 9, 9, 9, 10, 11],
     'targets': [0, 0, x, eos, 0, y, z, eos, 0, 0, 0],
-    'loss_mask': [0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 0],
-    'sequence_ids': [4, 4, 0, 0, 4, 1, 1, 1, 4, 4, 4],
+    'answer_ids': [4, 4, 0, 0, 4, 1, 1, 1, 4, 4, 4],
+    'answer_mask': [1, 1, 0, 0],
+    'pairs': [[0, 1], [0, 0]],
     'pair_mask': [1, 0],
     'pair_index': [7, -1],
   }
@@ -61,11 +63,13 @@ def test_batch_has_the_shapes_and_dtypes_the_model_reads():
     layout='shared',
     columns=('pair_weight', 'chosen_probability'),
   )
-  floats = {'loss_mask', 'pair_mask', 'pair_weight', 'chosen_probability'}
+  floats = ['answer_mask', 'pair_mask', 'pair_weight', 'chosen_probability']
+  by_token = ['tokens', 'positions', 'visible_until', 'targets', 'answer_ids']
+  shapes = dict.fromkeys(by_token, (2, 16)) | {'answer_mask': (2, 6), 'pairs': (2, 3, 2)}
+  assert batch.keys() == {*shapes, 'pair_index', *floats}
   for name, array in batch.items():
-    per_pair = name.startswith(('pair', 'chosen'))
-    assert array.shape == ((2, 3) if per_pair else (2, 16)), name
-    assert array.dtype == (np.float32 if name in floats else np.int32), name
+    chex.assert_shape(array, shapes.get(name, (2, 3)))
+    chex.assert_type(array, np.float32 if name in floats else np.int32)
 
 
 @given(pair_lists, layouts)
@@ -74,15 +78,15 @@ def test_every_target_sees_exactly_its_prompt_and_the_response_before_it(pairs, 
   visible = _visible(row)
   seen = np.zeros(96)
   for slot, branch, prompt, response in _branches(pairs):
-    at = np.flatnonzero(row['sequence_ids'] == 2 * slot + branch)
+    at = np.flatnonzero(row['answer_ids'] == row['pairs'][slot, branch])
     np.testing.assert_array_equal(row['targets'][at], response)
     seen[at] += 1
     for n, query in enumerate(at):
       keys = np.flatnonzero(visible[query])
       np.testing.assert_array_equal(row['tokens'][keys], np.concatenate([prompt, response[:n]]))
       np.testing.assert_array_equal(row['positions'][keys], np.arange(len(prompt) + n))
-  np.testing.assert_array_equal(seen, row['loss_mask'])
-  assert (row['sequence_ids'][seen == 0] == 8).all()
+  assert set(seen) <= {0, 1}
+  assert (row['answer_ids'][seen == 0] == 8).all()
   assert (row['targets'][seen == 0] == 0).all()
 
 
@@ -116,8 +120,7 @@ def test_a_later_turn_of_the_user_is_read_and_not_a_target():
     np.testing.assert_array_equal(row['tokens'][start : start + 6], [20, 21, 30, 31, 22, 2])
     at = slice(start - 1, start + 5)
     np.testing.assert_array_equal(row['targets'][at], [20, 21, 0, 0, 22, 2])
-    np.testing.assert_array_equal(row['loss_mask'][at], [1, 1, 0, 0, 1, 1])
-    np.testing.assert_array_equal(row['sequence_ids'][at], [0, 0, 2, 2, 0, 0])
+    np.testing.assert_array_equal(row['answer_ids'][at], [0, 0, 2, 2, 0, 0])
 
 
 @given(
