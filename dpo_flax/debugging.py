@@ -59,7 +59,7 @@ def separate_and_packed_losses(
   if shared.max() > tokens:
     raise ValueError(f'tokens={tokens}: the longest of the pairs takes {shared.max()}')
   plan = pack.plan_rows(shared, tokens=tokens)
-  columns = _columns(pairs)
+  columns = pack.given_columns(pairs)
   separate = pack.fill_batch(
     [[pair] for pair in pairs],
     tokens=int(alone.max()),
@@ -124,14 +124,6 @@ def as_text(rows: Sequence[Row]) -> str:
   return '\n'.join(
     '  '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
     for line in cells
-  )
-
-
-def _columns(pairs: Sequence[pack.PackedPair]) -> tuple[str, ...]:
-  """The optional fields that any of the pairs gives."""
-  defaults = pack.PackedPair._field_defaults
-  return tuple(
-    name for name, value in defaults.items() if any(getattr(pair, name) != value for pair in pairs)
   )
 
 

@@ -135,10 +135,9 @@ def _sum_tails(
   # The number of each token in its answer, from 1.
   rank = jnp.sum(jnp.where(member, jnp.cumsum(member, axis=1), 0), axis=-1)  # [B, T]
   shared = jnp.minimum(*lengths)[:, None]  # [B, 1, P]
-  is_past = (rank[..., None] > shared) & (batch['pair_mask'][:, None] != 0)  # [B, T, P]
-
-  def total(answer):  # [B, P] -> [B, P]
-    is_tail = (ids[..., None] == answer[:, None]) & is_past
-    return jnp.sum(jnp.where(is_tail, values[..., None].astype(jnp.float32), 0.0), axis=1)
-
-  return Branches(total(batch['pairs'][..., 0]), total(batch['pairs'][..., 1]))
+  is_past = rank[..., None] > shared  # [B, T, P]
+  is_past &= batch['pair_mask'][:, None] != 0
+  is_tail = (ids[..., None, None] == batch['pairs'][:, None]) & is_past[..., None]  # [B, T, P, 2]
+  values = values[..., None, None].astype(jnp.float32)
+  tails = jnp.sum(jnp.where(is_tail, values, 0.0), axis=1)
+  return Branches(tails[..., 0], tails[..., 1])

@@ -74,11 +74,12 @@ def as_models(models: Models | Model | tuple) -> Models:
 
 
 def split_models(models: Models) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-  """Returns (graphdef, trainable, frozen): adapters and what is Trained learn, nothing else does.
+  """Returns (graphdef, trainable, frozen): the policy's adapters and what of it is Trained learn.
 
-  Variables that both models hold appear once; `nnx.merge` of the three gives both models back.
+  Nothing of a reference does, should it have adapters of its own. Variables that both models hold
+  appear once, as the policy's; `nnx.merge` of the three gives both models back.
   """
-  return nnx.split(models, TRAINABLE, ...)
+  return nnx.split(models, nnx.All(TRAINABLE, lambda path, _: path[0] == 'policy'), ...)
 
 
 def init_state(models: Models | Model, optimizer: optax.GradientTransformation) -> TrainState:

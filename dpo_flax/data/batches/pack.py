@@ -182,6 +182,48 @@ def _unchain(chain: tuple) -> list[int]:
   return content[::-1]
 
 
+def pack_pairs(
+  pairs: Sequence[PackedPair],
+  *,
+  tokens: int,  # T
+  layout: str = 'shared',
+  multiple: int = 1,  # empty rows make the number of rows a multiple of this
+) -> Batch:
+  """Packs pairs of token ids into as few rows as best-fit decreasing needs.
+
+      batch = pack_pairs(pairs, tokens=2048, multiple=8)
+      for i in range(0, len(batch['tokens']), 8):
+        part = {name: array[i : i + 8] for name, array in batch.items()}
+
+  Returns:
+    The fields of `fill_batch`; P is the pairs of the fullest row, `columns` are those that any of
+    the pairs gives.
+
+  Raises:
+    ValueError: a pair is longer than a row.
+  """
+  lengths = np.array([(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs], int)
+  need = row_lengths(lengths.reshape(-1, 3), layout)
+  if need.max(initial=0) > tokens:
+    longest = pairs[int(need.argmax())].index
+    raise ValueError(f'tokens={tokens}: pair {longest} takes {need.max()}. Cut or drop it first')
+  plan = plan_rows(need, tokens=tokens)
+  rows = [[pairs[i] for i in plan[row]] for row in range(len(plan))]
+  rows += [[]] * (-len(rows) % multiple)
+  slots = max(plan.pairs_per_row, 1)
+  columns = given_columns(pairs)
+  return fill_batch(rows, tokens=tokens, pairs_per_row=slots, layout=layout, columns=columns)
+
+
+def given_columns(pairs: Iterable[PackedPair]) -> tuple[str, ...]:
+  """Returns the optional fields that any of the pairs gives."""
+  defaults = PackedPair._field_defaults
+  pairs = list(pairs)
+  return tuple(
+    name for name, value in defaults.items() if any(getattr(pair, name) != value for pair in pairs)
+  )
+
+
 def fill_row(pairs: Iterable[PackedPair], *, tokens: int, pairs_per_row: int, layout: str) -> Batch:
   """Returns the arrays of one row: fill_batch without its first axis."""
   batch = fill_batch([pairs], tokens=tokens, pairs_per_row=pairs_per_row, layout=layout)

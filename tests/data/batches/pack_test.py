@@ -2,6 +2,7 @@
 
 import chex
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,6 +52,21 @@ def test_worked_example_of_the_shared_layout():
     'pair_index': [7, -1],
   }
   assert row.keys() == expected.keys()
+  for name, values in expected.items():
+    np.testing.assert_array_equal(row[name], values, err_msg=name)
+
+
+def test_worked_example_of_the_separate_layout():
+  a, b, c, x, y, z, eos = 11, 12, 13, 14, 15, 16, 2
+  pair = pack.PackedPair(7, np.array([a, b, c]), np.array([x, eos]), np.array([y, z, eos]))
+  row = pack.fill_row([pair], tokens=12, pairs_per_row=1, layout='separate')
+  expected = {
+    'tokens': [a, b, c, x, eos, a, b, c, y, z, eos, 0],
+    'positions': [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 0],
+    'visible_until': [5, 5, 5, 5, 5, 11, 11, 11, 11, 11, 11, 12],
+    'targets': [0, 0, x, eos, 0, 0, 0, y, z, eos, 0, 0],
+    'answer_ids': [2, 2, 0, 0, 2, 2, 2, 1, 1, 1, 2, 2],
+  }
   for name, values in expected.items():
     np.testing.assert_array_equal(row[name], values, err_msg=name)
 
@@ -156,6 +172,27 @@ def test_plan_is_as_tight_as_textbook_best_fit_decreasing(lengths):
       fitting = [len(rooms) - 1]
     rooms[min(fitting, key=lambda i: rooms[i])] -= length
   assert len(pack.plan_rows(np.array(lengths), tokens=64)) == len(rooms)
+
+
+@given(pair_lists, layouts, st.integers(1, 3))
+def test_packed_pairs_are_in_the_batch_once(pairs, layout, multiple):
+  batch = pack.pack_pairs(pairs, tokens=32, layout=layout, multiple=multiple)
+  assert len(batch['tokens']) % multiple == 0
+  found = batch['pair_index'][batch['pair_mask'] > 0]
+  assert sorted(found) == [pair.index for pair in pairs]
+  assert batch['answer_mask'].sum() == 2 * len(pairs)
+  assert 'margin' not in batch
+
+
+def test_packed_pairs_bring_the_columns_they_give():
+  pairs = [_pair(0, 2, 2, 2), _pair(1, 2, 2, 2)._replace(margin=0.5)]
+  batch = pack.pack_pairs(pairs, tokens=32)
+  np.testing.assert_array_equal(batch['margin'], [[0.0, 0.5]])
+
+
+def test_a_pair_longer_than_a_row_is_refused():
+  with pytest.raises(ValueError, match='tokens=8: pair 1 takes 9'):
+    pack.pack_pairs([_pair(0, 2, 2, 2), _pair(1, 2, 3, 3)], tokens=8)
 
 
 def test_one_pair_per_row_without_packing():
