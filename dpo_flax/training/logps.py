@@ -24,21 +24,22 @@ def answer_logps(
   models: Models | Model,
   batch: Batch,
   *,
-  wanted: Wanted = Wanted(),  # noqa: B008 (a tuple)
+  wanted: Wanted | None = None,
   keep_tokens: bool = False,  # for pairs_of(tails=True)
   logits_chunk: int = 512,
   dropout_key: jax.Array | None = None,
 ) -> AnswerLogps:
   """Returns what the models say of every answer of a batch, float32 [B, S].
 
-  Differentiable in the policy, never in the reference. The policy's head has a gradient where its
-  logits read something that learns (an nnx.LoRAParam), at the price of forming them twice.
+  Differentiable in the policy, never in the reference. The head of a policy that is an nnx.Module
+  has a gradient only where its logits read an nnx.LoRAParam (or a weight that `train_whole` lets
+  learn), at the price of forming them twice.
 
   Args:
     models: policy and reference, or a policy alone. A reference's log-probs that the batch itself
       holds (`reference_logps`) take the place of the reference.
     batch: the fields of `pack.fill_batch`, as NumPy or JAX arrays.
-    wanted: which numbers are computed beside the log-probs.
+    wanted: which numbers are computed beside the log-probs; None: no others.
     keep_tokens: also return the log-prob of each token.
     logits_chunk: the scored positions of a row that meet the vocabulary at once. More are faster
       and take more memory: B x logits_chunk x V floats.
@@ -48,6 +49,7 @@ def answer_logps(
     ValueError: a model's hidden states have another shape; the KL is wanted, and no reference run.
   """
   policy, reference = as_models(models)
+  wanted = wanted or Wanted()
   if 'reference_logps' in batch:
     reference = None
   if wanted.kl and reference is None:
@@ -76,20 +78,19 @@ def pair_logps(
   objective: Objective | None = None,
   *,
   logits_chunk: int = 512,
-  reward_mean: jax.Array | None = None,  # [] of all pairs seen so far
   dropout_key: jax.Array | None = None,
 ) -> PairLogps:
   """Returns what `objective` reads of each pair, [B, P]: see `answer_logps`.
 
-  Without an objective, it is the log-probs and lengths.
+  Without an objective, it is the log-probs and lengths by all models that are given.
 
   Raises:
     ValueError: the objective needs a reference, and there is none.
   """
+  options = {'logits_chunk': logits_chunk, 'dropout_key': dropout_key}
   if objective is None:
-    return pairs_of(answer_logps(models, batch, logits_chunk=logits_chunk), batch)
-  context = {'reward_mean': reward_mean, 'dropout_key': dropout_key}
-  return objective_logps(models, batch, objective, logits_chunk=logits_chunk, **context)[0]
+    return pairs_of(answer_logps(models, batch, **options), batch)
+  return objective_logps(models, batch, objective, **options)[0]
 
 
 def objective_logps(
@@ -98,7 +99,7 @@ def objective_logps(
   objective: Objective,
   *,
   logits_chunk: int,
-  reward_mean: jax.Array | None = None,
+  reward_mean: jax.Array | None = None,  # [] of all pairs seen so far, for bco_pair
   dropout_key: jax.Array | None = None,
 ) -> tuple[PairLogps, Mapping[str, jax.Array]]:
   """Returns what the objective reads of each pair, and the policy's statistics of the batch."""
@@ -145,6 +146,8 @@ def _share_a_scan(policy: Model, reference: Model) -> bool:
 
 def _head_learns(policy: Model, states: jax.Array) -> bool:
   """Whether the policy's logits read any variable that learns, as a trace of them shows."""
+  if not isinstance(policy, nnx.Module):
+    return True  # unknown: the gradient is right in any case, and dearer
   graphdef, trainable, frozen = nnx.split(policy, TRAINABLE, ...)
   one = jnp.zeros((1, 1, states.shape[-1]), states.dtype)
 

@@ -19,7 +19,7 @@ from dpo_flax.losses.pair_logps import PairLogps
 from dpo_flax.losses.total import total_loss
 from dpo_flax.model.hidden import Model
 from dpo_flax.sharding import shard_batch
-from dpo_flax.training.logps import Batch, objective_logps, pair_logps
+from dpo_flax.training.logps import Batch, objective_logps
 from dpo_flax.training.state import Models, TrainState, as_models, mesh_of, split_models
 
 
@@ -51,7 +51,8 @@ class TrainStep:
 
   It consumes `state`: the arrays of the state that went in are gone, only the new one holds. The
   batch is `pack.fill_batch`'s, as NumPy or JAX arrays. On models that lie on a mesh, NumPy arrays
-  are this process's rows of the batch; no mesh need be set, on one device or on many.
+  are this process's rows of the batch. No mesh need be set (jax.set_mesh), on one device or on
+  many; inside a jit of one's own, call `jitted`, under the mesh where there is one.
 
   The metrics are `sums` of (numerator, denominator) pairs, which add up over batches and which
   `losses.metrics.summarize` turns into numbers; `grad_norm`; `updates`, those made before; `finite`
@@ -193,7 +194,7 @@ def jit_eval_step(
   def eval_step(state, frozen, batch):
     models = nnx.merge(graphdef, state.trainable, frozen)
     objective, mean = options.objective, state.rewards.mean
-    logps = pair_logps(
+    logps, _ = objective_logps(
       models, batch, objective, logits_chunk=options.logits_chunk, reward_mean=mean
     )
     return _report(logps, total_loss(logps, objective), batch, objective)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from dpo_flax.data.batches import pack
-from dpo_flax.losses.answers import pairs_of
+from dpo_flax.losses.answers import pairs_of, scored
 from dpo_flax.losses.metrics import summarize
 from dpo_flax.model.hidden import Hidden
 from dpo_flax.model.token_logps import Wanted
@@ -94,6 +94,12 @@ def make_theirs(**options):
   return Models(policy, nnx.view(policy, adapted=False))
 
 
+def whole_logps(model, batch):
+  """Log-probs of all scored targets [B, T], from whole logits."""
+  logps = jax.nn.log_softmax(model.logits(model.hidden(batch)))
+  return jnp.take_along_axis(logps, batch['targets'][..., None], axis=-1)[..., 0] * scored(batch)
+
+
 @pytest.fixture(scope='module')
 def pairs(draw_pairs):
   return draw_pairs(7)
@@ -150,10 +156,7 @@ def test_gradient_is_that_of_whole_logits_and_reaches_the_adapters_alone(batch, 
     return jnp.sum(answers.policy - 2 * answers.reference)
 
   def plain(trainable):
-    policy = nnx.merge(graphdef, trainable, frozen).policy
-    logps = jax.nn.log_softmax(policy.logits(policy.hidden(batch)))
-    picked = jnp.take_along_axis(logps, batch['targets'][..., None], axis=-1)[..., 0]
-    return jnp.sum(picked * (batch['answer_ids'] < batch['answer_mask'].shape[1]))
+    return jnp.sum(whole_logps(nnx.merge(graphdef, trainable, frozen).policy, batch))
 
   found, expected = jax.jit(jax.grad(ours))(trainable), jax.jit(jax.grad(plain))(trainable)
   assert len(jax.tree.leaves(found)) == (8 if head_learns else 6)
@@ -253,6 +256,48 @@ def test_models_on_a_mesh_need_no_ambient_mesh(
     results.append(jax.device_get((state.trainable, metrics['grad_norm'])))
   assert len(jax.tree.leaves(state.trainable)[0].sharding.device_set) == 4
   chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_that_devices_cannot_share_are_refused(
+  batch, make_models, make_model_config, make_lora, make_mesh_of
+):
+  mesh = make_mesh_of(data=2)
+  step = make_train_step(
+    make_models(make_model_config(), make_lora(), mesh=mesh), optax.sgd(0.1), 'sigmoid'
+  )
+  with pytest.raises(ValueError, match='3 rows cannot be split over 2 devices'):
+    step(None, {name: array[:3] for name, array in batch.items()})
+
+
+class Plain:
+  """A model that is no nnx.Module: its states are its one parameter."""
+
+  def __init__(self, table, head):
+    self.table, self.head = table, head
+
+  def hidden(self, batch):
+    """Returns the table's entry of each token."""
+    return self.table[batch['tokens']]
+
+  def logits(self, hidden):
+    """Returns [..., V]."""
+    return jnp.matmul(hidden, self.head)
+
+
+def test_a_model_that_is_no_module_is_differentiated_whole(batch):
+  random = np.random.default_rng(0)
+  shapes = ((VOCAB, EMBED), (EMBED, VOCAB))
+  weights = tuple(jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes)
+
+  def ours(weights):
+    return jnp.sum(answer_logps(Plain(*weights), batch).policy)
+
+  def plain(weights):
+    return jnp.sum(whole_logps(Plain(*weights), batch))
+
+  found, expected = jax.jit(jax.grad(ours))(weights), jax.jit(jax.grad(plain))(weights)
+  chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-4)
+  assert all(np.any(gradient) for gradient in found)
 
 
 def test_what_does_not_go_together_is_refused(batch, make_options):
