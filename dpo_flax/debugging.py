@@ -22,8 +22,9 @@ from dpo_flax.data.batches import pack
 from dpo_flax.data.tokens.tokenizer import Tokenizer
 from dpo_flax.losses.objective import implicit_rewards, total_loss
 from dpo_flax.losses.pair_logps import PairLogps
+from dpo_flax.training.logps import pair_logps
 from dpo_flax.training.state import Models
-from dpo_flax.training.step import StepOptions, pair_logps
+from dpo_flax.training.step import StepOptions
 
 Row = dict[str, Any]  # of a table: column -> value
 
@@ -57,7 +58,7 @@ def separate_and_packed_losses(
   if shared.max() > tokens:
     raise ValueError(f'tokens={tokens}: the longest of the pairs takes {shared.max()}')
   plan = pack.plan_rows(shared, tokens=tokens)
-  columns = _columns(pairs)
+  columns = pack.given_columns(pairs)
   separate = pack.fill_batch(
     [[pair] for pair in pairs],
     tokens=int(alone.max()),
@@ -125,14 +126,6 @@ def as_text(rows: Sequence[Row]) -> str:
   )
 
 
-def _columns(pairs: Sequence[pack.PackedPair]) -> tuple[str, ...]:
-  """The optional fields that any of the pairs gives."""
-  defaults = pack.PackedPair._field_defaults
-  return tuple(
-    name for name, value in defaults.items() if any(getattr(pair, name) != value for pair in pairs)
-  )
-
-
 def _with_and_without_kl(
   options: StepOptions, has_reference: bool
 ) -> Iterator[tuple[str, StepOptions]]:
@@ -157,7 +150,8 @@ def _row_by_row(models: Models, batch: pack.Batch, options: StepOptions) -> Pair
 
   @jax.jit
   def run(state, row):
-    return pair_logps(nnx.merge(graphdef, state), row, options)
+    models, chunk = nnx.merge(graphdef, state), options.logits_chunk
+    return pair_logps(models, row, options.objective, logits_chunk=chunk)
 
   rows = range(len(batch['tokens']))
   parts = [run(state, {name: array[i : i + 1] for name, array in batch.items()}) for i in rows]
@@ -167,14 +161,13 @@ def _row_by_row(models: Models, batch: pack.Batch, options: StepOptions) -> Pair
 def _pair_tokens(batch: pack.Batch) -> Iterator[tuple[list[int], list[int], list[int]]]:
   """Reads prompt, chosen and rejected of each real pair back from the rows."""
   for row, slot in np.argwhere(batch['pair_mask'] > 0):
-    prompt, chosen = _split(batch, row, 2 * slot)
-    _, rejected = _split(batch, row, 2 * slot + 1)
+    (prompt, chosen), (_, rejected) = (_split(batch, row, i) for i in batch['pairs'][row, slot])
     yield prompt, chosen, rejected
 
 
-def _split(batch: pack.Batch, row: int, sequence: int) -> tuple[list[int], list[int]]:
-  """Prompt and response of one sequence."""
-  first, last = np.flatnonzero(batch['sequence_ids'][row] == sequence)[[0, -1]]
+def _split(batch: pack.Batch, row: int, answer: int) -> tuple[list[int], list[int]]:
+  """Prompt and response of one answer."""
+  first, last = np.flatnonzero(batch['answer_ids'][row] == answer)[[0, -1]]
   # A target is predicted one place before its own; the first one by the prompt's last token.
   prompt, whole = _seen_from(batch, row, first), _seen_from(batch, row, last + 1)
   return prompt, whole[len(prompt) :]

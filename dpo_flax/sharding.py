@@ -137,9 +137,15 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
   Args:
     batch: the rows of this process's blocks, block after block.
     mesh: where they go.
+
+  Raises:
+    ValueError: the rows cannot be divided equally among this process's blocks.
   """
   sharding = row_sharding(mesh)
   mine, count = row_shard(mesh)
+  rows = len(next(iter(batch.values())))
+  if rows % len(mine):
+    raise ValueError(f'{rows} rows cannot be split over {len(mine)} devices: add empty rows')
 
   def place(local: np.ndarray) -> jax.Array:
     size = len(local) // len(mine)  # rows of a block

@@ -234,7 +234,6 @@ def make_options():
     *,
     logits_chunk=16,
     microbatches=1,
-    head_is_trained=False,
     dropout_seed=None,
     spike_factor=0.0,
     **objective,
@@ -245,7 +244,6 @@ def make_options():
       objective=Objective.from_config(settings),
       logits_chunk=logits_chunk,
       microbatches=microbatches,
-      head_is_trained=head_is_trained,
       dropout_seed=dropout_seed,
       spike_factor=spike_factor,
     )

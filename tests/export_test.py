@@ -29,7 +29,7 @@ from dpo_flax.export import export
 from dpo_flax.exports import exporting, verification
 from dpo_flax.sharding import make_mesh, shard_batch
 from dpo_flax.train import train
-from dpo_flax.training.step import pair_logps
+from dpo_flax.training.logps import pair_logps
 
 EXAMPLE = pathlib.Path(make_tiny.__file__).parent / 'tiny'
 
@@ -97,7 +97,7 @@ def _our_logps(run, state, pairs):
   @jax.jit
   def logps(state, frozen, batch):
     models = nnx.merge(run.graphdef, state.trainable, frozen)
-    return pair_logps(models, batch, run.options)
+    return pair_logps(models, batch, run.options.objective)
 
   with jax.set_mesh(run.mesh):
     found = logps(state, run.frozen, shard_batch(batch, run.mesh))

@@ -15,10 +15,10 @@ import sys
 import jax
 import numpy as np
 import pytest
-from helpers import checkpoint_arrays
 from safetensors.numpy import load_file
 
 from dpo_flax.checkpoints import steps
+from helpers import checkpoint_arrays
 
 SAVED = pathlib.Path(__file__).with_name('saved_run')
 ROOT = SAVED.parents[1]

@@ -15,8 +15,8 @@ from dpo_flax import sharding
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.planning.compiled import hlo
 from dpo_flax.sharding import AXES, make_mesh, named_shardings, row_parts, row_shard, shard_batch
-from dpo_flax.training.state import init_state, split_models
-from dpo_flax.training.step import make_train_step
+from dpo_flax.training.state import init_train_state, split_models
+from dpo_flax.training.step import jit_train_step
 
 
 def sizes(data, fsdp, tensor):
@@ -207,16 +207,14 @@ def train(make_models, make_model_config, make_lora, make_options, draw_pairs, f
     lora = make_lora(
       targets=frozenset(['q_proj', 'o_proj', 'down_proj', 'lm_head']), dropout=dropout or 0.0
     )
-    options = make_options(
-      head_is_trained=True, microbatches=microbatches, dropout_seed=dropout and 0
-    )
+    options = make_options(microbatches=microbatches, dropout_seed=dropout and 0)
     with jax.set_mesh(mesh):
       graphdef, trainable, frozen = split_models(make_models(config, lora, mesh=mesh))
       # Adam's first steps would blow rounding up to the size of the learning rate.
       optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))
-      state = init_state(trainable, optimizer, mesh)
+      state = init_train_state(trainable, optimizer, mesh)
       placements = jax.tree.map(lambda leaf: leaf.sharding, state)
-      step = make_train_step(graphdef, optimizer, options)
+      step = jit_train_step(graphdef, optimizer, options)
       losses = []
       for rows in batches:
         batch = shard_batch(jax.tree.map(np.asarray, fill_batch(rows)), mesh)
@@ -265,10 +263,10 @@ def test_no_device_ever_holds_the_whole_vocabulary(
   options = make_options(token_statistics=True, kl_penalty_weight=0.1, wpo=True)
   with jax.set_mesh(mesh):
     graphdef, trainable, frozen = split_models(make_models(config, make_lora(), mesh=mesh))
-    state = init_state(trainable, optax.sgd(0.1), mesh)
+    state = init_train_state(trainable, optax.sgd(0.1), mesh)
     rows = fill_batch([[pair] for pair in draw_pairs(4)], pairs_per_row=1)
     batch = shard_batch(jax.tree.map(np.asarray, rows), mesh)
-    step = make_train_step(graphdef, optax.sgd(0.1), options)
+    step = jit_train_step(graphdef, optax.sgd(0.1), options)
     text = step.lower(state, frozen, batch).compile().as_text()
   instructions = [one for part in hlo.parse(text).computations.values() for one in part.values()]
   lengths = {size for one in instructions for array in one.arrays for size in array.dims}

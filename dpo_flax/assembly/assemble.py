@@ -25,8 +25,8 @@ from dpo_flax.sharding import row_parts
 from dpo_flax.training.compiler_options import compiler_options
 from dpo_flax.training.optimizer import make_optimizer
 from dpo_flax.training.reference_cache import with_reference_logps
-from dpo_flax.training.state import TrainState, init_state, split_models
-from dpo_flax.training.step import StepOptions, make_eval_step, make_train_step
+from dpo_flax.training.state import TrainState, init_train_state, split_models
+from dpo_flax.training.step import StepOptions, jit_eval_step, jit_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ def build(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
     starts_as_reference=sources.starts_as_reference(),
     record=make_record(config, data, identity, num_steps),
   )
-  return run, init_state(trainable, optimizer, mesh)
+  return run, init_train_state(trainable, optimizer, mesh)
 
 
 def runs_reference(config: ConfigDict, objective: Objective) -> bool:
@@ -132,16 +132,10 @@ def make_step_options(
       raise ValueError(
         f'{field}={config[field]}: objective.loss={objective.loss} needs no reference; unset it'
       )
-  if objective.sorts_batch and config.batch.microbatches > 1:
-    raise ValueError(
-      f'objective.loss={objective.loss} sorts the pairs of the whole batch, so '
-      f'batch.microbatches={config.batch.microbatches} would change it: set it to 1'
-    )
   return StepOptions(
     objective=objective,
     logits_chunk=config.model.logits_chunk,
     microbatches=config.batch.microbatches,
-    head_is_trained=lora is None or lora.tied or 'lm_head' in lora.targets | lora.saved,
     dropout_seed=config.seed if lora is not None and lora.dropout else None,
     spike_factor=config.optimizer.spike_factor,
   )
@@ -160,6 +154,6 @@ def make_steps(
   """
   compiler = compiler_options(mesh)
   return (
-    make_train_step(graphdef, optimizer, options, compiler_options=compiler),
-    make_eval_step(graphdef, options, compiler_options=compiler),
+    jit_train_step(graphdef, optimizer, options, compiler_options=compiler),
+    jit_eval_step(graphdef, options, compiler_options=compiler),
   )

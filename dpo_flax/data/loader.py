@@ -103,9 +103,9 @@ class _Batches:
       columns=self.pairs.columns,
     )
     if self.pairs.reference_logps is not None:
-      logps = np.zeros((*batch['pair_mask'].shape, 2), np.float32)
-      for row, pairs_of_row in zip(logps, places, strict=True):
-        row[: len(pairs_of_row)] = self.pairs.reference_logps[pairs_of_row]
+      logps = np.zeros(batch['answer_mask'].shape, np.float32)
+      for row, answers, pairs_of_row in zip(logps, batch['pairs'], places, strict=True):
+        row[answers[: len(pairs_of_row)]] = self.pairs.reference_logps[pairs_of_row]
       batch['reference_logps'] = logps
     return batch
 

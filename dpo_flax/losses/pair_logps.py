@@ -92,32 +92,3 @@ class PairLogps:
       raise ValueError(f'PairLogps lacks {" and ".join(missing)}, which this computation needs.')
     chex.assert_equal_shape((self.policy_chosen, *jax.tree.leaves(values)))
     return values
-
-
-def sum_by_response(
-  values: jax.Array,  # [B, T]
-  sequence_ids: jax.Array,  # [B, T] int32: 2 * slot + (0 chosen, 1 rejected), 2P elsewhere
-  *,
-  pairs: int,  # P
-) -> Branches:
-  """Sums per-token values over each response, in float32."""
-  # A comparison and a sum, where a scatter would serialise on TPU.
-  member = sequence_ids[..., None] == jnp.arange(2 * pairs)[None, None]  # [B, T, 2P]
-  sums = jnp.sum(jnp.where(member, values[..., None].astype(jnp.float32), 0.0), axis=1)
-  return Branches(chosen=sums[:, 0::2], rejected=sums[:, 1::2])
-
-
-def tail_mask(
-  sequence_ids: jax.Array,  # [B, T] int32: 2 * slot + (0 chosen, 1 rejected), 2P elsewhere
-  lengths: Branches,  # response tokens
-) -> jax.Array:
-  """Marks, [B, T] with 1.0, the response tokens past the length of their pair's shorter response.
-
-  chosen    x x x x x      ->  0 0 0 1 1
-  rejected  y y y          ->  0 0 0
-  """
-  pairs = lengths.chosen.shape[1]
-  member = sequence_ids[..., None] == jnp.arange(2 * pairs)[None, None]
-  rank = jnp.cumsum(member, axis=1)  # [B, T, 2P]: each response's tokens so far, from 1
-  shared = jnp.repeat(jnp.minimum(*lengths), 2, axis=1)[:, None]  # [B, 1, 2P]
-  return jnp.any(member & (rank > shared), axis=-1).astype(jnp.float32)

@@ -137,6 +137,8 @@ def attend(
     return xla_attention(queries, keys, values, mask, scale=scale, softcap=softcap)
   queries = (queries * scale).astype(queries.dtype)
   heads_first = (array.swapaxes(1, 2) for array in (queries, keys, values))
+  if config.attention == 'pallas' and jax.sharding.get_abstract_mesh().empty:  # one device
+    return pallas_attention(*heads_first, mask, softcap).swapaxes(1, 2)
   # The compiler cannot split a kernel: each device runs it on its own rows and heads.
   split = partition_spec('rows', 'heads')
   kernel = jax.shard_map(

@@ -45,7 +45,7 @@ def token_statistics(
   policy: Stream,
   reference: Stream | None,
   targets: jax.Array,  # [B, T] int32
-  loss_mask: jax.Array,  # [B, T], 1.0 at response tokens
+  loss_mask: jax.Array,  # [B, T], bool or number; 0 where no response token is predicted
   *,
   wanted: Wanted,
   chunk: int,  # response tokens of a row in one visit to the vocabulary

@@ -6,6 +6,7 @@ layer's weights are gathered once for both.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from dpo_flax.model.attention import Attention, Places, choose, make_places
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.embedding import Embedding
+from dpo_flax.model.hidden import Hidden
 from dpo_flax.model.layers import MLP, RMSNorm, softly_capped
 from dpo_flax.model.linear import Projection
 from dpo_flax.model.lora import LoraConfig, adapters_of
@@ -82,6 +84,17 @@ class Transformer(nnx.Module):
     """Returns what enters the first layer."""
     hidden = self.embed_tokens(tokens) * self.config.embed_scale
     return constrain(hidden, 'rows', 'tokens', 'activation')
+
+  def hidden(
+    self,
+    batch: Mapping[str, jax.Array],  # tokens, positions, visible_until [B, T] int32
+    *,
+    dropout_key: jax.Array | None = None,
+    cache: Any = None,
+  ) -> Hidden:
+    """Returns the final hidden states; see `hidden.Model`."""
+    assert cache is None, 'sampling from a cache is still to come'
+    return Hidden(run_streams(self, None, batch, dropout_key=dropout_key)[0])
 
   def logits(self, hidden: jax.Array) -> jax.Array:  # [..., D] -> [..., V], float32
     """Applies the head to final hidden states."""

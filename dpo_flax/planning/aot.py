@@ -19,7 +19,7 @@ from dpo_flax.losses.objective import Objective
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.sharding import named_shardings, row_parts, row_sharding
 from dpo_flax.training.optimizer import make_optimizer
-from dpo_flax.training.state import TrainState, init_state, split_models
+from dpo_flax.training.state import TrainState, init_train_state, split_models
 
 _STEPS = 1000  # of a run whose length is not given: the program does not depend on it
 
@@ -57,7 +57,7 @@ def abstract_train_step(
 
   with jax.set_mesh(mesh):
     graphdef, trainable, frozen = jax.eval_shape(make_models)
-    state = jax.eval_shape(lambda adapters: init_state(adapters, optimizer, mesh), trainable)
+    state = jax.eval_shape(lambda adapters: init_train_state(adapters, optimizer, mesh), trainable)
   step, _ = make_steps(graphdef, options, optimizer=optimizer, mesh=mesh)
   batch = abstract_batch(config, mesh, pairs_per_row)
   return step, (_placed(state, mesh), _placed(frozen, mesh), batch)
@@ -73,7 +73,7 @@ def abstract_batch(
   )
   shapes = {name: (value.shape[1:], value.dtype) for name, value in fields.items()}
   if config.reference.source == 'cache':
-    shapes['reference_logps'] = ((pairs_per_row, 2), 'float32')
+    shapes['reference_logps'] = shapes['answer_mask']
   sharding = row_sharding(mesh)
   return {
     name: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
@@ -13,15 +14,15 @@ from ml_collections import ConfigDict
 from dpo_flax.data import loader
 from dpo_flax.data.batches import pack
 from dpo_flax.data.prepare import PreparedData
-from dpo_flax.model.transformer import Transformer
+from dpo_flax.model.hidden import Model
 from dpo_flax.sharding import row_parts, row_shard, shard_batch
-from dpo_flax.training.step import Batch, reference_logps
+from dpo_flax.training.logps import Batch, pair_logps
 
 _LANES = 128  # rows of few pairs have a multiple of these tokens
 
 
 def score_side(
-  model: Transformer, data: PreparedData, side: str, config: ConfigDict, mesh: Mesh
+  model: Model, data: PreparedData, side: str, config: ConfigDict, mesh: Mesh
 ) -> np.ndarray:
   """Returns [n, 2] float32: the log-probs of chosen and rejected of every pair of a side, once.
 
@@ -41,7 +42,7 @@ def score_side(
 
 
 def score_pairs(
-  model: Transformer, pairs: Sequence[pack.PackedPair], config: ConfigDict, mesh: Mesh
+  model: Model, pairs: Sequence[pack.PackedPair], config: ConfigDict, mesh: Mesh
 ) -> np.ndarray:
   """Returns [n, 2] float32 of a few pairs, each in a row of its own."""
   layout = config.data.layout
@@ -58,15 +59,21 @@ def score_pairs(
   return _scorer(model, config.model.logits_chunk, mesh)(local)[: len(pairs), 0]
 
 
-def _scorer(
-  model: Transformer, chunk: int, mesh: Mesh
-) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+def score_batch(
+  model: Model, batch: Batch, *, chunk: int
+) -> jax.Array:  # [B, P, 2] chosen, rejected
+  """Returns the log-probs of a batch's pairs by a model on its own."""
+  logps = pair_logps(model, batch, logits_chunk=chunk)
+  return jnp.stack(logps.policy, axis=-1)
+
+
+def _scorer(model: Model, chunk: int, mesh: Mesh) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
   """Returns a function of this process's rows of a batch: [B, P, 2] of all processes' rows."""
   graphdef, weights = nnx.split(model)
 
   @jax.jit
   def score(weights: Any, batch: Batch) -> jax.Array:
-    return reference_logps(nnx.merge(graphdef, weights), batch, chunk=chunk)
+    return score_batch(nnx.merge(graphdef, weights), batch, chunk=chunk)
 
   def score_rows(batch):
     with jax.set_mesh(mesh):

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
+from dpo_flax.model.hidden import Model
 from dpo_flax.model.lora import TRAINABLE
-from dpo_flax.model.transformer import Transformer
 from dpo_flax.sharding import named_shardings
 
 
@@ -64,22 +64,47 @@ class TrainState:
 class Models(NamedTuple):
   """The two models of a run. What the policy does not learn whole, they may share."""
 
-  policy: Transformer
-  reference: Transformer | None  # None: no loss needs it, and it would take memory
+  policy: Model
+  reference: Model | None = None  # None: no loss needs it, and it would take memory
+
+
+def as_models(models: Models | Model | tuple) -> Models:
+  """Returns Models also of a policy alone, or of a plain tuple of policy and reference."""
+  return Models(*models) if isinstance(models, tuple) else Models(models)
 
 
 def split_models(models: Models) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-  """Returns (graphdef, trainable, frozen): adapters and what is Trained learn, nothing else does.
+  """Returns (graphdef, trainable, frozen): the policy's adapters and what of it is Trained learn.
 
-  Variables that both models hold appear once; `nnx.merge` of the three gives both models back.
+  Nothing of a reference does, should it have adapters of its own. Variables that both models hold
+  appear once, as the policy's; `nnx.merge` of the three gives both models back.
   """
-  return nnx.split(models, TRAINABLE, ...)
+  return nnx.split(models, nnx.All(TRAINABLE, lambda path, _: path[0] == 'policy'), ...)
 
 
-def init_state(
-  trainable: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh
+def init_state(models: Models | Model, optimizer: optax.GradientTransformation) -> TrainState:
+  """Returns the state at step 0 of what learns in the policy: its adapters, every nnx.LoRAParam.
+
+  The state holds copies, so that the step, which consumes its state, leaves the models as they are.
+
+  Raises:
+    ValueError: nothing learns.
+  """
+  _, trainable, _ = split_models(as_models(models))
+  if not jax.tree.leaves(trainable):
+    raise ValueError('nothing learns: the policy has no nnx.LoRAParam. Load it with lora=Lora(...)')
+  return init_train_state(jax.tree.map(jnp.copy, trainable), optimizer, mesh_of(trainable))
+
+
+def init_train_state(
+  trainable: nnx.State,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh | None,  # None: all arrays are on one device
 ) -> TrainState:
-  """Returns the state at step 0, the optimizer's moments sharded like their parameters."""
+  """Returns the state at step 0, which takes `trainable` over.
+
+  The optimizer's moments are sharded like their parameters.
+  """
 
   def init(trainable):
     rewards = RewardMean(mean=jnp.zeros(()), count=jnp.zeros(()))
@@ -87,6 +112,15 @@ def init_state(
     step = jnp.zeros((), jnp.int32)
     return TrainState(step, trainable, optimizer.init(trainable), rewards, norms)
 
+  if mesh is None:
+    return jax.jit(init)(trainable)
   # Left alone, jit would replicate the moments.
   shardings = named_shardings(jax.eval_shape(init, trainable), mesh)
   return jax.jit(init, out_shardings=shardings)(trainable)
+
+
+def mesh_of(arrays: Any) -> Mesh | None:
+  """Returns the mesh that a tree of arrays lies on; None where they are not on one."""
+  shardings = (getattr(leaf, 'sharding', None) for leaf in jax.tree.leaves(arrays))
+  meshes = (each.mesh for each in shardings if isinstance(each, NamedSharding))
+  return next((mesh for mesh in meshes if isinstance(mesh, Mesh)), None)

@@ -6,157 +6,148 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from dpo_flax.losses.losses import reward_sums
 from dpo_flax.losses.metrics import Sums, metric_sums
-from dpo_flax.losses.objective import Objective, modified, total_loss
-from dpo_flax.losses.pair_logps import Branches, PairLogps, sum_by_response, tail_mask
-from dpo_flax.model.token_logps import Stream, TokenStatistics, Wanted, token_statistics
-from dpo_flax.model.transformer import Transformer, run_streams
-from dpo_flax.training.state import Models, TrainState
-
-Batch = Mapping[str, jax.Array]  # the fields of a packed row, [B, ...]
+from dpo_flax.losses.objective import Objective, as_objective, modified, total_loss
+from dpo_flax.losses.pair_logps import PairLogps
+from dpo_flax.model.hidden import Model
+from dpo_flax.sharding import shard_batch
+from dpo_flax.training.logps import Batch, objective_logps
+from dpo_flax.training.state import Models, TrainState, as_models, mesh_of, split_models
 
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-  """What the step needs to know of the run's config."""
+  """How a step computes its loss.
+
+  Raises:
+    ValueError: the loss compares the pairs of a whole batch, which is split into microbatches.
+  """
 
   objective: Objective
-  logits_chunk: int  # response tokens per row in one visit to the vocabulary
-  microbatches: int
-  head_is_trained: bool
-  dropout_seed: int | None  # None: no dropout
-  spike_factor: float  # gradient norms above so many medians make no update; 0: no limit
+  logits_chunk: int = 512  # scored positions of a row in one visit to the vocabulary
+  microbatches: int = 1  # equal parts of a batch's rows, one after the other
+  dropout_seed: int | None = None  # None: no dropout
+  spike_factor: float = 0.0  # gradient norms above so many medians make no update; 0: no limit
 
-
-def pair_logps(
-  models: Models,
-  batch: Batch,
-  options: StepOptions,
-  *,
-  reward_mean: jax.Array | None = None,  # [] of all pairs seen so far
-  dropout_key: jax.Array | None = None,
-) -> PairLogps:
-  """Returns what the objective needs to know of each pair, [B, P]."""
-  objective = options.objective
-  is_live = objective.needs_reference and 'reference_logps' not in batch
-  policy, reference = models.policy, models.reference if is_live else None
-  policy_hidden, reference_hidden = run_streams(policy, reference, batch, dropout_key=dropout_key)
-  tokens = token_statistics(
-    Stream(policy_hidden, policy.logits),
-    reference and Stream(reference_hidden, reference.logits),
-    batch['targets'],
-    batch['loss_mask'],
-    wanted=_wanted(objective),
-    chunk=options.logits_chunk,
-    head_is_trained=options.head_is_trained,
-  )
-  return _sum_tokens(tokens, batch, objective, reward_mean)
-
-
-def reference_logps(
-  reference: Transformer, batch: Batch, *, chunk: int
-) -> jax.Array:  # [B, P, 2] chosen, rejected
-  """Returns the log-probs that the field `reference_logps` holds, by a model on its own."""
-  hidden, _ = run_streams(reference, None, batch)
-  tokens = token_statistics(
-    Stream(hidden, reference.logits),
-    None,
-    batch['targets'],
-    batch['loss_mask'],
-    wanted=Wanted(),
-    chunk=chunk,
-  )
-  pairs = batch['pair_mask'].shape[1]
-  sums = sum_by_response(tokens.policy_logps, batch['sequence_ids'], pairs=pairs)
-  return jnp.stack(sums, axis=-1)
-
-
-def _wanted(objective: Objective) -> Wanted:
-  penalised = objective.kl_penalty_weight is not None
-  reported = objective.token_statistics
-  return Wanted(
-    kl=penalised or (reported and objective.needs_reference),
-    kl_gradient=penalised,
-    entropy=reported,
-    alignments=objective.wpo,
-  )
-
-
-def _sum_tokens(
-  tokens: TokenStatistics, batch: Batch, objective: Objective, reward_mean: jax.Array | None
-) -> PairLogps:
-  """Sums, or averages, each response's tokens."""
-  ids, pairs = batch['sequence_ids'], batch['pair_mask'].shape[1]
-
-  def total(values):
-    return Branches(None, None) if values is None else sum_by_response(values, ids, pairs=pairs)
-
-  def mean(values):
-    return (
-      None
-      if values is None
-      else jax.tree.map(
-        lambda value, length: value / jnp.maximum(length, 1), total(values), lengths
+  def __post_init__(self):
+    if self.objective.sorts_batch and self.microbatches > 1:
+      raise ValueError(
+        f'objective.loss={self.objective.loss} sorts the pairs of the whole batch, so '
+        f'batch.microbatches={self.microbatches} would change it: set it to 1'
       )
-    )
 
-  lengths = total(batch['loss_mask'])
-  tails = None if objective.ld_alpha is None else tail_mask(ids, lengths)
 
-  def tail(values):
-    return None if tails is None or values is None else total(values * tails)
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+  """The jitted step of a pair of models: (state, batch) -> (state, metrics).
 
-  policy, reference = total(tokens.policy_logps), total(tokens.reference_logps)
-  if 'reference_logps' in batch:
-    reference = Branches(*jnp.moveaxis(batch['reference_logps'], -1, 0))
-  return PairLogps(
-    policy_chosen=policy.chosen,
-    policy_rejected=policy.rejected,
-    reference_chosen=reference.chosen,
-    reference_rejected=reference.rejected,
-    chosen_lengths=lengths.chosen,
-    rejected_lengths=lengths.rejected,
-    pair_mask=batch['pair_mask'],
-    pair_weight=batch.get('pair_weight'),
-    chosen_probability=batch.get('chosen_probability'),
-    margin=batch.get('margin'),
-    policy_tails=tail(tokens.policy_logps),
-    reference_tails=tail(tokens.reference_logps),
-    alignments=mean(tokens.alignments),
-    kl=mean(tokens.kl),
-    entropy=mean(tokens.entropy),
-    reward_mean=reward_mean if 'bco_pair' in objective.loss else None,
-  )
+  It consumes `state`: the arrays of the state that went in are gone, only the new one holds. The
+  batch is `pack.fill_batch`'s, as NumPy or JAX arrays. On models that lie on a mesh, NumPy arrays
+  are this process's rows of the batch. No mesh need be set (jax.set_mesh), on one device or on
+  many; inside a jit of one's own, call `jitted`, under the mesh where there is one.
+
+  The metrics are `sums` of (numerator, denominator) pairs, which add up over batches and which
+  `losses.metrics.summarize` turns into numbers; `grad_norm`; `updates`, those made before; `finite`
+  and `spikes`. A loss or gradient that is not finite leaves the state as it was, and so does a
+  gradient that spikes.
+  """
+
+  jitted: Callable[[TrainState, nnx.State, Batch], tuple[TrainState, dict[str, Any]]]
+  frozen: nnx.State  # what does not learn: the second argument of `jitted`
+  graphdef: nnx.GraphDef
+  mesh: Mesh | None  # that the models lie on
+
+  def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+    """Takes one step."""
+    if self.mesh is None:
+      return self.jitted(state, self.frozen, batch)
+    if any(isinstance(array, np.ndarray) for array in batch.values()):
+      batch = shard_batch(batch, self.mesh)
+    with jax.set_mesh(self.mesh):
+      return self.jitted(state, self.frozen, batch)
+
+  def policy(self, state: TrainState) -> Model:
+    """Returns the policy as it is in `state`, whose arrays it shares: the next step ends both."""
+    return nnx.merge(self.graphdef, state.trainable, self.frozen).policy
 
 
 def make_train_step(
+  models: Models | Model,
+  optimizer: optax.GradientTransformation,
+  loss: str | Objective | Callable[[PairLogps], jax.Array],
+  *,
+  logits_chunk: int = 512,
+  microbatches: int = 1,
+  dropout_seed: int | None = None,
+  spike_factor: float = 0.0,
+  compiler_options: Mapping[str, str] | None = None,
+) -> TrainStep:
+  """Returns the step that trains the policy's adapters: every nnx.LoRAParam, and nothing else.
+
+      state = init_state(models, optimizer)
+      step = make_train_step(models, optimizer, 'ipo')
+      for batch in batches:
+        state, metrics = step(state, batch)
+
+  The step minimises sum(losses * logps.weights) / sum(logps.weights) over the pairs of a batch.
+
+  Args:
+    models: policy and reference, of any kind that has the methods of `hidden.Model`. A policy alone
+      will do where the loss needs no reference, or the batches hold `reference_logps`.
+    optimizer: of optax; it sees the adapters alone.
+    loss: the name of a loss, or an Objective, or a function PairLogps -> losses [B, P].
+    logits_chunk: the scored positions of a row that meet the vocabulary at once.
+    microbatches: the parts into which the rows of a batch are cut, to need less memory.
+    dropout_seed: dropout is a function of this seed and the step; None: no dropout.
+    spike_factor: a gradient norm above so many times the median of the last 64 makes no update; 0:
+      no limit.
+    compiler_options: of XLA.
+
+  Raises:
+    ValueError: the objective is unfit, or does not go with microbatches.
+  """
+  options = StepOptions(as_objective(loss), logits_chunk, microbatches, dropout_seed, spike_factor)
+  graphdef, trainable, frozen = split_models(as_models(models))
+  jitted = jit_train_step(graphdef, optimizer, options, compiler_options=compiler_options)
+  return TrainStep(jitted, frozen, graphdef, mesh_of((trainable, frozen)))
+
+
+def jit_train_step(
   graphdef: nnx.GraphDef,
   optimizer: optax.GradientTransformation,
   options: StepOptions,
   *,
   compiler_options: Mapping[str, str] | None = None,  # of XLA
 ) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, dict[str, Any]]]:
-  """Returns the jitted step (state, frozen, batch) -> (state, metrics); it consumes `state`.
+  """Returns the jitted step (state, frozen, batch) -> (state, metrics) of split models.
 
-  A loss or gradient that is not finite leaves the state as it was, and `metrics['finite']` False;
-  so does a gradient that spikes, with `metrics['spikes']` True. Other metrics: `sums` of
-  (numerator, denominator) pairs that add up over batches, `grad_norm`, and the `updates` before.
+  It needs no arrays, only what `split_models` says of them. It consumes `state`; see `TrainStep`.
   """
 
   def train_step(state, frozen, batch):
     def loss(trainable, part, index):
       models = nnx.merge(graphdef, trainable, frozen)
       key = _dropout_key(options, state.step, index)
-      mean = state.rewards.mean
-      logps = pair_logps(models, part, options, reward_mean=mean, dropout_key=key)
+      logps, statistics = objective_logps(
+        models,
+        part,
+        options.objective,
+        logits_chunk=options.logits_chunk,
+        reward_mean=state.rewards.mean,
+        dropout_key=key,
+      )
       losses = total_loss(logps, options.objective)
       # Divided by the pairs of the whole batch: the parts' losses and gradients simply add up.
       share = jnp.sum(losses * logps.weights) / _total_weight(batch)
       report = _report(logps, losses, part, options.objective)
+      if statistics:
+        report['statistics'] = jax.lax.stop_gradient(dict(statistics))
       return share, report | {'rewards': _reward_sums(logps, options.objective)}
 
     gradients, sums = _accumulate(loss, state.trainable, batch, options.microbatches)
@@ -181,7 +172,7 @@ def make_train_step(
   return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
 
 
-def make_eval_step(
+def jit_eval_step(
   graphdef: nnx.GraphDef,
   options: StepOptions,
   *,
@@ -191,8 +182,11 @@ def make_eval_step(
 
   def eval_step(state, frozen, batch):
     models = nnx.merge(graphdef, state.trainable, frozen)
-    logps = pair_logps(models, batch, options, reward_mean=state.rewards.mean)
-    return _report(logps, total_loss(logps, options.objective), batch, options.objective)
+    objective, mean = options.objective, state.rewards.mean
+    logps, _ = objective_logps(
+      models, batch, objective, logits_chunk=options.logits_chunk, reward_mean=mean
+    )
+    return _report(logps, total_loss(logps, objective), batch, objective)
 
   return jax.jit(eval_step, compiler_options=compiler_options)
 

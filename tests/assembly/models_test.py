@@ -23,8 +23,8 @@ from dpo_flax.huggingface.weights import open_checkpoint, save_merged
 from dpo_flax.model.lora import Trained
 from dpo_flax.model.transformer import run_streams
 from dpo_flax.sharding import make_mesh
-from dpo_flax.training.state import init_state, split_models
-from dpo_flax.training.step import make_eval_step, make_train_step
+from dpo_flax.training.state import init_train_state, split_models
+from dpo_flax.training.step import jit_eval_step, jit_train_step
 
 pytestmark = [
   # transformers' own save_pretrained calls a name that transformers has deprecated.
@@ -100,8 +100,8 @@ def sums(models, batch, options):
   graphdef, trainable, frozen = split_models(models)
   mesh = make_mesh({'data': 1, 'fsdp': 2, 'tensor': 1}, jax.devices()[:2])
   with jax.set_mesh(mesh):
-    state = init_state(trainable, optax.sgd(0.1), mesh)
-    return jax.device_get(make_eval_step(graphdef, options)(state, frozen, batch))['means']
+    state = init_train_state(trainable, optax.sgd(0.1), mesh)
+    return jax.device_get(jit_eval_step(graphdef, options)(state, frozen, batch))['means']
 
 
 def trained(models, batch, options, *, steps=3):
@@ -110,8 +110,8 @@ def trained(models, batch, options, *, steps=3):
   mesh = make_mesh({'data': 1, 'fsdp': 2, 'tensor': 1}, jax.devices()[:2])
   optimizer = optax.adamw(1e-2)
   with jax.set_mesh(mesh):
-    state = init_state(trainable, optimizer, mesh)
-    step = make_train_step(graphdef, optimizer, options)
+    state = init_train_state(trainable, optimizer, mesh)
+    step = jit_train_step(graphdef, optimizer, options)
     for _ in range(steps):
       state, metrics = step(state, frozen, batch)
     assert bool(metrics['finite'])
@@ -192,7 +192,7 @@ def test_training_moves_the_policy_alone_and_its_export_is_it(
   """From ln 2 on; the reference keeps every bit, and PEFT or transformers load the result."""
   fields, *_ = STARTS[name]
   config, sources, lora, models = start(**fields)
-  options = make_options(head_is_trained=lora is None or 'lm_head' in lora.saved)
+  options = make_options()
   loss, pairs = sums(models, batch, options)['dpo_loss']
   assert loss / pairs == pytest.approx(math.log(2), abs=1e-6)
   # The step consumes what learns, and nothing of the reference.

@@ -38,8 +38,8 @@ from dpo_flax.losses.metrics import summarize
 from dpo_flax.losses.objective import Objective
 from dpo_flax.model.transformer import Transformer, run_streams
 from dpo_flax.sharding import make_mesh
-from dpo_flax.training.state import Models, init_state, split_models
-from dpo_flax.training.step import StepOptions, make_eval_step, make_train_step
+from dpo_flax.training.state import Models, init_train_state, split_models
+from dpo_flax.training.step import StepOptions, jit_eval_step, jit_train_step
 
 VOCABULARY, PROMPT, RESPONSE = 16, 3, 8
 TRAIN, HELD_OUT = 8192, 1024  # pairs
@@ -158,17 +158,17 @@ def learn(models: Models, train, held_out, options: dict[str, object]) -> tuple[
   """Returns the trained models, and the metrics over the held-out batches."""
   settings = config_lib.default().objective
   settings.update(options)
-  options = StepOptions(Objective.from_config(settings), 256, 1, False, None, 0.0)
+  options = StepOptions(Objective.from_config(settings), logits_chunk=256)
   graphdef, trainable, frozen = split_models(models)
   schedule = optax.cosine_decay_schedule(3e-3, EPOCHS * len(train))
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
   mesh = make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, jax.devices()[:1])
-  state = init_state(jax.tree.map(jnp.copy, trainable), optimizer, mesh)
-  step = make_train_step(graphdef, optimizer, options)
+  state = init_train_state(jax.tree.map(jnp.copy, trainable), optimizer, mesh)
+  step = jit_train_step(graphdef, optimizer, options)
   for batch in train * EPOCHS:
     state, metrics = step(state, frozen, batch)
     assert metrics['finite']
-  evaluate = make_eval_step(graphdef, options)
+  evaluate = jit_eval_step(graphdef, options)
   sums = [jax.device_get(evaluate(state, frozen, batch)) for batch in held_out]
   sums = jax.tree.map(lambda *parts: sum(parts), *sums)
   del sums['counts']

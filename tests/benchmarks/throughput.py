@@ -27,8 +27,8 @@ from dpo_flax.huggingface.config_json import from_hf_config
 from dpo_flax.losses.objective import Objective
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.sharding import make_mesh
-from dpo_flax.training.state import Models, init_state, split_models
-from dpo_flax.training.step import StepOptions, make_train_step
+from dpo_flax.training.state import Models, init_train_state, split_models
+from dpo_flax.training.step import StepOptions, jit_train_step
 
 VOCABULARY, MAX_PROMPT, MAX_RESPONSE = 32_000, 64, 192
 WARMUP = 3  # steps
@@ -95,14 +95,10 @@ def make_step():
   options = StepOptions(
     objective=Objective.from_config(config_lib.default().objective),
     logits_chunk=256,
-    microbatches=1,
-    head_is_trained=False,
-    dropout_seed=None,
-    spike_factor=0.0,
   )
   mesh = make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, jax.devices()[:1])
-  state = init_state(trainable, optimizer, mesh)
-  return make_train_step(graphdef, optimizer, options), state, frozen
+  state = init_train_state(trainable, optimizer, mesh)
+  return jit_train_step(graphdef, optimizer, options), state, frozen
 
 
 def main():

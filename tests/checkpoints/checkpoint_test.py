@@ -18,12 +18,12 @@ import optax
 import pytest
 from etils import epath
 from flax import nnx
-from helpers import checkpoint_arrays
 
 from dpo_flax.checkpoints import checkpoint, steps
 from dpo_flax.checkpoints.checkpoint import Checkpoints
 from dpo_flax.config.identity import RunIdentity
-from dpo_flax.training.state import RewardMean, init_state, split_models
+from dpo_flax.training.state import RewardMean, init_train_state, split_models
+from helpers import checkpoint_arrays
 
 IDENTITY = RunIdentity({'lora.r': 4, 'batch.rows': 8}, {'data': 'ab12'})
 OPTIMIZER = optax.adamw(1e-3)
@@ -37,7 +37,7 @@ def make_state(make_models, make_model_config, make_lora, make_mesh_of):
     mesh = make_mesh_of(fsdp=fsdp, tensor=tensor)
     config = make_model_config(vocab_size=96)
     models = make_models(config, make_lora(targets=frozenset(['q_proj']), **lora), mesh=mesh)
-    state = init_state(split_models(models)[1], OPTIMIZER, mesh)
+    state = init_train_state(split_models(models)[1], OPTIMIZER, mesh)
     random = np.random.default_rng(seed)
 
     def draw(leaf):

@@ -175,7 +175,7 @@ def test_batches_name_their_records(config, data):
   row, slot = np.argwhere(batch['pair_mask'])[-1]
   where = prepared.where('train', batch['pair_index'][row, slot])
   record = json.loads(lines[int(where.removeprefix(f'{data}:')) - 1])
-  at = batch['sequence_ids'][row] == 2 * slot
+  at = batch['answer_ids'][row] == batch['pairs'][row, slot, 0]
   text = prepared.tokenizer.decode(batch['targets'][row][at])
   assert text == record['chosen'] + '</s>'
   with pytest.raises(ValueError, match='pair_index 999'):

@@ -97,13 +97,13 @@ def test_pairs_packed_in_a_row_score_as_each_response_does_in_transformers(
   pairs = [pack.PackedPair(0, *(random.integers(1, 96, n) for n in each)) for each in lengths]
   batch = fill_batch([pairs])
   logits = np.asarray(logits_of_batch(llama.read(tmp_path), batch))[0]
-  sequence_ids = np.asarray(batch['sequence_ids'])[0]
+  answer_ids = np.asarray(batch['answer_ids'])[0]
   for slot, pair in enumerate(pairs):
     for branch, response in enumerate((pair.chosen, pair.rejected)):
       tokens = np.concatenate([pair.prompt, response])[None]
       expected = llama.their_logits(theirs, tokens)[0, len(pair.prompt) - 1 : -1]
       assert expected.std() > 1
-      equal(logits[sequence_ids == 2 * slot + branch], expected)
+      equal(logits[answer_ids == 2 * slot + branch], expected)
 
 
 @pytest.mark.parametrize('case', ONE_OF_EACH)

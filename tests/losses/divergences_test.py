@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.pairs import make_objective, make_pairs
 
 from dpo_flax.losses.divergences import LARGEST_EXPONENT, link
 from dpo_flax.losses.metrics import metric_sums
 from dpo_flax.losses.registry import LOSSES
+from helpers.pairs import make_objective, make_pairs
 
 CASES = (
   ('reverse_kl', None),

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers.pairs import loss_of, make_objective, make_pairs
 from jax.test_util import check_grads
 from torch.nn.functional import logsigmoid
 
 from dpo_flax import losses
 from dpo_flax.losses import LOSSES, Branches, PairLogps, total_loss
+from helpers.pairs import loss_of, make_objective, make_pairs
 
 ALL = tuple(LOSSES)
 

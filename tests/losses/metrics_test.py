@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.pairs import make_objective, make_pairs
 
 from dpo_flax.losses import LOSSES, Branches, PairLogps, total_loss
 from dpo_flax.losses.metrics import displacement, metric_sums, summarize
+from helpers.pairs import make_objective, make_pairs
 
 
 def filled(chosen, rejected):

@@ -6,11 +6,11 @@ import pickle
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers.pairs import make_pairs
 
 from dpo_flax import config
 from dpo_flax.losses import CONSTANTS, LOSSES, Loss, Objective, as_objective, register, total_loss
 from dpo_flax.losses.objective import OPTIONS
+from helpers.pairs import make_pairs
 
 
 def options_of(**options):

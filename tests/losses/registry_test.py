@@ -4,10 +4,10 @@ import dataclasses
 
 import jax.numpy as jnp
 import pytest
-from helpers.pairs import make_pairs
 
 from dpo_flax.losses import LOSSES
 from dpo_flax.losses.registry import RECORD_FIELDS
+from helpers.pairs import make_pairs
 
 
 def changes(name, **fields):

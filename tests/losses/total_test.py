@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.pairs import make_objective, make_pairs
 
 from dpo_flax.losses import LOSSES, Branches, check_records, total_loss, wpo_weights
+from helpers.pairs import make_objective, make_pairs
 
 
 def filled(chosen, rejected):

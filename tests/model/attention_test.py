@@ -7,7 +7,7 @@ import pytest
 
 from dpo_flax.model import attention
 from dpo_flax.model.attention import QUERY_BLOCK
-from dpo_flax.model.mask import Mask
+from dpo_flax.model.mask import Mask, make_mask
 
 LAYOUTS = ('shared', 'separate')
 
@@ -166,3 +166,16 @@ def test_scores_of_all_queries_never_exist_at_once(arrays_in):
 
   largest = max(array.size for array in arrays_in(jax.grad(total, (0, 1, 2)), *inputs))
   assert largest == heads * QUERY_BLOCK * tokens
+
+
+def test_the_kernel_needs_no_mesh_on_one_device(make_model_config):
+  """On several, each device runs it on its own rows and heads."""
+  queries, keys, values = random_heads(2, 256, 4, 2, head_dim=128)
+  config = make_model_config(attention='pallas', head_dim=128)
+
+  def run(visible_until):
+    mask = make_mask(visible_until, None, 'pallas')
+    return attention.attend(queries, keys, values, mask, config=config)
+
+  mixed = jax.eval_shape(run, jnp.full((2, 256), 256))
+  assert mixed.shape == queries.shape

@@ -12,8 +12,8 @@ from hypothesis import given, strategies
 
 from dpo_flax.model.quantization import LARGEST, SMALLEST, ChannelScale, quantize, scale_path
 from dpo_flax.model.transformer import run_streams
+from dpo_flax.training.logps import pair_logps
 from dpo_flax.training.state import Models, split_models
-from dpo_flax.training.step import pair_logps
 
 MATRICES = hypothesis.extra.numpy.arrays(
   np.float32,
@@ -101,7 +101,7 @@ def test_log_probs_and_gradients_are_those_of_the_dequantized_floats(models, bat
     graphdef, trainable, frozen = split_models(models)
 
     def loss(trainable):
-      logps = pair_logps(nnx.merge(graphdef, trainable, frozen), batch, make_options())
+      logps = pair_logps(nnx.merge(graphdef, trainable, frozen), batch, make_options().objective)
       both = jnp.stack([logps.policy_chosen, logps.reference_rejected])
       return jnp.sum(both * logps.pair_mask[None]), both
 
@@ -128,7 +128,7 @@ def test_log_probs_are_as_near_as_half_a_step_of_each_weight(make_models, make_m
 
   def total(state):
     picked = jnp.take_along_axis(logps(state), batch['targets'][..., None], axis=-1)[..., 0]
-    return jnp.sum(picked * batch['loss_mask'])
+    return jnp.sum(picked * (batch['answer_ids'] < batch['answer_mask'].shape[1]))
 
   gradient = dict(nnx.to_flat_state(jax.grad(total)(state)))
   bound, rounded = 0.0, []
@@ -153,6 +153,6 @@ def test_policy_equals_reference_while_b_is_zero(
   for dtype in ('float32', 'bfloat16'):
     config = make_model_config(dtype=jnp.dtype(dtype), weight_dtype=jnp.dtype('int8'))
     models = make_models(config, make_lora(), zero_b=True)
-    logps = jax.jit(pair_logps, static_argnums=2)(models, batch, make_options())
+    logps = jax.jit(pair_logps, static_argnums=2)(models, batch, make_options().objective)
     np.testing.assert_allclose(logps.policy_chosen, logps.reference_chosen, rtol=1e-6)
     np.testing.assert_allclose(logps.policy_rejected, logps.reference_rejected, rtol=1e-6)

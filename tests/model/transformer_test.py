@@ -140,7 +140,7 @@ def test_contents_of_padding_reach_no_response(models, batch):
 
 def test_a_token_reaches_those_that_see_it_and_no_other(models, batch):
   """Changing the first chosen token of the first pair moves the rest of that branch alone."""
-  changed_at = int(np.flatnonzero(np.asarray(batch['sequence_ids'][0]) == 0)[0]) + 1
+  changed_at = int(np.flatnonzero(np.asarray(batch['answer_ids'][0]) == 0)[0]) + 1
   until = int(batch['visible_until'][0, changed_at])
   changed = batch | {'tokens': batch['tokens'].at[0, changed_at].add(1)}
   before, after = stream(models.policy, batch), stream(models.policy, changed)

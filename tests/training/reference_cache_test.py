@@ -17,7 +17,7 @@ from dpo_flax.data import loader
 from dpo_flax.examples import make_tiny
 from dpo_flax.sharding import make_mesh, row_shard, shard_batch
 from dpo_flax.training import reference_cache
-from dpo_flax.training.step import make_eval_step, make_train_step
+from dpo_flax.training.step import jit_eval_step, jit_train_step
 
 EXAMPLE = pathlib.Path(make_tiny.__file__).parent / 'tiny'
 
@@ -52,8 +52,8 @@ def losses(run, state):
   """The training losses of a few steps, and the validation loss after them."""
   index, count = row_shard(run.mesh)
   where = {'shard_index': index, 'shard_count': count}
-  step = make_train_step(run.graphdef, run.optimizer, run.options)
-  evaluate = make_eval_step(run.graphdef, run.options)
+  step = jit_train_step(run.graphdef, run.optimizer, run.options)
+  evaluate = jit_eval_step(run.graphdef, run.options)
   found = []
   with jax.set_mesh(run.mesh):
     with contextlib.closing(
@@ -83,7 +83,7 @@ def test_training_runs_no_reference_stream(config):
     run, state = build(config, source)
     batches = loader.train_batches(run.data, run.config, start_step=0, shard_index=0, shard_count=1)
     with contextlib.closing(batches), jax.set_mesh(run.mesh):
-      step = make_train_step(run.graphdef, run.optimizer, run.options)
+      step = jit_train_step(run.graphdef, run.optimizer, run.options)
       lowered = step.lower(state, run.frozen, shard_batch(next(batches), run.mesh))
     flops[source] = lowered.compile().cost_analysis()['flops']
   assert flops['cache'] < 0.85 * flops['live']
@@ -145,8 +145,8 @@ def test_two_runs_that_write_at_once_do_not_meet(tmp_path, monkeypatch):
 
 def test_log_probs_that_are_not_finite_are_refused_with_their_place(config, monkeypatch):
   monkeypatch.setattr(
-    'dpo_flax.training.scoring.reference_logps',
-    lambda reference, batch, chunk: jnp.full((*batch['pair_mask'].shape, 2), jnp.nan),
+    'dpo_flax.training.scoring.score_batch',
+    lambda model, batch, chunk: jnp.full((*batch['pair_mask'].shape, 2), jnp.nan),
   )
   with pytest.raises(ValueError, match=r'pairs\.jsonl:\d+: the log-probs .* not finite'):
     build(config, 'cache')

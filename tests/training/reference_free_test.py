@@ -6,8 +6,9 @@ import optax
 import pytest
 from flax import nnx
 
-from dpo_flax.training.state import Models, init_state, split_models
-from dpo_flax.training.step import make_train_step, reference_logps
+from dpo_flax.training.scoring import score_batch
+from dpo_flax.training.state import Models, init_train_state, split_models
+from dpo_flax.training.step import jit_train_step
 
 FREE = ('simpo', 'cpo', 'orpo', 'sft')
 TOKENS = 96
@@ -30,8 +31,8 @@ def models(make_models, make_model_config, make_lora):
 
 def step_flops(models, batch, options, mesh):
   graphdef, trainable, frozen = split_models(models)
-  state = jax.eval_shape(lambda: init_state(trainable, OPTIMIZER, mesh))
-  step = make_train_step(graphdef, OPTIMIZER, options)
+  state = jax.eval_shape(lambda: init_train_state(trainable, OPTIMIZER, mesh))
+  step = jit_train_step(graphdef, OPTIMIZER, options)
   return step.lower(state, frozen, batch).compile().cost_analysis()['flops']
 
 
@@ -41,7 +42,7 @@ def reference_flops(models, batch):
 
   @jax.jit
   def run(state, batch):
-    return reference_logps(nnx.merge(graphdef, state), batch, chunk=TOKENS)
+    return score_batch(nnx.merge(graphdef, state), batch, chunk=TOKENS)
 
   return run.lower(state, batch).compile().cost_analysis()['flops']
 
@@ -81,8 +82,8 @@ def test_weights_of_the_reference_are_not_read(
   graphdef, trainable, frozen = split_models(Models(policy, ruined))
 
   def is_finite(**options):
-    state = init_state(jax.tree.map(jnp.copy, trainable), OPTIMIZER, make_mesh_of())
-    step = make_train_step(graphdef, OPTIMIZER, make_options(**options))
+    state = init_train_state(jax.tree.map(jnp.copy, trainable), OPTIMIZER, make_mesh_of())
+    step = jit_train_step(graphdef, OPTIMIZER, make_options(**options))
     return bool(step(state, frozen, batch)[1]['finite'])
 
   assert is_finite(**options)
@@ -92,7 +93,7 @@ def test_weights_of_the_reference_are_not_read(
 def test_known_log_probs_of_the_reference_save_its_forward_pass(
   models, batch, flops, make_options, make_mesh_of
 ):
-  known = batch | {'reference_logps': jnp.zeros((*batch['pair_mask'].shape, 2))}
+  known = batch | {'reference_logps': jnp.zeros(batch['answer_mask'].shape)}
   cached = step_flops(models, known, make_options(logits_chunk=TOKENS), make_mesh_of())
   assert cached == pytest.approx(flops['simpo'], rel=0.01)
 

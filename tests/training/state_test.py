@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from dpo_flax.assembly.models import load_model
-from dpo_flax.training.state import Models, RecentNorms, RewardMean, init_state, split_models
+from dpo_flax.training.state import Models, RecentNorms, RewardMean, init_train_state, split_models
 
 
 def names(tree):
@@ -64,7 +64,7 @@ def test_moments_lie_where_their_parameters_lie(
   models = make_models(make_model_config(vocab_size=96), make_lora(), mesh=mesh)
   _, trainable, _ = split_models(models)
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-  state = init_state(trainable, optimizer, mesh)
+  state = init_train_state(trainable, optimizer, mesh)
   moments = state.opt_state[1][0]
   # q_proj's A is split over its inputs, B over its heads.
   attention = moments.mu['policy']['blocks']['attention']['q_proj']['adapters']['learned']

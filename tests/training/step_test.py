@@ -12,8 +12,9 @@ import pytest
 from flax import nnx
 
 from dpo_flax.huggingface.peft_targets import BLOCK_PROJECTIONS
-from dpo_flax.training.state import Models, init_state, split_models
-from dpo_flax.training.step import make_eval_step, make_train_step, pair_logps
+from dpo_flax.training.logps import pair_logps
+from dpo_flax.training.state import Models, init_train_state, split_models
+from dpo_flax.training.step import jit_eval_step, jit_train_step
 
 SCALE = 10 / 4  # of make_lora's adapters
 
@@ -26,14 +27,14 @@ RECORDER = optax.trace(decay=0.0)
 def start(models, optimizer, mesh):
   """Returns (graphdef, state, frozen); the state is a copy, because a step consumes it."""
   graphdef, trainable, frozen = split_models(models)
-  state = init_state(jax.tree.map(jnp.copy, trainable), optimizer, mesh)
+  state = init_train_state(jax.tree.map(jnp.copy, trainable), optimizer, mesh)
   return graphdef, state, frozen
 
 
 def run_step(models, batch, options, mesh, optimizer=RECORDER):
   """Returns the state and metrics after one step."""
   graphdef, state, frozen = start(models, optimizer, mesh)
-  return make_train_step(graphdef, optimizer, options)(state, frozen, batch)
+  return jit_train_step(graphdef, optimizer, options)(state, frozen, batch)
 
 
 def gradient_of(state):
@@ -91,7 +92,7 @@ def rows(pairs):
 
 @pytest.fixture(scope='module')
 def options(make_options):
-  return make_options(head_is_trained=True)
+  return make_options()
 
 
 @pytest.fixture(scope='module')
@@ -115,7 +116,7 @@ def test_log_probs_of_a_pair_do_not_depend_on_its_packing(
   elif packing == 'reversed':
     rows = [row[::-1] for row in rows[::-1]]
   batch = fill_batch(rows, layout=layout)
-  logps = jax.jit(lambda batch: pair_logps(models, batch, options))(batch)
+  logps = jax.jit(lambda batch: pair_logps(models, batch, options.objective))(batch)
   is_real = np.asarray(batch['pair_mask']) == 1
   index = np.asarray(batch['pair_index'])[is_real]
   assert sorted(index) == list(range(len(pairs)))
@@ -133,11 +134,9 @@ def test_log_probs_of_a_pair_do_not_depend_on_its_packing(
 def test_token_means_and_tails_of_a_pair_equal_plain_ones(
   plain, models, pairs, rows, fill_batch, make_options, lora
 ):
-  options = make_options(
-    head_is_trained=True, wpo=True, token_statistics=True, kl_penalty_weight=0.1, ld_alpha=0.5
-  )
+  options = make_options(wpo=True, token_statistics=True, kl_penalty_weight=0.1, ld_alpha=0.5)
   batch = fill_batch(rows)
-  logps = jax.jit(lambda batch: pair_logps(models, batch, options))(batch)
+  logps = jax.jit(lambda batch: pair_logps(models, batch, options.objective))(batch)
   policy, reference, targets, mask = map(np.asarray, plain.token_log_softmax(models, pairs, SCALE))
   picked = np.take_along_axis(policy, targets[..., None], axis=-1)[..., 0]
   probs = np.exp(policy)
@@ -161,8 +160,8 @@ def test_token_means_and_tails_of_a_pair_equal_plain_ones(
 def test_reference_runs_only_for_losses_that_use_it(models, rows, fill_batch, make_options):
   batch = fill_batch(rows)
   for loss, needed in (('sigmoid', True), ('simpo', False)):
-    options = make_options(head_is_trained=True, loss=loss)
-    logps = jax.eval_shape(lambda batch, o=options: pair_logps(models, batch, o), batch)
+    options = make_options(loss=loss)
+    logps = jax.eval_shape(lambda batch, o=options: pair_logps(models, batch, o.objective), batch)
     assert (logps.reference_chosen is not None) == needed
 
 
@@ -173,7 +172,7 @@ def test_gradient_equals_plain_implementation(
   plain, models, pairs, rows, fill_batch, make_options, mesh, lora, layout, microbatches
 ):
   """However the batch is cut, with rows that hold three pairs, one and none."""
-  options = make_options(head_is_trained=True, microbatches=microbatches, beta=0.5)
+  options = make_options(microbatches=microbatches, beta=0.5)
   state, metrics = run_step(models, fill_batch(rows, layout=layout), options, mesh)
   loss, expected = plain.loss_and_gradient(
     models, pairs, np.ones(len(pairs)), scale=SCALE, beta=0.5
@@ -216,7 +215,7 @@ def test_a_pairs_weight_counts_it_that_many_times(
   ]
   rows = [weighted[:3], weighted[3:4], [], weighted[4:]]
   batch = fill_batch(rows, columns=('pair_weight',))
-  options = make_options(head_is_trained=True, microbatches=microbatches)
+  options = make_options(microbatches=microbatches)
   state, metrics = run_step(models, batch, options, mesh)
   loss, expected = plain.loss_and_gradient(models, pairs, weights, scale=SCALE, beta=0.1)
   total, count = metrics['sums']['means']['dpo_loss']
@@ -229,11 +228,10 @@ def test_metrics_of_microbatches_add_up_to_those_of_the_batch(
 ):
   batch = fill_batch(rows)
   whole, parts, evaluated = (
-    run_step(models, batch, make_options(head_is_trained=True, microbatches=n), mesh)[1]['sums']
-    for n in (1, 2, 4)
+    run_step(models, batch, make_options(microbatches=n), mesh)[1]['sums'] for n in (1, 2, 4)
   )
   graphdef, state, frozen = start(models, RECORDER, mesh)
-  evaluated = make_eval_step(graphdef, make_options(head_is_trained=True))(state, frozen, batch)
+  evaluated = jit_eval_step(graphdef, make_options())(state, frozen, batch)
   for other in (parts, evaluated):
     assert jax.tree.structure(whole) == jax.tree.structure(other)
     for ours, theirs in zip(jax.tree.leaves(whole), jax.tree.leaves(other), strict=True):
@@ -253,7 +251,7 @@ def test_tokens_are_counted_for_the_shortest_pairs_too(
   pair = pair._replace(prompt=pair.prompt[:1], chosen=pair.chosen[:1], rejected=pair.rejected[:1])
   graphdef, state, frozen = start(fresh, RECORDER, mesh)
   batch = fill_batch([[pair, pair]], layout=layout)
-  counts = make_eval_step(graphdef, make_options())(state, frozen, batch)['counts']
+  counts = jit_eval_step(graphdef, make_options())(state, frozen, batch)['counts']
   assert int(counts['tokens']) == 8
 
 
@@ -290,7 +288,7 @@ def test_step_reaches_only_adapters(models, rows, fill_batch, options, mesh):
   assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) < 2 * size + 4
 
   before, base = jax.tree.map(np.array, (state.trainable, frozen))
-  state, _ = make_train_step(graphdef, optimizer, options)(state, frozen, fill_batch(rows))
+  state, _ = jit_train_step(graphdef, optimizer, options)(state, frozen, fill_batch(rows))
   for path, leaf in jax.tree.leaves_with_path(
     jax.tree.map(lambda new, old: np.abs(new - old).max(), state.trainable, before)
   ):
@@ -303,9 +301,9 @@ def test_reference_never_moves(models, rows, fill_batch, options, mesh):
   """After a step of the policy, the reference still gives the log-probs it gave."""
   optimizer, batch = optax.sgd(1.0), fill_batch(rows)
   graphdef, state, frozen = start(models, optimizer, mesh)
-  evaluate = make_eval_step(graphdef, options)
+  evaluate = jit_eval_step(graphdef, options)
   before = evaluate(state, frozen, batch)['means']
-  state, _ = make_train_step(graphdef, optimizer, options)(state, frozen, batch)
+  state, _ = jit_train_step(graphdef, optimizer, options)(state, frozen, batch)
   after = evaluate(state, frozen, batch)['means']
   np.testing.assert_array_equal(before['dpo_margin_ref'], after['dpo_margin_ref'])
   assert before['dpo_margin_policy'][0] != after['dpo_margin_policy'][0]
@@ -319,12 +317,12 @@ def dropped(make_models, make_model_config, make_lora, rows, fill_batch, make_op
   graphdef, trainable, frozen = split_models(models)
   batch = fill_batch(rows)
   steps = {
-    seed: make_train_step(graphdef, RECORDER, make_options(dropout_seed=seed))
+    seed: jit_train_step(graphdef, RECORDER, make_options(dropout_seed=seed))
     for seed in (0, 1, None)
   }
 
   def run(seed, step):
-    state = init_state(jax.tree.map(jnp.copy, trainable), RECORDER, mesh)
+    state = init_train_state(jax.tree.map(jnp.copy, trainable), RECORDER, mesh)
     moved = jax.tree_util.tree_map_with_path(
       lambda path, leaf: leaf + step if str(path[0]) == '.step' else leaf, state
     )
@@ -333,8 +331,8 @@ def dropped(make_models, make_model_config, make_lora, rows, fill_batch, make_op
     return metrics['sums']['means'], gradient_of(state)
 
   def evaluate():
-    state = init_state(jax.tree.map(jnp.copy, trainable), RECORDER, mesh)
-    return make_eval_step(graphdef, make_options(dropout_seed=0))(state, frozen, batch)['means']
+    state = init_train_state(jax.tree.map(jnp.copy, trainable), RECORDER, mesh)
+    return jit_eval_step(graphdef, make_options(dropout_seed=0))(state, frozen, batch)['means']
 
   return run, evaluate
 
@@ -391,9 +389,9 @@ def test_a_loss_that_is_not_finite_leaves_the_state_as_it_was(
   healthy = draw_pairs(4, vocab=96)
   sick = healthy[0]._replace(chosen=np.array([5, 96, 7], np.int32))
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
-  options = make_options(head_is_trained=True, microbatches=microbatches)
+  options = make_options(microbatches=microbatches)
   graphdef, state, frozen = start(poisoned, optimizer, mesh)
-  step = make_train_step(graphdef, optimizer, options)
+  step = jit_train_step(graphdef, optimizer, options)
 
   state, metrics = step(state, frozen, fill_batch([healthy[:2], healthy[2:]]))
   assert bool(metrics['finite']) and int(state.step) == 1
@@ -410,10 +408,10 @@ def test_a_gradient_that_is_not_finite_leaves_the_state_as_it_was(
 ):
   """With beta 1e25 the loss is finite; the square of its gradient is not."""
   optimizer = optax.adamw(1e-2)
-  options = make_options(head_is_trained=True, beta=1e25)
+  options = make_options(beta=1e25)
   graphdef, state, frozen = start(models, optimizer, mesh)
   before = jax.tree.map(np.array, state)
-  state, metrics = make_train_step(graphdef, optimizer, options)(state, frozen, fill_batch(rows))
+  state, metrics = jit_train_step(graphdef, optimizer, options)(state, frozen, fill_batch(rows))
   assert np.isfinite(metrics['sums']['means']['dpo_loss']).all()
   assert not np.isfinite(metrics['grad_norm']) and not bool(metrics['finite'])
   assert_trees_equal(state, before)
@@ -424,16 +422,16 @@ def test_a_gradient_that_spikes_leaves_the_state_as_it_was(
 ):
   optimizer = optax.sgd(0.0)  # a batch's gradient stays the same
   batches = [fill_batch([rows[0]]), fill_batch([rows[1]])]
-  options = make_options(head_is_trained=True)
+  options = make_options()
   graphdef, state, frozen = start(models, optimizer, mesh)
-  step = make_train_step(graphdef, optimizer, options)
+  step = jit_train_step(graphdef, optimizer, options)
   norms = []
   for batch in batches:
     state, metrics = step(state, frozen, batch)
     norms.append(float(metrics['grad_norm']))
   (low, usual), (high, larger) = sorted(zip(norms, batches, strict=True), key=lambda pair: pair[0])
   options = dataclasses.replace(options, spike_factor=(1 + high / low) / 2)
-  step = make_train_step(graphdef, optimizer, options)
+  step = jit_train_step(graphdef, optimizer, options)
   for _ in range(29):
     state, metrics = step(state, frozen, usual)
     assert not bool(metrics['spikes'])
@@ -451,9 +449,9 @@ def test_no_step_holds_the_logits_of_a_row(
 ):
   """Neither as traced nor as compiled: no array with a vocabulary axis is larger than the head."""
   chosen = models if head_is_trained else fresh
-  options = make_options(head_is_trained=head_is_trained, logits_chunk=4, kl_penalty_weight=0.1)
+  options = make_options(logits_chunk=4, kl_penalty_weight=0.1)
   graphdef, state, frozen = start(chosen, RECORDER, mesh)
-  step, batch = make_train_step(graphdef, RECORDER, options), fill_batch(rows)
+  step, batch = jit_train_step(graphdef, RECORDER, options), fill_batch(rows)
   largest = max(VOCAB * chosen.policy.config.embed_dim, 4 * 4 * VOCAB)
   assert largest < 96 * VOCAB
   shapes = [array.shape for array in arrays_in(step, state, frozen, batch)]

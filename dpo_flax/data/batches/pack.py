@@ -1,7 +1,40 @@
 """Lengths -> a plan of rows; planned rows -> the arrays of a packed batch.
 
-  shared:    [ prefix | p_last chosen... | p_last rejected... ]   prefix = prompt[:-1]
-  separate:  [ prompt chosen... ] [ prompt rejected... ]
+A row holds several pairs, each whole. Here prompt a b c, chosen X $, rejected Y Z $ ($ is EOS) of
+record 7 meet a row of 12 tokens and P = 1 pair slot, so S = 2 answers. In the shared layout,
+[ prompt[:-1] | p_last chosen | p_last rejected ], both answers see one copy of the prompt:
+
+  index           0   1   2   3   4   5   6   7   8   9  10  11
+  tokens          a   b   c   X   $   c   Y   Z   $   0   0   0
+  positions       0   1   2   3   4   2   3   4   5   0   0   0
+  visible_until   9   9   5   5   5   9   9   9   9  10  11  12
+  targets         0   0   X   $   0   Y   Z   $   0   0   0   0
+  answer_ids      2   2   0   0   2   1   1   1   2   2   2   2
+
+In the separate layout, [ prompt chosen ] [ prompt rejected ], each has its own:
+
+  index           0   1   2   3   4   5   6   7   8   9  10  11
+  tokens          a   b   c   X   $   a   b   c   Y   Z   $   0
+  positions       0   1   2   3   4   0   1   2   3   4   5   0
+  visible_until   5   5   5   5   5  11  11  11  11  11  11  12
+  targets         0   0   X   $   0   0   0   Y   Z   $   0   0
+  answer_ids      2   2   0   0   2   2   2   1   1   1   2   2
+
+And in both, of what the row holds:
+
+  answer_mask    [S]     1 1     1.0 for an answer, 0.0 for an empty slot
+  pairs          [P, 2]  0 1     the answers that are chosen and rejected; 0 0 where empty
+  pair_mask      [P]     1       1.0 for a pair, 0.0 for an empty slot
+  pair_index     [P]     7       the record's index in its source; -1 where empty
+
+tokens           0 where padding.
+positions        of the token in its own sequence, for the rotary embedding.
+visible_until    key t is visible to the queries q with t <= q < visible_until[t]. This is the only
+                 mask. A padding token sees itself alone, so that a softmax stays finite.
+targets          the token that comes next in the same answer; 0 where it is no part of one.
+answer_ids       the answer that the target belongs to, an index in [0, S); S where a position
+                 predicts nothing that counts.
+optional         reference_logps [S]; pair_weight, chosen_probability, margin [P], float32.
 
 Packing is best-fit decreasing, window by window, on counts of equal lengths instead of single
 pairs: one step places pairs of one length in all rows with the same contents, so that the time
@@ -149,6 +182,48 @@ def _unchain(chain: tuple) -> list[int]:
   return content[::-1]
 
 
+def pack_pairs(
+  pairs: Sequence[PackedPair],
+  *,
+  tokens: int,  # T
+  layout: str = 'shared',
+  multiple: int = 1,  # empty rows make the number of rows a multiple of this
+) -> Batch:
+  """Packs pairs of token ids into as few rows as best-fit decreasing needs.
+
+      batch = pack_pairs(pairs, tokens=2048, multiple=8)
+      for i in range(0, len(batch['tokens']), 8):
+        part = {name: array[i : i + 8] for name, array in batch.items()}
+
+  Returns:
+    The fields of `fill_batch`; P is the pairs of the fullest row, `columns` are those that any of
+    the pairs gives.
+
+  Raises:
+    ValueError: a pair is longer than a row.
+  """
+  lengths = np.array([(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs], int)
+  need = row_lengths(lengths.reshape(-1, 3), layout)
+  if need.max(initial=0) > tokens:
+    longest = pairs[int(need.argmax())].index
+    raise ValueError(f'tokens={tokens}: pair {longest} takes {need.max()}. Cut or drop it first')
+  plan = plan_rows(need, tokens=tokens)
+  rows = [[pairs[i] for i in plan[row]] for row in range(len(plan))]
+  rows += [[]] * (-len(rows) % multiple)
+  slots = max(plan.pairs_per_row, 1)
+  columns = given_columns(pairs)
+  return fill_batch(rows, tokens=tokens, pairs_per_row=slots, layout=layout, columns=columns)
+
+
+def given_columns(pairs: Iterable[PackedPair]) -> tuple[str, ...]:
+  """Returns the optional fields that any of the pairs gives."""
+  defaults = PackedPair._field_defaults
+  pairs = list(pairs)
+  return tuple(
+    name for name, value in defaults.items() if any(getattr(pair, name) != value for pair in pairs)
+  )
+
+
 def fill_row(pairs: Iterable[PackedPair], *, tokens: int, pairs_per_row: int, layout: str) -> Batch:
   """Returns the arrays of one row: fill_batch without its first axis."""
   batch = fill_batch([pairs], tokens=tokens, pairs_per_row=pairs_per_row, layout=layout)
@@ -163,11 +238,12 @@ def fill_batch(
   layout: str,
   columns: tuple[str, ...] = (),  # of pair_weight, chosen_probability, margin: those the data has
 ) -> Batch:
-  """Fills B rows of T tokens and P pair slots.
+  """Fills B rows of T tokens and P pair slots, as drawn above.
 
   Returns:
-    tokens, positions, visible_until, targets, sequence_ids [B, T] int32; loss_mask [B, T] float32;
-    pair_mask [B, P] float32; pair_index [B, P] int32; each of `columns` [B, P] float32.
+    tokens, positions, visible_until, targets, answer_ids [B, T] int32; answer_mask [B, S] float32,
+    S = 2 P; pairs [B, P, 2] int32; pair_mask [B, P] float32; pair_index [B, P] int32; each of
+    `columns` [B, P] float32. The pair in slot p has the answers 2p and 2p + 1.
   """
   rows = [list(row) for row in rows]
   batch = _empty_batch(len(rows), tokens, pairs_per_row, columns)
@@ -177,12 +253,15 @@ def fill_batch(
   counts = np.array([len(row) for row in rows])
   row = np.repeat(np.arange(len(rows)), counts)
   slot = np.arange(len(pairs)) - np.repeat(counts.cumsum() - counts, counts)
+  answers = 2 * slot[:, None] + np.arange(2)  # [n, 2] chosen, rejected
+  batch['answer_mask'][row[:, None], answers] = 1.0
+  batch['pairs'][row, slot] = answers
   batch['pair_mask'][row, slot] = 1.0
   batch['pair_index'][row, slot] = [pair.index for pair in pairs]
   for name in columns:
     batch[name][row, slot] = [getattr(pair, name) for pair in pairs]
   lengths = np.array([(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs])
-  run = _fill_run(pairs, lengths, row, slot, layout=layout, nothing=2 * pairs_per_row)
+  run = _fill_run(pairs, lengths, row, answers, layout=layout, nothing=2 * pairs_per_row)
   ends = np.bincount(row, row_lengths(lengths, layout), len(rows)).astype(int).cumsum()
   for r, (start, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
     for name, values in run.items():
@@ -199,8 +278,9 @@ def _empty_batch(rows: int, tokens: int, slots: int, columns: tuple[str, ...]) -
     'positions': np.zeros(shape, np.int32),
     'visible_until': np.tile(visible, (rows, 1)),
     'targets': np.zeros(shape, np.int32),
-    'loss_mask': np.zeros(shape, np.float32),
-    'sequence_ids': np.full(shape, 2 * slots, np.int32),
+    'answer_ids': np.full(shape, 2 * slots, np.int32),
+    'answer_mask': np.zeros((rows, 2 * slots), np.float32),
+    'pairs': np.zeros((rows, slots, 2), np.int32),
     'pair_mask': np.zeros((rows, slots), np.float32),
     'pair_index': np.full((rows, slots), -1, np.int32),
     **{name: np.full((rows, slots), empty[name], np.float32) for name in columns},
@@ -211,20 +291,20 @@ def _fill_run(
   pairs: list[PackedPair],
   lengths: np.ndarray,  # [n, 3] prompt, chosen, rejected
   row: np.ndarray,  # [n] each pair's row
-  slot: np.ndarray,  # [n] and its slot there
+  answers: np.ndarray,  # [n, 2] and the ids of its answers there
   *,
   layout: str,
-  nothing: int,  # the sequence id of what is no target
+  nothing: int,  # the answer id of what is no target
 ) -> Batch:
   """Returns the token fields of all pairs one behind the other, without padding."""
   need = row_lengths(lengths, layout)
   first = np.searchsorted(row, row)  # the first pair of each pair's row
   before = need.cumsum() - need
   fill = _shared_pieces if layout == 'shared' else _separate_pieces
-  pieces = fill(lengths, start=before - before[first], chosen=2 * slot, nothing=nothing)
+  pieces = fill(lengths, start=before - before[first], answers=answers, nothing=nothing)
   sizes, begins = (pieces.positions[i].ravel() for i in (0, 1))
   position = np.repeat(begins - (sizes.cumsum() - sizes), sizes) + np.arange(need.sum())
-  sequence_ids = _repeat(*pieces.sequence_ids)
+  answer_ids = _repeat(*pieces.answer_ids)
   if layout == 'shared':
     parts = [part for p in pairs for part in (p.prompt, p.chosen, p.prompt[-1:], p.rejected)]
   else:
@@ -232,15 +312,14 @@ def _fill_run(
   tokens = np.concatenate(parts)
   inverted = np.flatnonzero(tokens < 0)  # read, but no targets
   tokens[inverted] = ~tokens[inverted]
-  sequence_ids[inverted - 1] = nothing
-  is_target = sequence_ids != nothing
+  answer_ids[inverted - 1] = nothing
   return {
     'tokens': tokens,
     'positions': position,
     'visible_until': _repeat(*pieces.visible_until),
-    'targets': np.append(tokens[1:], 0) * is_target,  # the token behind, in either layout
-    'loss_mask': is_target,
-    'sequence_ids': sequence_ids,
+    # The token behind, in either layout.
+    'targets': np.append(tokens[1:], 0) * (answer_ids != nothing),
+    'answer_ids': answer_ids,
   }
 
 
@@ -249,35 +328,35 @@ class _Pieces(NamedTuple):
 
   positions: tuple[np.ndarray, np.ndarray]  # from the value on, counting up
   visible_until: tuple[np.ndarray, np.ndarray]
-  sequence_ids: tuple[np.ndarray, np.ndarray]
+  answer_ids: tuple[np.ndarray, np.ndarray]
 
 
 def _shared_pieces(
-  lengths: np.ndarray, *, start: np.ndarray, chosen: np.ndarray, nothing: int
+  lengths: np.ndarray, *, start: np.ndarray, answers: np.ndarray, nothing: int
 ) -> _Pieces:
   prompt, c, r = lengths.T
+  chosen, rejected = answers.T
   one, none = np.ones_like(prompt), np.full_like(prompt, nothing)
   middle = start + prompt + c  # where p_last stands again, before rejected
   end = middle + 1 + r
   return _Pieces(
     positions=_table((prompt + c, 0 * one), (1 + r, prompt - 1)),
     visible_until=_table((prompt - 1, end), (1 + c, middle), (1 + r, end)),
-    sequence_ids=_table((prompt - 1, none), (c, chosen), (one, none), (r, chosen + 1), (one, none)),
+    answer_ids=_table((prompt - 1, none), (c, chosen), (one, none), (r, rejected), (one, none)),
   )
 
 
 def _separate_pieces(
-  lengths: np.ndarray, *, start: np.ndarray, chosen: np.ndarray, nothing: int
+  lengths: np.ndarray, *, start: np.ndarray, answers: np.ndarray, nothing: int
 ) -> _Pieces:
   prompt, c, r = lengths.T
+  chosen, rejected = answers.T
   one, none = np.ones_like(prompt), np.full_like(prompt, nothing)
   middle = start + prompt + c  # where the second prompt begins
   return _Pieces(
     positions=_table((prompt + c, 0 * one), (prompt + r, 0 * one)),
     visible_until=_table((prompt + c, middle), (prompt + r, middle + prompt + r)),
-    sequence_ids=_table(
-      (prompt - 1, none), (c, chosen), (prompt, none), (r, chosen + 1), (one, none)
-    ),
+    answer_ids=_table((prompt - 1, none), (c, chosen), (prompt, none), (r, rejected), (one, none)),
   )
 
 

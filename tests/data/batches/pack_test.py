@@ -1,6 +1,8 @@
 """Laws of packing: nothing is lost or split, and the masks are those of a pair on its own."""
 
+import chex
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,12 +45,28 @@ def test_worked_example_of_the_shared_layout():
     'positions': [0, 1, 2, 3, 4, 2, 3, 4, 5, 0, 0],
     'visible_until': [9, 9, 5, 5, 5, 9, 9, 9, 9, 10, 11],
     'targets': [0, 0, x, eos, 0, y, z, eos, 0, 0, 0],
-    'loss_mask': [0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 0],
-    'sequence_ids': [4, 4, 0, 0, 4, 1, 1, 1, 4, 4, 4],
+    'answer_ids': [4, 4, 0, 0, 4, 1, 1, 1, 4, 4, 4],
+    'answer_mask': [1, 1, 0, 0],
+    'pairs': [[0, 1], [0, 0]],
     'pair_mask': [1, 0],
     'pair_index': [7, -1],
   }
   assert row.keys() == expected.keys()
+  for name, values in expected.items():
+    np.testing.assert_array_equal(row[name], values, err_msg=name)
+
+
+def test_worked_example_of_the_separate_layout():
+  a, b, c, x, y, z, eos = 11, 12, 13, 14, 15, 16, 2
+  pair = pack.PackedPair(7, np.array([a, b, c]), np.array([x, eos]), np.array([y, z, eos]))
+  row = pack.fill_row([pair], tokens=12, pairs_per_row=1, layout='separate')
+  expected = {
+    'tokens': [a, b, c, x, eos, a, b, c, y, z, eos, 0],
+    'positions': [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 0],
+    'visible_until': [5, 5, 5, 5, 5, 11, 11, 11, 11, 11, 11, 12],
+    'targets': [0, 0, x, eos, 0, 0, 0, y, z, eos, 0, 0],
+    'answer_ids': [2, 2, 0, 0, 2, 2, 2, 1, 1, 1, 2, 2],
+  }
   for name, values in expected.items():
     np.testing.assert_array_equal(row[name], values, err_msg=name)
 
@@ -61,11 +79,13 @@ def test_batch_has_the_shapes_and_dtypes_the_model_reads():
     layout='shared',
     columns=('pair_weight', 'chosen_probability'),
   )
-  floats = {'loss_mask', 'pair_mask', 'pair_weight', 'chosen_probability'}
+  floats = ['answer_mask', 'pair_mask', 'pair_weight', 'chosen_probability']
+  by_token = ['tokens', 'positions', 'visible_until', 'targets', 'answer_ids']
+  shapes = dict.fromkeys(by_token, (2, 16)) | {'answer_mask': (2, 6), 'pairs': (2, 3, 2)}
+  assert batch.keys() == {*shapes, 'pair_index', *floats}
   for name, array in batch.items():
-    per_pair = name.startswith(('pair', 'chosen'))
-    assert array.shape == ((2, 3) if per_pair else (2, 16)), name
-    assert array.dtype == (np.float32 if name in floats else np.int32), name
+    chex.assert_shape(array, shapes.get(name, (2, 3)))
+    chex.assert_type(array, np.float32 if name in floats else np.int32)
 
 
 @given(pair_lists, layouts)
@@ -74,15 +94,15 @@ def test_every_target_sees_exactly_its_prompt_and_the_response_before_it(pairs, 
   visible = _visible(row)
   seen = np.zeros(96)
   for slot, branch, prompt, response in _branches(pairs):
-    at = np.flatnonzero(row['sequence_ids'] == 2 * slot + branch)
+    at = np.flatnonzero(row['answer_ids'] == row['pairs'][slot, branch])
     np.testing.assert_array_equal(row['targets'][at], response)
     seen[at] += 1
     for n, query in enumerate(at):
       keys = np.flatnonzero(visible[query])
       np.testing.assert_array_equal(row['tokens'][keys], np.concatenate([prompt, response[:n]]))
       np.testing.assert_array_equal(row['positions'][keys], np.arange(len(prompt) + n))
-  np.testing.assert_array_equal(seen, row['loss_mask'])
-  assert (row['sequence_ids'][seen == 0] == 8).all()
+  assert set(seen) <= {0, 1}
+  assert (row['answer_ids'][seen == 0] == 8).all()
   assert (row['targets'][seen == 0] == 0).all()
 
 
@@ -116,8 +136,7 @@ def test_a_later_turn_of_the_user_is_read_and_not_a_target():
     np.testing.assert_array_equal(row['tokens'][start : start + 6], [20, 21, 30, 31, 22, 2])
     at = slice(start - 1, start + 5)
     np.testing.assert_array_equal(row['targets'][at], [20, 21, 0, 0, 22, 2])
-    np.testing.assert_array_equal(row['loss_mask'][at], [1, 1, 0, 0, 1, 1])
-    np.testing.assert_array_equal(row['sequence_ids'][at], [0, 0, 2, 2, 0, 0])
+    np.testing.assert_array_equal(row['answer_ids'][at], [0, 0, 2, 2, 0, 0])
 
 
 @given(
@@ -153,6 +172,27 @@ def test_plan_is_as_tight_as_textbook_best_fit_decreasing(lengths):
       fitting = [len(rooms) - 1]
     rooms[min(fitting, key=lambda i: rooms[i])] -= length
   assert len(pack.plan_rows(np.array(lengths), tokens=64)) == len(rooms)
+
+
+@given(pair_lists, layouts, st.integers(1, 3))
+def test_packed_pairs_are_in_the_batch_once(pairs, layout, multiple):
+  batch = pack.pack_pairs(pairs, tokens=32, layout=layout, multiple=multiple)
+  assert len(batch['tokens']) % multiple == 0
+  found = batch['pair_index'][batch['pair_mask'] > 0]
+  assert sorted(found) == [pair.index for pair in pairs]
+  assert batch['answer_mask'].sum() == 2 * len(pairs)
+  assert 'margin' not in batch
+
+
+def test_packed_pairs_bring_the_columns_they_give():
+  pairs = [_pair(0, 2, 2, 2), _pair(1, 2, 2, 2)._replace(margin=0.5)]
+  batch = pack.pack_pairs(pairs, tokens=32)
+  np.testing.assert_array_equal(batch['margin'], [[0.0, 0.5]])
+
+
+def test_a_pair_longer_than_a_row_is_refused():
+  with pytest.raises(ValueError, match='tokens=8: pair 1 takes 9'):
+    pack.pack_pairs([_pair(0, 2, 2, 2), _pair(1, 2, 3, 3)], tokens=8)
 
 
 def test_one_pair_per_row_without_packing():

@@ -1,0 +1,143 @@
+"""From tokens to answers, and from answers to pairs.
+
+A batch's row holds S answers. What a model says of each token is summed over every answer first;
+pairs then pick two answers each by their indices, so that an answer may be in several pairs.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from dpo_flax.losses.pair_logps import Branches, PairLogps
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenLogps:
+  """Log-probs of each position's target, [B, T] float32, 0 where it belongs to no answer."""
+
+  policy: jax.Array
+  reference: jax.Array | None  # None: no reference was run
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswerLogps:
+  """What the models say of every answer of a batch, float32 [B, S]; empty slots hold zeros.
+
+  Fields that are None were not asked for.
+  """
+
+  policy: jax.Array  # log-prob of the answer, summed over its tokens
+  reference: jax.Array | None = None  # None: no reference was run, and the batch holds none
+  lengths: jax.Array  # tokens that count
+  mask: jax.Array  # 1.0 for an answer
+  kl: jax.Array | None = None  # token mean of KL(policy || reference) over the vocabulary, nats
+  entropy: jax.Array | None = None  # token mean of the policy's entropy, nats
+  alignments: jax.Array | None = None  # token mean of log pi(y_t) - log sum_v pi(v)^2
+  tokens: TokenLogps | None = None  # kept where pairs need the tails of their answers
+  # Scalars that the policy returned beside its hidden states, such as an auxiliary loss.
+  statistics: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+
+def scored(batch: Mapping[str, jax.Array]) -> jax.Array:
+  """Returns [B, T] bool: whether a position's target belongs to an answer."""
+  return batch['answer_ids'] < batch['answer_mask'].shape[1]
+
+
+def sum_by_answer(
+  values: jax.Array,  # [B, T]
+  answer_ids: jax.Array,  # [B, T] int32 in [0, S]; S: the position scores nothing
+  *,
+  answers: int,  # S
+) -> jax.Array:  # [B, S] float32
+  """Sums per-token values over each answer, in float32."""
+  # A comparison and a sum, where a scatter would serialise on TPU.
+  member = answer_ids[..., None] == jnp.arange(answers)[None, None]  # [B, T, S]
+  return jnp.sum(jnp.where(member, values[..., None].astype(jnp.float32), 0.0), axis=1)
+
+
+def pairs_of(
+  answers: AnswerLogps,
+  batch: Mapping[str, jax.Array],  # pairs, pair_mask; optional columns; answer_ids for tails
+  *,
+  tails: bool = False,
+) -> PairLogps:
+  """Returns what each pair of a batch has, [B, P], from what each answer has.
+
+  The numbers do not depend on where in a row the answers are. Slots without a pair get zeros and
+  pass no gradient on.
+
+  Args:
+    answers: of this batch, from `answer_logps`.
+    batch: the fields of `pack.fill_batch`.
+    tails: also sum what lies past the length of each pair's shorter answer, which LD-DPO discounts
+      (arXiv:2409.06411).
+
+  Raises:
+    ValueError: tails are asked for, and `answers` kept no tokens.
+  """
+
+  def pick(values):
+    return None if values is None else _pick(values, batch)
+
+  policy, reference, lengths = map(pick, (answers.policy, answers.reference, answers.lengths))
+  policy_tails = reference_tails = None
+  if tails:
+    if answers.tokens is None:
+      raise ValueError('tails=True needs the log-probs of tokens: answer_logps(keep_tokens=True)')
+    policy_tails, reference_tails = (
+      None if values is None else _sum_tails(values, batch, lengths)
+      for values in (answers.tokens.policy, answers.tokens.reference)
+    )
+  return PairLogps(
+    policy_chosen=policy.chosen,
+    policy_rejected=policy.rejected,
+    reference_chosen=reference and reference.chosen,
+    reference_rejected=reference and reference.rejected,
+    chosen_lengths=lengths.chosen,
+    rejected_lengths=lengths.rejected,
+    pair_mask=batch['pair_mask'],
+    pair_weight=batch.get('pair_weight'),
+    chosen_probability=batch.get('chosen_probability'),
+    margin=batch.get('margin'),
+    policy_tails=policy_tails,
+    reference_tails=reference_tails,
+    alignments=pick(answers.alignments),
+    kl=pick(answers.kl),
+    entropy=pick(answers.entropy),
+  )
+
+
+def _pick(values: jax.Array, batch: Mapping[str, jax.Array]) -> Branches:
+  """[B, S] -> [B, P] of each pair's two answers; 0 where there is no pair."""
+  # A comparison and a sum again: their gradient is no scatter either.
+  slots = jnp.arange(values.shape[1])[None, None, None]
+  member = (batch['pairs'][..., None] == slots) & (batch['pair_mask'][..., None, None] != 0)
+  picked = jnp.sum(jnp.where(member, values[:, None, None], 0.0), axis=-1)  # [B, P, 2]
+  return Branches(picked[..., 0], picked[..., 1])
+
+
+def _sum_tails(
+  values: jax.Array,  # [B, T]
+  batch: Mapping[str, jax.Array],
+  lengths: Branches,  # [B, P] tokens
+) -> Branches:  # [B, P]
+  """Sums, of both answers, the tokens past the length of their pair's shorter one.
+
+  chosen    x x x x x      counts  0 0 0 1 1
+  rejected  y y y                  0 0 0
+  """
+  ids = batch['answer_ids']
+  member = ids[..., None] == jnp.arange(batch['answer_mask'].shape[1])[None, None]  # [B, T, S]
+  # The number of each token in its answer, from 1.
+  rank = jnp.sum(jnp.where(member, jnp.cumsum(member, axis=1), 0), axis=-1)  # [B, T]
+  shared = jnp.minimum(*lengths)[:, None]  # [B, 1, P]
+  is_past = rank[..., None] > shared  # [B, T, P]
+  is_past &= batch['pair_mask'][:, None] != 0
+  is_tail = (ids[..., None, None] == batch['pairs'][:, None]) & is_past[..., None]  # [B, T, P, 2]
+  values = values[..., None, None].astype(jnp.float32)
+  tails = jnp.sum(jnp.where(is_tail, values, 0.0), axis=1)
+  return Branches(tails[..., 0], tails[..., 1])

@@ -1,0 +1,62 @@
+"""What a model is to the losses and the training step: two methods, and what the first returns."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hidden:
+  """Final hidden states, and what a model has to say beside them."""
+
+  states: jax.Array  # [B, T, D]
+  # Scalars that add up over the rows of a batch, such as an auxiliary loss of routed experts.
+  statistics: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+  cache: Any = None  # of keys and values; None: the model was given none
+
+
+class Model(Protocol):
+  """A language model, as everything that scores or trains it sees it; usually an nnx.Module.
+
+  Its log-probs are right only if position q reads no others than those t <= q < visible_until[t].
+  A model that is never sampled from, nor trained with dropout, may leave out the keywords.
+  """
+
+  def hidden(
+    self,
+    batch: Mapping[str, jax.Array],  # tokens, positions, visible_until [B, T] int32
+    *,
+    dropout_key: jax.Array | None = None,  # None: no dropout
+    cache: Any = None,
+  ) -> Hidden | jax.Array:
+    """Returns the final hidden states [B, T, D], alone or as Hidden."""
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """Applies the head: [..., D] -> [..., V], float32."""
+
+
+def run_model(
+  model: Model, batch: Mapping[str, jax.Array], *, dropout_key: jax.Array | None = None
+) -> Hidden:
+  """Runs a model over a batch, whichever of its two forms the result has.
+
+  Raises:
+    ValueError: the states are no [B, T, D] of the batch.
+  """
+  keywords = {} if dropout_key is None else {'dropout_key': dropout_key}
+  hidden = as_hidden(model.hidden(batch, **keywords))
+  expected, found = batch['tokens'].shape, hidden.states.shape
+  if len(found) != 3 or found[:2] != expected:
+    raise ValueError(
+      f'{type(model).__name__}.hidden returned states of shape {found} for tokens of shape '
+      f'{expected}: expected [B, T, D] with the same B and T'
+    )
+  return hidden
+
+
+def as_hidden(hidden: Hidden | jax.Array) -> Hidden:
+  """Returns Hidden also where a model returned its states alone."""
+  return hidden if isinstance(hidden, Hidden) else Hidden(hidden)
