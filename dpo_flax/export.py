@@ -18,7 +18,7 @@ from dpo_flax.assembly.models import load_models
 from dpo_flax.assembly.run_record import NAME, RunRecord, read_record
 from dpo_flax.assembly.sources import Sources, make_sources
 from dpo_flax.assembly.tuning import make_lora_config
-from dpo_flax.checkpoints.checkpoint import check_whole, newest_step, restore, saved_identity
+from dpo_flax.checkpoints.checkpoint import check_intact, newest_step, restore, saved_identity
 from dpo_flax.config.identity import RunIdentity
 from dpo_flax.exports.exporting import check_outputs, export_adapter, export_merged
 from dpo_flax.exports.model_card import Facts
@@ -49,7 +49,7 @@ def export(workdir: str, output: str, *, merged: bool, step: int | None = None):
   check_outputs(config, {'merged' if merged else 'peft': output})
   if step is None:
     step = newest_step(place / 'checkpoints')
-  check_whole(place / 'checkpoints', step)
+  check_intact(place / 'checkpoints', step)
   _check_record(record, place, step)
   facts = Facts(record, step, read_metrics(place / 'metrics.jsonl', step, 'validation'))
   mesh = _make_mesh(config)

@@ -1,8 +1,8 @@
 """Checkpoints: a pytree of arrays, its step and the identity of its run in one atomic step.
 
 Of a training run the arrays are adapters and optimizer; the base is not among them, and the
-position in the data is the step. Orbax writes and reads the arrays; which step is whole is
-steps.py's to say.
+position in the data is the step. Orbax writes and reads the arrays; steps.py knows
+which steps are intact.
 
 Every use of Orbax is in this file, because its names still move.
 """
@@ -113,7 +113,7 @@ class Checkpoints:
   def save(self, state: Any, step: int):
     """Starts writing a pytree of arrays as `step`; returns once they are copied off the devices.
 
-    What goes wrong meanwhile is `on_error`'s, with the step that it befell: by the next call of
+    What goes wrong meanwhile is passed to `on_error`, with its step: by the next call of
     `check`, `save` or `close` at the latest.
 
     Raises:
@@ -123,8 +123,8 @@ class Checkpoints:
     _check_finite(state, step)
     if not self._begin(state, step):
       return
-    place = steps.place(self.directory, step) / _STATE
-    self._checkpointer.save(place, args=ocp.args.StandardSave(_named_arrays(state)))
+    path = steps.unfinished_path(self.directory, step) / _STATE
+    self._checkpointer.save(path, args=ocp.args.StandardSave(_named_arrays(state)))
     self._writing = step, self._thread.submit(self._commit, step)
 
   def check(self, *, wait: bool = False):
@@ -151,12 +151,12 @@ class Checkpoints:
     hosts.first_does(require)
 
   def resume(self, state: Tree, *, allow_data_change: bool = False) -> tuple[Tree, int]:
-    """Returns the newest whole step's state and number; `state` and 0 where nothing is saved.
+    """Returns the newest intact step's state and number; `state` and 0 where nothing is saved.
 
     Raises:
       ValueError: it was saved under another identity; names what differs.
     """
-    step = self._newest_whole()
+    step = self._newest_intact()
     if step is None:
       return state, 0
     self._check_identity(step, allow_data_change)
@@ -202,24 +202,26 @@ class Checkpoints:
       self._thread.shutdown()
       self._checkpointer.close()
 
-  def _newest_whole(self) -> int | None:
+  def _newest_intact(self) -> int | None:
     """The newest step without a fault, as the first process finds it."""
     found = None
     if jax.process_index() == 0:
       steps.clean(self.directory)
-      found = steps.newest_whole(self.directory)
+      found = steps.newest_intact(self.directory)
     agreed = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found)))
     return None if agreed < 0 else agreed
 
   def _begin(self, state: Any, step: int) -> bool:
-    """Makes the place to write to, on the first process; whether all may go on."""
+    """Makes the directory to write to, on the first process; whether all may go on."""
 
     def make():
       self._check_room(state)
       steps.begin(self.directory, step)
       identity = {} if self.identity is None else dataclasses.asdict(self.identity)
       record = {'step': step, **identity}
-      (steps.place(self.directory, step) / steps.RECORD).write_text(json.dumps(record, indent=2))
+      (steps.unfinished_path(self.directory, step) / steps.RECORD).write_text(
+        json.dumps(record, indent=2)
+      )
 
     try:
       hosts.first_does(make)
@@ -295,7 +297,7 @@ def saved_identity(directory: epath.Path, step: int, of: type[AnIdentity]) -> An
   return of(**{name: record[name] for name in names})
 
 
-def check_whole(directory: epath.Path, step: int):
+def check_intact(directory: epath.Path, step: int):
   """Checks that a step is there and as it was saved.
 
   Raises:
@@ -311,7 +313,7 @@ def check_whole(directory: epath.Path, step: int):
 def restore(directory: epath.PathLike, step: int, tree: Tree, *, part: str = '') -> Tree:
   """Returns arrays of `step` in the structure and on the shardings of `tree`.
 
-  The step must be whole (`check_whole`). A running training is not touched.
+  The step must be intact (`check_intact`). A running training is not touched.
 
   Args:
     directory: of the steps.

@@ -1,4 +1,4 @@
-"""A directory that can tell whether it is whole: the SHA-256 of every file in it.
+"""A directory that can be checked for damage: the SHA-256 of every file in it.
 
 The manifest has the format of sha256sum, so that any machine can check a directory with
 
@@ -16,7 +16,7 @@ NAME = 'SHA256SUMS'
 
 
 def seal(directory: epath.Path):
-  """Writes the manifest of a directory; returns once that and all it tells of are on disk."""
+  """Writes the manifest of a directory; returns once that and every file in it are on disk."""
   write_file(directory / NAME, _describe(directory, synced=True))
   for folder in {path.parent for path in _entries(directory)}:
     sync(folder)

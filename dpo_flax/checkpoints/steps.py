@@ -30,11 +30,11 @@ _ABOUT_QUARANTINE = 'Steps that were found damaged. Nothing reads them: delete t
 
 
 def finished(directory: epath.Path) -> list[int]:
-  """Returns the numbers of all steps that have a manifest, whole or not, oldest first."""
+  """Returns the numbers of all steps that have a manifest, intact or not, oldest first."""
   return [step for step in _named(directory) if (directory / str(step) / manifest.NAME).exists()]
 
 
-def newest_whole(directory: epath.Path) -> int | None:
+def newest_intact(directory: epath.Path) -> int | None:
   """Returns the newest step whose every byte is as it was written; None when there is none.
 
   What is newer and named like a step, but is damaged or none, is moved to `quarantine/`, with a
@@ -64,27 +64,27 @@ def read_record(step: epath.Path) -> dict[str, Any]:
   return json.loads((path if path.exists() or not old.exists() else old).read_text())
 
 
-def place(directory: epath.Path, step: int) -> epath.Path:
+def unfinished_path(directory: epath.Path, step: int) -> epath.Path:
   """Returns where a step is written before it is one."""
   return directory / (str(step) if is_remote(directory) else f'{step}.unfinished')
 
 
 def begin(directory: epath.Path, step: int):
-  """Makes the place where a step is to be written, empty."""
+  """Makes the directory where a step is to be written, empty."""
   abandon(directory, step)
-  place(directory, step).mkdir(parents=True)
+  unfinished_path(directory, step).mkdir(parents=True)
 
 
 def abandon(directory: epath.Path, step: int):
   """Removes what was written of a step that is not finished."""
-  unfinished = place(directory, step)
+  unfinished = unfinished_path(directory, step)
   if unfinished.exists():
     unfinished.rmtree()
 
 
 def commit(directory: epath.Path, step: int):
-  """Makes a step of what was written to its place, once all of it is on disk."""
-  written = place(directory, step)
+  """Makes a step of what was written at `unfinished_path`, once all of it is on disk."""
+  written = unfinished_path(directory, step)
   manifest.seal(written)
   if not is_remote(directory):
     written.rename(directory / str(step))

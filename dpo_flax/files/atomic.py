@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and are on disk once they have their name."""
+"""Files that appear complete or not at all, and are on disk once they have their name."""
 
 import contextlib
 import hashlib

@@ -28,7 +28,7 @@ def find_file(directory: epath.Path, name: str) -> epath.Path | None:
   path = directory / name
   if is_remote(directory):
     return path if fresh(path).exists() else None
-  home, real = (pathlib.Path(os.path.realpath(os.fspath(place))) for place in (directory, path))
+  home, real = (pathlib.Path(os.path.realpath(os.fspath(each))) for each in (directory, path))
   if not real.is_relative_to(home) and not _is_blob(real, home):
     raise ValueError(
       f'{path} is a link to {real}, outside its directory: put the file itself there (only '

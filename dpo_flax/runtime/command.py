@@ -117,27 +117,28 @@ def run_flags(command: Callable[[], object], *, on_every_host: bool = False):
 
 
 def _quieten_libraries():
-  """Leaves to Orbax, asyncio and gcsfs only what they raise, which is then told in our words.
+  """Leaves to Orbax, asyncio and gcsfs only what they raise, which `run_flags` reports.
 
-  When Orbax cannot write, it also leaves coroutines and callbacks behind, which tell of themselves.
+  When Orbax cannot write, it also leaves coroutines and callbacks behind, which print messages of
+  their own.
   """
 
-  def is_ours(record):
+  def is_shown(record):
     library = record.name.partition('.')[0]
     return '/orbax/' not in record.pathname and library not in ('asyncio', 'gcsfs')
 
-  def tell(unraisable):
+  def report(unraisable):
     if 'Event loop is closed' not in str(unraisable.exc_value):
       sys.__unraisablehook__(unraisable)
 
   logging.set_verbosity(logging.WARNING)
-  logging.get_absl_handler().addFilter(is_ours)
-  sys.unraisablehook = tell
+  logging.get_absl_handler().addFilter(is_shown)
+  sys.unraisablehook = report
   warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
 
 
 def _hint(error: Exception) -> str:
-  """Returns what may help, where a library's own words do not say."""
+  """Returns what may help, where a library's own message does not say."""
   if isinstance(error, ImportError) and 'gcsfs' in str(error):
     return ": pip install 'dpo_flax[gcs]' brings what reads gs:// paths"
   if isinstance(error, OSError) and str(error).startswith('Forbidden'):
@@ -159,16 +160,16 @@ def _parse(argv: list[str]) -> list[str]:
   except flags.Error as error:
     _fail(_without_traceback(str(error)))
   except (AttributeError, KeyError, TypeError) as error:  # ml_collections: no such field
-    _fail(_unknown_field(argv) or f'{_place(error)}{type(error).__name__}: {error}')
+    _fail(_unknown_field(argv) or f'{_position(error)}{type(error).__name__}: {error}')
   except FileNotFoundError as error:
     _fail(f'--config: {error}')
   except Exception as error:  # whatever a config file raises
-    _fail(f'--config: {_place(error)}{type(error).__name__}: {error}')
+    _fail(f'--config: {_position(error)}{type(error).__name__}: {error}')
 
 
-def _place(error: Exception) -> str:
+def _position(error: Exception) -> str:
   """Returns 'file:line: ' of a config file that failed; '' where that is not it."""
-  if isinstance(error, SyntaxError):  # whose text has the place
+  if isinstance(error, SyntaxError):  # whose text has the position
     return ''
   last = traceback.extract_tb(error.__traceback__)[-1]
   is_library = 'site-packages' in last.filename or last.filename == __file__

@@ -28,7 +28,7 @@ from dpo_flax.runtime.peers import LOST_PEER, Peers, end
 
 # peers.py notices sooner, and names who is at fault; this is for when it cannot.
 _TIMEOUTS = {'heartbeat_timeout_seconds': 60, 'shutdown_timeout_seconds': 15}
-_LONGER = 60  # seconds that jax, whose timeout aborts with a stack trace, waits beyond ours
+_LONGER = 60  # seconds that jax, whose timeout aborts with a stack trace, waits longer
 
 _CLOUD_TPU_PORT = '8482'  # jax's own choice
 _METADATA_SERVER = ('169.254.169.254', 80)  # that of any Google Cloud VM
@@ -117,7 +117,7 @@ def _join(join_timeout: int, *arguments, **options):
 def _limited_wait(who: str, why: str, seconds: int) -> Iterator[None]:
   """Ends the process if it waits too long for the others; an interrupt ends it at once.
 
-  One that comes late cannot be told from one that has died before it came.
+  One that comes late cannot be distinguished from one that has died before it came.
   """
   said = f'{who} has not come within {seconds} s (--join_timeout). {why}? This process ends too.'
   timer = threading.Timer(seconds, end, [said, LOST_PEER])

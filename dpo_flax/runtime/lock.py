@@ -24,7 +24,7 @@ _NAME = 'lock'
 
 @contextlib.contextmanager
 def sole_writer(workdir: epath.Path) -> Iterator[str]:
-  """Holds `workdir` for this process; yields what the file `lock` in it tells others.
+  """Holds `workdir` for this process; yields what the file `lock` in it says.
 
   Raises:
     ValueError: another process holds it, which is named; or it cannot be written to.
@@ -56,7 +56,7 @@ def sole_writer(workdir: epath.Path) -> Iterator[str]:
 
 
 def holder(workdir: epath.Path) -> str | None:
-  """Returns the word that the writer of `workdir` has left there; None if there is none.
+  """Returns what the writer of `workdir` has written to its lock file; None if there is none.
 
   Not for that writer: POSIX locks end when their process closes the file, however it came to it.
   """
@@ -67,7 +67,7 @@ def holder(workdir: epath.Path) -> str | None:
 def _open(path: epath.Path) -> TextIO:
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A link would lead to a file that is not ours, which is then emptied.
+    # A link would lead to a file of somebody else's, which is then emptied.
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
     return os.fdopen(os.open(path, flags, 0o666), 'a')
   except OSError as error:
@@ -75,7 +75,7 @@ def _open(path: epath.Path) -> TextIO:
 
 
 def _announce(workdir: epath.Path, path: epath.Path, me: str):
-  """Leaves word in an object store, where nothing can be held."""
+  """Writes the lock file in an object store, where nothing can be held."""
   try:
     if path.exists():
       logging.warning('%s, or it was killed; a bucket cannot tell', _in_use(workdir, path))

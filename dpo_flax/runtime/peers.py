@@ -1,4 +1,4 @@
-"""The other processes of a run: which of them live, and what they have to say.
+"""The other processes of a run: which of them are alive, and the messages they leave.
 
 Collectives wait for ever for a process that is gone, in C++, where nothing can interrupt them. So
 every process shows a sign of life each second on the notice board of jax's coordinator, and a
@@ -33,7 +33,7 @@ _HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)  # of a signal
 
 
 class Peers:
-  """What this process knows of the others; alone, it knows none and nothing can befall them."""
+  """What this process knows of the others; alone, it knows none and nothing can happen to them."""
 
   def __init__(self, index: int = 0, count: int = 1):
     self.index, self.count = index, count

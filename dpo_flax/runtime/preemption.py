@@ -1,8 +1,8 @@
 """SIGTERM, by which a machine is taken away: a checkpoint, and an exit code that says start again.
 
 All processes of a run must save the same step. Each counts the points at which it could stop, which
-are the same for all; one that has been told to stop says at which point it is, waits until all have
-said so, and goes on to the furthest of them.
+are the same for all; one that was signalled posts at which point it is, waits until all have
+done so, and goes on to the furthest of them.
 """
 
 import os
@@ -15,11 +15,11 @@ from collections.abc import Callable
 from dpo_flax.runtime.peers import PREEMPTED, Peers, end
 
 _INTERVAL = 0.25  # seconds
-_GOODBYE = 1.0  # seconds of the grace in which to tell the others and end
+_GOODBYE = 1.0  # seconds of the grace in which to inform the others and end
 
 
 class Preempted(Exception):
-  """The run was told to stop, and all its processes are at the same point."""
+  """The run was asked to stop, and all its processes are at the same point."""
 
 
 class Preemption:
@@ -33,7 +33,7 @@ class Preemption:
     self._is_saved: Callable[[], bool] | None = None  # until there is something to save
     self._peers, self._grace = peers, grace
     self._limit = grace - min(_GOODBYE, grace / 2)
-    self._told: float | None = None  # when, on the monotonic clock
+    self._signalled: float | None = None  # when, on the monotonic clock
     self._stopping = False  # at the agreed point
     self._point = 0
     self._closed = threading.Event()
@@ -53,7 +53,7 @@ class Preemption:
     self._thread.join()
     signal.set_wakeup_fd(-1)
     # One that is on its way out for a first SIGTERM is not to be killed by a second.
-    signal.signal(signal.SIGTERM, self._before if self._told is None else signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, self._before if self._signalled is None else signal.SIG_IGN)
     for descriptor in self._pipe:
       os.close(descriptor)
 
@@ -71,7 +71,7 @@ class Preemption:
       Preempted: it is to stop here.
     """
     self._point += 1
-    if self._told is not None and self._is_furthest():
+    if self._signalled is not None and self._is_furthest():
       self._stopping = True
       raise Preempted
 
@@ -83,13 +83,13 @@ class Preemption:
 
   def _watch(self):
     while not self._closed.is_set():
-      if self._told is None:
+      if self._signalled is None:
         if self._was_signalled() or self._peers.stop_was_asked:
-          self._told = time.monotonic()
+          self._signalled = time.monotonic()
           self._peers.ask_to_stop()
         continue
       time.sleep(_INTERVAL / 10)
-      late = time.monotonic() - self._told > self._limit
+      late = time.monotonic() - self._signalled > self._limit
       if late or (not self._stopping and (self._peers.parting or self._has_nothing_to_save())):
         self._leave(late)
 

@@ -16,7 +16,7 @@ StepMetrics = dict[str, Any]  # of training.step's train_step
 class Monitor:
   """Watches the training steps, one behind the device: checks each, reports every `log_every`.
 
-  A step that made no update is told of, with the records that it came from; more than
+  A step that made no update is reported, with the records that it came from; more than
   `max_skipped` of them in a row stop the run.
 
   The first and the last step are reported too. The metrics of a step are read after the next one is
@@ -83,14 +83,14 @@ class Monitor:
       if metrics['spikes']
       else f'the loss or its gradient is not finite (gradient norm {norm})'
     )
-    told = (
+    message = (
       f'step {step}: {reason}; no update was made from it. The records in this batch: '
       f'{self._describe(pair_index)}'
     )
     if self._in_a_row > self._max_skipped:
       row = f' {self._in_a_row} steps in a row were skipped.' if self._max_skipped else ''
-      raise FloatingPointError(told + row)
-    self._reporter.say(told)
+      raise FloatingPointError(message + row)
+    self._reporter.say(message)
 
   def _count(self, sums: Sums):
     self._sums = sums if self._sums is None else jax.tree.map(np.add, self._sums, sums)

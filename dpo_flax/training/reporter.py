@@ -1,4 +1,4 @@
-"""What a run says: lines on the screen, workdir/metrics.jsonl and TensorBoard."""
+"""What a run reports: lines on the screen, workdir/metrics.jsonl and TensorBoard."""
 
 import json
 import math
@@ -127,7 +127,7 @@ class Reporter:
 
 def read_metrics(path: epath.Path, step: int, split: str) -> dict[str, Any]:
   """Returns what a run wrote of `split` after `step`; {} if nothing."""
-  return _find(_whole_lines(path), step, split)
+  return _find(_complete_lines(path), step, split)
 
 
 def _find(lines: Iterable[str], step: int, split: str) -> dict[str, Any]:
@@ -138,17 +138,17 @@ def _find(lines: Iterable[str], step: int, split: str) -> dict[str, Any]:
 
 
 def _kept_lines(path: epath.Path, start_step: int) -> list[str]:
-  """The whole lines of an earlier run that its checkpoint at `start_step` has seen."""
+  """The complete lines of an earlier run that its checkpoint at `start_step` has seen."""
   if not start_step:
     return []
-  return [line for line in _whole_lines(path) if json.loads(line)['step'] <= start_step]
+  return [line for line in _complete_lines(path) if json.loads(line)['step'] <= start_step]
 
 
-def _whole_lines(path: epath.Path) -> list[str]:
+def _complete_lines(path: epath.Path) -> list[str]:
   """The lines of a file of metrics; one that a kill cut short, or that is damaged, is left out."""
   lines = path.read_bytes().splitlines(keepends=True) if fresh(path).exists() else []
-  whole = {number: line for number, line in enumerate(lines, start=1) if line.endswith(b'\n')}
-  damaged = [number for number, line in whole.items() if not _is_report(line)]
+  complete = {number: line for number, line in enumerate(lines, start=1) if line.endswith(b'\n')}
+  damaged = [number for number, line in complete.items() if not _is_report(line)]
   if damaged:
     logging.warning(
       '%s:%d: no report, and left out%s',
@@ -156,7 +156,7 @@ def _whole_lines(path: epath.Path) -> list[str]:
       damaged[0],
       f', as are {len(damaged) - 1} more' if len(damaged) > 1 else '',
     )
-  return [line.decode() for number, line in whole.items() if number not in damaged]
+  return [line.decode() for number, line in complete.items() if number not in damaged]
 
 
 def _is_report(line: bytes) -> bool:
@@ -181,7 +181,7 @@ def summarize(sums: Sums) -> dict[str, float]:
 
 
 def data_lines(reports: Mapping[str, Mapping[str, Any]], tokens: int) -> list[str]:
-  """Returns what to tell of a run's data: for each side its pairs, and what of them is left out.
+  """Returns what to report of a run's data: for each side its pairs, and what of them is left out.
 
   Args:
     reports: of `PreparedData`.
@@ -193,7 +193,7 @@ def data_lines(reports: Mapping[str, Mapping[str, Any]], tokens: int) -> list[st
       f'{side}: {report["pairs"]} pairs in {report["rows"]} rows of {tokens} tokens, '
       f'{report["padding_fraction"]:.2%} padding'
     )
-    # A validation side that was split off has the same files, of which train has told already.
+    # A validation side that was split off has the same files, which train has reported already.
     of_train = side != 'train' and report['examples'] == reports['train']['examples']
     left_out = ({} if of_train else report['dropped']) | {'longer than a row': report['too_long']}
     for reason, count in left_out.items():
@@ -208,7 +208,7 @@ def data_lines(reports: Mapping[str, Mapping[str, Any]], tokens: int) -> list[st
 
 
 def displacement_warning(held_out: Mapping[str, float]) -> str | None:
-  """Returns what to tell of a run after which held-out chosen responses are less likely, or None.
+  """Returns what to report of a run after which held-out chosen responses are less likely, or None.
 
   The reward margin grows as well when both responses fall and rejected only falls faster: the
   probability then goes to answers that nobody has asked for.

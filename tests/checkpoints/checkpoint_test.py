@@ -413,7 +413,7 @@ def test_a_step_that_version_0_1_0_saved_is_read_and_checked(tmp_path, caplog):
   saved = checkpoint_arrays.read(folder / '4')
   identity = RunIdentity(record['config'], record['fingerprints'])
   assert checkpoint.saved_identity(epath.Path(folder), 4, RunIdentity) == identity
-  checkpoint.check_whole(epath.Path(folder), 4)
+  checkpoint.check_intact(epath.Path(folder), 4)
   checkpoints = Checkpoints(folder, identity, keep=2)
   start = {name: jnp.zeros_like(array) for name, array in saved.items()}
   state, step = checkpoints.resume(start)

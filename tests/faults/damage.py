@@ -151,7 +151,7 @@ def damages(options: argparse.Namespace, directory: pathlib.Path) -> bool:
       finished = runs.run(runs.arguments(workdir))
       noticed = finished.returncode == 0 and (foreign or 'is damaged' in finished.stderr)
     else:
-      found = steps.newest_whole(epath.Path(folder))
+      found = steps.newest_intact(epath.Path(folder))
       noticed = found == (newest if foreign else older)
     aside = folder / 'quarantine' / str(newest)
     noticed &= foreign or aside.exists()
