@@ -95,13 +95,8 @@ def make_model_config(config: ConfigDict, checkpoint: Checkpoint | None, mesh: M
   attention = config.model.attention
   if attention == 'auto':
     attention = 'pallas' if platform == 'tpu' else 'xla'
-  if attention in {'pallas', 'splash'} and platform != 'tpu':
-    raise ValueError(f'model.attention={attention} runs on TPU, not on {platform}: set it to auto')
-  if attention == 'splash' and config.data.layout != 'separate':
-    raise ValueError(
-      f'model.attention=splash cannot share prompts (data.layout={config.data.layout}): set it to '
-      'auto, or data.layout to separate'
-    )
+  if attention == 'pallas' and platform != 'tpu':
+    raise ValueError(f'model.attention=pallas runs on TPU, not on {platform}: set it to auto')
   run = {
     'dtype': jnp.dtype(config.model.dtype),
     'weight_dtype': jnp.dtype(config.model.weight_dtype),
@@ -147,17 +142,12 @@ def reference_fingerprint(config: ConfigDict, sources: Sources) -> str:
 
 
 def _check_fit(model_config: ModelConfig, config: ConfigDict):
-  """Refuses rows and kernels that this architecture is not made for."""
+  """Refuses rows that this architecture is not made for."""
   longest, tokens = model_config.longest_sequence, config.batch.tokens
   if longest is not None and tokens > longest:
     raise ValueError(
       f'batch.tokens={tokens}: this model (longrope) takes other positions for sequences of more '
       f'than {longest} tokens, which is not supported: set batch.tokens to {longest} or less'
-    )
-  if model_config.attention == 'splash' and not model_config.has_plain_attention:
-    raise ValueError(
-      f'model.attention=splash has no sliding windows and softcaps, as {model_config.model_type} '
-      'has: set it to auto'
     )
 
 

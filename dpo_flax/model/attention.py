@@ -7,10 +7,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-  splash_attention_kernel,
-  splash_attention_mask,
-)
 
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.layers import RMSNorm, softly_capped
@@ -127,11 +123,7 @@ def attend(
   *,
   config: ModelConfig,
 ) -> jax.Array:  # [B, T, H, head_dim]
-  """Softmax attention under the mask, by the backend the mask was made for.
-
-  splash serves the separate layout alone, where visible_until is constant inside a sequence, and
-  no windows or softcaps.
-  """
+  """Softmax attention under the mask, by the backend the mask was made for."""
   scale, softcap = config.attention_scale, config.attention_softcap
   if config.attention == 'xla':
     return xla_attention(queries, keys, values, mask, scale=scale, softcap=softcap)
@@ -140,36 +132,12 @@ def attend(
   # The compiler cannot split a kernel: each device runs it on its own rows and heads.
   split = partition_spec('rows', 'heads')
   kernel = jax.shard_map(
-    splash_attention
-    if config.attention == 'splash'
-    else lambda *inputs: pallas_attention(*inputs, softcap),
+    lambda *inputs: pallas_attention(*inputs, softcap),
     in_specs=(split, split, split, partition_spec('rows')),
     out_specs=split,
     check_vma=False,
   )
   return kernel(*heads_first, mask).swapaxes(1, 2)
-
-
-def splash_attention(
-  queries: jax.Array,  # [B, H, T, head_dim], scaled
-  keys: jax.Array,  # [B, K, T, head_dim]
-  values: jax.Array,  # [B, K, T, head_dim]
-  mask: Mask,  # visible_until constant inside a sequence
-  interpret: bool = False,  # True: run on a CPU, to test
-) -> jax.Array:  # [B, H, T, head_dim]
-  """JAX's splash kernel, a group of query heads and its kv head at a time."""
-  rows, heads, tokens, head_dim = queries.shape
-  kv_heads = keys.shape[1]
-  group = heads // kv_heads
-  causal = splash_attention_mask.MultiHeadMask(
-    [splash_attention_mask.CausalMask((tokens, tokens))] * group
-  )
-  kernel = splash_attention_kernel.make_splash_mqa_single_device(causal, interpret=interpret)
-  # Where a sequence ends tells it from the others of its row.
-  segments = splash_attention_kernel.SegmentIds(q=mask.visible_until, kv=mask.visible_until)
-  over_kv_heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
-  grouped = queries.reshape(rows, kv_heads, group, tokens, head_dim)
-  return jax.vmap(over_kv_heads)(grouped, keys, values, segments).reshape(queries.shape)
 
 
 def xla_attention(

@@ -39,7 +39,7 @@ class Mask(NamedTuple):
 def make_mask(
   visible_until: jax.Array,  # [B, T] int32
   window: Window | None,
-  backend: str,  # xla | pallas | splash
+  backend: str,  # xla | pallas
 ) -> Mask:
   """Returns the mask of a batch for one backend."""
   plan = make_block_plan(visible_until, window) if backend == 'pallas' else None
