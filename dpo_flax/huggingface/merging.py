@@ -9,7 +9,8 @@ from flax import nnx
 
 from dpo_flax.huggingface.peft_targets import low_rank
 from dpo_flax.huggingface.placement import gather
-from dpo_flax.model.lora import Adapter, Adapters, LoraConfig, LowRank
+from dpo_flax.model.linear import Adapter, Adapters
+from dpo_flax.model.lora import LoraConfig, LowRank
 from dpo_flax.model.transformer import Transformer
 
 

@@ -16,7 +16,8 @@ from dpo_flax.huggingface.placement import Slot, make_slots, match
 from dpo_flax.huggingface.tensor_files import TensorFile
 from dpo_flax.huggingface.weights import Checkpoint
 from dpo_flax.model.config import ModelConfig
-from dpo_flax.model.lora import BASE, TRAINABLE, Trained, train_whole
+from dpo_flax.model.kernels import Trained
+from dpo_flax.model.lora import BASE, TRAINABLE, train_weights
 from dpo_flax.model.transformer import Transformer
 
 
@@ -86,7 +87,7 @@ def merge_adapter(checkpoint: Checkpoint, adapter: Adapter, config: ModelConfig)
 
   def make():
     model = Transformer(config, lora, nnx.Rngs(0, lora=1))
-    train_whole(model, lora.saved)
+    train_weights(model, lora.saved)
     return nnx.split(model)
 
   model = nnx.merge(*jax.eval_shape(make))

@@ -27,7 +27,8 @@ from dpo_flax.huggingface.merging import check_mergeable, gather_factors, merge
 from dpo_flax.huggingface.names import HARMLESS, name_table
 from dpo_flax.huggingface.placement import Slot, gather_slot, load_arrays, make_slots, match
 from dpo_flax.huggingface.tensor_files import DTYPES, TensorFile, read_header, write_tensors
-from dpo_flax.model.lora import BASE, Trained
+from dpo_flax.model.kernels import Trained
+from dpo_flax.model.lora import BASE
 from dpo_flax.model.quantization import scale_path
 from dpo_flax.model.transformer import Transformer
 
