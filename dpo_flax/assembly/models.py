@@ -8,8 +8,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dpo_flax.assembly.sources import Sources
-from dpo_flax.huggingface.peft_adapter import Adapter, load_adapter
-from dpo_flax.huggingface.weights import Checkpoint, load_base
+from dpo_flax.huggingface.peft_adapter import AdapterFiles, load_adapter
+from dpo_flax.huggingface.weights import BaseCheckpoint, load_base
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.kernels import Trained
 from dpo_flax.model.linear import adapters_of, fit_magnitudes
@@ -73,7 +73,7 @@ def load_model(
   model_config: ModelConfig,
   lora: LoraConfig | None,
   *,
-  checkpoint: Checkpoint | None,  # None: random weights
+  checkpoint: BaseCheckpoint | None,  # None: random weights
   mesh: Mesh,
   seed: int,
 ) -> Transformer:
@@ -85,7 +85,7 @@ def load_model(
   return _make_model(model_config, lora, checkpoint and load, mesh, seed)
 
 
-def load_onto(policy: Transformer, adapter: Adapter, mesh: Mesh) -> Transformer:
+def load_onto(policy: Transformer, adapter: AdapterFiles, mesh: Mesh) -> Transformer:
   """Returns an adapter on the policy's own base, of which it makes no copy."""
 
   def share(base):

@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 from dpo_flax.files.untrusted import parse_json
 from dpo_flax.huggingface import peft_adapter, weights
 from dpo_flax.huggingface.config_json import from_hf_config
-from dpo_flax.huggingface.peft_adapter import Adapter, open_adapter
+from dpo_flax.huggingface.peft_adapter import AdapterFiles, open_adapter
 from dpo_flax.huggingface.premerge import merge_adapter
 from dpo_flax.huggingface.presets import from_preset
-from dpo_flax.huggingface.weights import Checkpoint
+from dpo_flax.huggingface.weights import BaseCheckpoint
 from dpo_flax.model.config import ModelConfig
 
 
@@ -26,12 +26,12 @@ class Sources:
   """Checkpoints and adapters whose tensors are still on disk, and the shapes of the models."""
 
   model: ModelConfig
-  base: Checkpoint | None  # with what is merged into it; None: random weights
-  reference: Checkpoint | None  # None: the policy's own base
+  base: BaseCheckpoint | None  # with what is merged into it; None: random weights
+  reference: BaseCheckpoint | None  # None: the policy's own base
   reference_model: ModelConfig | None
-  merged: Adapter | None  # into the base
-  adapter: Adapter | None  # what the policy's adapters start as
-  reference_adapter: Adapter | None  # what the reference has beside the base
+  merged: AdapterFiles | None  # into the base
+  adapter: AdapterFiles | None  # what the policy's adapters start as
+  reference_adapter: AdapterFiles | None  # what the reference has beside the base
 
   def fingerprints(self) -> dict[str, str | None]:
     """Returns what tells each from others of its kind, by the config's field that names it."""
@@ -52,7 +52,7 @@ class Sources:
 
 
 def make_sources(
-  config: ConfigDict, base: Checkpoint | None, reference: Checkpoint | None, mesh: Mesh
+  config: ConfigDict, base: BaseCheckpoint | None, reference: BaseCheckpoint | None, mesh: Mesh
 ) -> Sources:
   """Opens the adapters that the config names, and checks that all fit together.
 
@@ -85,7 +85,9 @@ def make_sources(
   return Sources(model, base, reference, other, merged, adapter, reference_adapter)
 
 
-def make_model_config(config: ConfigDict, checkpoint: Checkpoint | None, mesh: Mesh) -> ModelConfig:
+def make_model_config(
+  config: ConfigDict, checkpoint: BaseCheckpoint | None, mesh: Mesh
+) -> ModelConfig:
   """Returns the architecture of `checkpoint`, or of `config.model.preset` without one.
 
   Raises:
@@ -108,21 +110,21 @@ def make_model_config(config: ConfigDict, checkpoint: Checkpoint | None, mesh: M
   return model_config
 
 
-def vocabulary_size(checkpoint: Checkpoint | None, preset: str) -> int:
+def vocabulary_size(checkpoint: BaseCheckpoint | None, preset: str) -> int:
   """Returns the rows of a checkpoint's token table, or of the preset's without one."""
   run = {'dtype': jnp.float32, 'weight_dtype': jnp.float32, 'remat': 'none', 'attention': 'xla'}
   return _architecture(checkpoint, preset, run).vocab_size
 
 
 def _architecture(
-  checkpoint: Checkpoint | None, preset: str, run: Mapping[str, Any]
+  checkpoint: BaseCheckpoint | None, preset: str, run: Mapping[str, Any]
 ) -> ModelConfig:
   if checkpoint is None:
     return from_preset(preset, **run)
   return from_hf_config(checkpoint.config, where=str(checkpoint.directory / 'config.json'), **run)
 
 
-def base_fingerprint(config: ConfigDict, checkpoint: Checkpoint | None) -> str:
+def base_fingerprint(config: ConfigDict, checkpoint: BaseCheckpoint | None) -> str:
   """Returns what tells base weights from others: a checkpoint's content, or a preset and seed."""
   if checkpoint is None:
     return f'{config.model.preset} {config.seed}'

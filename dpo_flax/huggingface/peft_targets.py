@@ -1,13 +1,13 @@
 """Which modules are adapted or trained whole: PEFT's rules over Hugging Face's module names."""
 
-import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dpo_flax.files.messages import shown
+from dpo_flax.huggingface.names import names_of
 from dpo_flax.model.config import ModelConfig
-from dpo_flax.model.lora import LowRank
+from dpo_flax.model.lora import Lora, LoraConfig, LowRank
 
 # Projection -> where Hugging Face puts it in a layer: the names that target patterns speak of.
 BLOCK_PROJECTIONS = {
@@ -31,20 +31,6 @@ Modules = Mapping[str, Sequence[str]]  # ours -> theirs, one for each layer or a
 Pattern = Sequence[str] | str | None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Targets:
-  """What the user asks for, in PEFT's terms (the names of peft.LoraConfig)."""
-
-  r: int
-  lora_alpha: float
-  target_modules: Pattern
-  exclude_modules: Pattern
-  layers_to_transform: Sequence[int] | int | None
-  rank_pattern: Mapping[str, int]
-  alpha_pattern: Mapping[str, float]
-  modules_to_save: Sequence[str]
-
-
 def block_projections(config: ModelConfig) -> dict[str, str]:
   """Returns the projections of a layer, and where Hugging Face puts them."""
   return FUSED_PROJECTIONS if config.fused_projections else BLOCK_PROJECTIONS
@@ -60,8 +46,8 @@ def module_names(config: ModelConfig) -> dict[str, list[str]]:
   return blocks | {'embed_tokens': ['model.embed_tokens'], 'lm_head': ['lm_head']}
 
 
-def resolve(targets: Targets, config: ModelConfig) -> dict[str, LowRank]:
-  """Returns the rank and alpha of every adapted module, by PEFT's rules.
+def resolve(lora: Lora, config: ModelConfig) -> LoraConfig:
+  """Returns the adapters of a model of this architecture, by PEFT's rules.
 
   A list of target_modules holds module names or their ends (`q_proj`, `self_attn.q_proj`), a string
   is a regex that must match a whole module name (`model.layers.0.self_attn.q_proj`), None and
@@ -69,34 +55,109 @@ def resolve(targets: Targets, config: ModelConfig) -> dict[str, LowRank]:
   names or their ends; the first that matches counts.
 
   Raises:
-    ValueError: an entry matches nothing, or nothing is left to adapt.
+    ValueError: an entry matches nothing, nothing is left to adapt, or what is asked for is not in
+      this model or cannot be trained so.
   """
-  modules = module_names(config)
-  matches = _target_matcher(targets, modules)
-  excluded = _matcher(targets.exclude_modules or (), modules, 'lora.exclude_modules')
-  saved = _saved_matcher(targets.modules_to_save)
-  rank_of = pattern_lookup(targets.rank_pattern, modules, 'lora.rank_pattern')
-  alpha_of = pattern_lookup(targets.alpha_pattern, modules, 'lora.alpha_pattern')
-  resolved = {}
-  for name, places in modules.items():
-    ranks = [
-      rank_of(place, targets.r)
-      if matches(place) and not excluded(place) and not saved(place)
-      else 0
-      for place in places
-    ]
-    alphas = [
-      float(alpha_of(place, targets.lora_alpha)) if rank else 0.0
-      for place, rank in zip(places, ranks, strict=True)
-    ]
-    if any(ranks):
-      resolved[name] = low_rank(ranks, alphas)
-  if not resolved:
+  tied = lora.ensure_weight_tying
+  if tied and not config.tie_word_embeddings:
+    raise ValueError('lora.ensure_weight_tying=True: the head of this model is not tied')
+  modules, saved = _adapted(lora, config), _saved(lora.modules_to_save, config)
+  if 'embed_tokens' in saved and config.tie_word_embeddings and not tied:
     raise ValueError(
-      f'lora.target_modules={targets.target_modules!r} less lora.exclude_modules='
-      f'{targets.exclude_modules!r} leaves no module to adapt; the model has {", ".join(modules)}'
+      f'lora.modules_to_save={lora.modules_to_save}: the head of this model is tied to the '
+      'token table, and they would part: set lora.ensure_weight_tying=True'
     )
+  if tied:
+    modules.pop('lm_head', None)
+    if 'embed_tokens' not in saved | set(modules):
+      raise ValueError(
+        'lora.ensure_weight_tying=True, but neither lora.target_modules nor lora.modules_to_save '
+        'has embed_tokens or lm_head'
+      )
+    if lora.dora and 'embed_tokens' in modules:
+      raise ValueError(
+        'lora.ensure_weight_tying=True with tuning.method=dora: table and head would have lengths '
+        'of different channels; adapt them apart or not at all'
+      )
+  resolved = LoraConfig(
+    modules=modules,
+    dropout=lora.dropout,
+    rslora=lora.rslora,
+    dora=lora.dora,
+    tied=tied,
+    saved=saved,
+  )
+  check_trainable(resolved, config)
   return resolved
+
+
+def check_trainable(lora: LoraConfig, config: ModelConfig) -> None:
+  """Refuses what cannot be trained.
+
+  Raises:
+    ValueError: dropout would not reach an adapter, or weights of int8 were to learn.
+  """
+  if lora.dropout and 'lm_head' in lora.modules:
+    raise ValueError(
+      f'lora.dropout={lora.dropout} would not reach the adapter of lm_head: set it to 0, or take '
+      'lm_head out of lora.target_modules'
+    )
+  matrices = {ours.rpartition('.')[0] for ours in names_of(config) if not ours.endswith('.scale')}
+  if config.is_quantized and lora.saved & matrices:
+    raise ValueError(
+      f'lora.modules_to_save: {", ".join(sorted(lora.saved & matrices))} cannot learn in int8: set '
+      'model.weight_dtype=bfloat16'
+    )
+
+
+def _adapted(lora: Lora, config: ModelConfig) -> dict[str, LowRank]:
+  """Returns the rank and alpha of every adapted module."""
+  modules = module_names(config)
+  targets = _tied_targets(lora.target_modules) if lora.ensure_weight_tying else lora.target_modules
+  matches = _target_matcher(targets, lora.layers_to_transform, modules)
+  excluded = _matcher(lora.exclude_modules or (), modules, 'lora.exclude_modules')
+  saved = _saved_matcher(lora.modules_to_save)
+  rank_of = pattern_lookup(dict(lora.rank_pattern), modules, 'lora.rank_pattern')
+  alpha_of = pattern_lookup(dict(lora.alpha_pattern), modules, 'lora.alpha_pattern')
+  adapted = {}
+  for name, theirs in modules.items():
+    chosen = [matches(each) and not excluded(each) and not saved(each) for each in theirs]
+    if any(chosen):
+      adapted[name] = low_rank(
+        [rank_of(each, lora.rank) if own else 0 for each, own in zip(theirs, chosen, strict=True)],
+        [
+          float(alpha_of(each, lora.alpha)) if own else 0.0
+          for each, own in zip(theirs, chosen, strict=True)
+        ],
+      )
+  if not adapted:
+    raise ValueError(
+      f'lora.target_modules={targets!r} less lora.exclude_modules={lora.exclude_modules!r} leaves '
+      f'no module to adapt; the model has {", ".join(modules)}'
+    )
+  return adapted
+
+
+def _tied_targets(targets: Pattern) -> Pattern:
+  """Adapts the token table where the head is asked for, as PEFT does."""
+  if targets is None or targets == 'all-linear':
+    return targets
+  if isinstance(targets, str):
+    return rf'(?:{targets}|model\.embed_tokens)'
+  asked = [name for name in targets if name not in {'embed_tokens', 'lm_head'}]
+  return [*asked, 'embed_tokens'] if len(asked) < len(targets) else targets
+
+
+def _saved(entries: Sequence[str], config: ModelConfig) -> frozenset[str]:
+  """Returns the modules that learn without adapters, by our paths."""
+  if config.tie_word_embeddings:
+    entries = ['embed_tokens' if entry == 'lm_head' else entry for entry in entries]
+  # With two layers, what names single layers is seen to be partial.
+  modules = {
+    ours.rpartition('.')[0]: [theirs.rpartition('.')[0].format(layer) for layer in range(2)]
+    for ours, (theirs, _) in names_of(config).items()
+  }
+  return _match_names(entries, modules, 'lora.modules_to_save')
 
 
 def low_rank(ranks: Sequence[int], alphas: Sequence[float]) -> LowRank:
@@ -106,7 +167,7 @@ def low_rank(ranks: Sequence[int], alphas: Sequence[float]) -> LowRank:
   return LowRank(tuple(ranks), tuple(alphas))
 
 
-def match_names(entries: Sequence[str], modules: Modules, field: str) -> frozenset[str]:
+def _match_names(entries: Sequence[str], modules: Modules, field: str) -> frozenset[str]:
   """Returns ours of `modules` whose names end with an entry (PEFT's rule of modules_to_save).
 
   Raises:
@@ -125,8 +186,9 @@ def match_names(entries: Sequence[str], modules: Modules, field: str) -> frozens
   return frozenset(found)
 
 
-def _target_matcher(targets: Targets, modules: Modules) -> Callable[[str], bool]:
-  asked, layers = targets.target_modules, targets.layers_to_transform
+def _target_matcher(
+  asked: Pattern, layers: Sequence[int] | int | None, modules: Modules
+) -> Callable[[str], bool]:
   if asked is None or asked == 'all-linear':
     asked = tuple(name for name in modules if name not in {'embed_tokens', 'lm_head'})
   elif isinstance(asked, str) and layers is not None:

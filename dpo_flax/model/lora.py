@@ -59,7 +59,7 @@ class Lora:
     for field in ('rank_pattern', 'alpha_pattern'):
       fix(field, tuple(dict(getattr(self, field)).items()))
     _check_range('lora.rank is', self.rank, int)
-    _check_range('lora.alpha is', self.alpha, float)
+    _check_range('lora.alpha is', self.alpha, float, below=math.inf)
     for name, value in self.rank_pattern:
       _check_range(f'lora.rank_pattern gives {name}', value, int)
     for name, value in self.alpha_pattern:
@@ -96,6 +96,16 @@ class LowRank:
   ranks: tuple[int, ...]  # 0: no adapter in that layer
   alphas: tuple[float, ...]
 
+  def scales(self, *, rslora: bool) -> tuple[float, ...]:
+    """Returns the factor on the adapter's output in each layer, 0 where it has none.
+
+    It is alpha / r, or with rslora alpha / sqrt(r) (arXiv:2312.03732).
+    """
+    return tuple(
+      alpha / (math.sqrt(rank) if rslora else rank) if rank else 0.0
+      for rank, alpha in zip(self.ranks, self.alphas, strict=True)
+    )
+
   def of_layers(self, count: int) -> list[tuple[int, float]]:
     """Returns (rank, alpha) of each of `count` layers."""
     pairs = list(zip(self.ranks, self.alphas, strict=True))
@@ -125,15 +135,8 @@ class LoraConfig:
     return frozenset(self.modules)
 
   def scales(self, name: str) -> tuple[float, ...]:
-    """Returns the factor on the adapter's output in each layer, 0 where it has none.
-
-    It is alpha / r, or with rslora alpha / sqrt(r) (arXiv:2312.03732).
-    """
-    module = self.modules[name]
-    return tuple(
-      alpha / (math.sqrt(rank) if self.rslora else rank) if rank else 0.0
-      for rank, alpha in zip(module.ranks, module.alphas, strict=True)
-    )
+    """Returns the factor on the output of a module's adapter in each layer."""
+    return self.modules[name].scales(rslora=self.rslora)
 
   def at_layer(self, layer: jax.Array) -> 'LoraConfig':
     """Returns what makes the adapters of one layer, whose index may be traced."""
@@ -168,10 +171,10 @@ def train_weights(model: nnx.Module, modules: Collection[str] | None) -> None:
           setattr(module, name, Trained(copy, **variable.get_metadata()))
 
 
-def _check_range(subject: str, value: Any, kind: type) -> None:
+def _check_range(subject: str, value: Any, kind: type, below: float = _LARGEST) -> None:
   right = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-  if not right or not 0 < value < _LARGEST:
+  if not right or not 0 < value < below:
     expected = 'a whole number' if kind is int else 'a number'
     raise ValueError(
-      f'{subject} {value!r}: expected {expected} greater than 0 and less than {_LARGEST}'
+      f'{subject} {value!r}: expected {expected} greater than 0 and less than {below}'
     )
