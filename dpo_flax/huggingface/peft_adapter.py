@@ -235,4 +235,5 @@ def _named_slots(
     others = ', '.join('.'.join(map(str, path)) for path in learned)
     raise ValueError(f'{others}: no adapter of a Linear, so names cannot say what PEFT calls it')
   values = config_values(lora, adapted, base_name, target_modules=sorted(adapted))
-  return slots, values
+  # PEFT wraps a CAUSAL_LM only if it has all that transformers' models have.
+  return slots, values | {'task_type': None}
