@@ -10,7 +10,7 @@ from etils import epath
 from dpo_flax.files.messages import shown
 from dpo_flax.huggingface.fields import check_fields, typed
 from dpo_flax.huggingface.names import names_of
-from dpo_flax.huggingface.peft_targets import low_rank, module_names, pattern_lookup
+from dpo_flax.huggingface.peft_targets import adapted_modules, module_names, pattern_lookup
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.lora import Lora, LoraConfig, LowRank
 
@@ -153,25 +153,21 @@ def _modules(
   names = module_names(config)
   largest = max((shape[0] for shape in shapes.values() if shape), default=0)
   rank_of, alpha_of = (
-    pattern_lookup(values.get(field) or {}, names, f'{where}: {field}')
-    for field in ('rank_pattern', 'alpha_pattern')
+    pattern_lookup(values.get(field) or {}, names, f'{where}: {field}', values[default])
+    for field, default in (('rank_pattern', 'r'), ('alpha_pattern', 'lora_alpha'))
   )
-  modules = {}
-  for name, places in names.items():
+
+  def held(name, theirs):
     factor = 'lora_embedding_A' if name == 'embed_tokens' else 'lora_A.weight'
-    held = [f'{PREFIX}{place}.{factor}' in shapes for place in places]
-    ranks = [
-      rank_of(place, values['r']) if there else 0 for place, there in zip(places, held, strict=True)
-    ]
-    alphas = [
-      float(alpha_of(place, values['lora_alpha'])) if there else 0.0
-      for place, there in zip(places, held, strict=True)
-    ]
+    return f'{PREFIX}{theirs}.{factor}' in shapes
+
+  modules = adapted_modules(names, held, rank_of, alpha_of)
+  for name, module in modules.items():
     # Before anything of that size is made.
-    if max(ranks) > largest:
-      raise ValueError(f'{where}: {name} has rank {max(ranks)}, no factor more than {largest} rows')
-    if any(held):
-      modules[name] = low_rank(ranks, alphas)
+    if max(module.ranks) > largest:
+      raise ValueError(
+        f'{where}: {name} has rank {max(module.ranks)}, no factor more than {largest} rows'
+      )
   return modules
 
 

@@ -117,19 +117,12 @@ def _adapted(lora: Lora, config: ModelConfig) -> dict[str, LowRank]:
   matches = _target_matcher(targets, lora.layers_to_transform, modules)
   excluded = _matcher(lora.exclude_modules or (), modules, 'lora.exclude_modules')
   saved = _saved_matcher(lora.modules_to_save)
-  rank_of = pattern_lookup(dict(lora.rank_pattern), modules, 'lora.rank_pattern')
-  alpha_of = pattern_lookup(dict(lora.alpha_pattern), modules, 'lora.alpha_pattern')
-  adapted = {}
-  for name, theirs in modules.items():
-    chosen = [matches(each) and not excluded(each) and not saved(each) for each in theirs]
-    if any(chosen):
-      adapted[name] = low_rank(
-        [rank_of(each, lora.rank) if own else 0 for each, own in zip(theirs, chosen, strict=True)],
-        [
-          float(alpha_of(each, lora.alpha)) if own else 0.0
-          for each, own in zip(theirs, chosen, strict=True)
-        ],
-      )
+  adapted = adapted_modules(
+    modules,
+    lambda _, each: matches(each) and not excluded(each) and not saved(each),
+    pattern_lookup(dict(lora.rank_pattern), modules, 'lora.rank_pattern', lora.rank),
+    pattern_lookup(dict(lora.alpha_pattern), modules, 'lora.alpha_pattern', lora.alpha),
+  )
   if not adapted:
     raise ValueError(
       f'lora.target_modules={targets!r} less lora.exclude_modules={lora.exclude_modules!r} leaves '
@@ -160,11 +153,27 @@ def _saved(entries: Sequence[str], config: ModelConfig) -> frozenset[str]:
   return _match_names(entries, modules, 'lora.modules_to_save')
 
 
-def low_rank(ranks: Sequence[int], alphas: Sequence[float]) -> LowRank:
-  """Returns one entry where all layers are alike, and one for each layer elsewhere."""
-  if len(set(zip(ranks, alphas, strict=True))) == 1:
-    ranks, alphas = ranks[:1], alphas[:1]
-  return LowRank(tuple(ranks), tuple(alphas))
+def adapted_modules(
+  modules: Modules,
+  is_adapted: Callable[[str, str], bool],  # by our name and theirs
+  rank_of: Callable[[str], int],  # by their name
+  alpha_of: Callable[[str], float],
+) -> dict[str, LowRank]:
+  """Returns rank and alpha of every module that is adapted in any layer."""
+  found = {
+    name: [
+      (rank_of(each), float(alpha_of(each))) if is_adapted(name, each) else (0, 0.0)
+      for each in theirs
+    ]
+    for name, theirs in modules.items()
+  }
+  return {name: low_rank(pairs) for name, pairs in found.items() if any(map(any, pairs))}
+
+
+def low_rank(pairs: Sequence[tuple[int, float]]) -> LowRank:
+  """Returns rank and alpha: one entry where all layers are alike, else one for each layer."""
+  ranks, alphas = zip(*(pairs[:1] if len(set(pairs)) == 1 else pairs), strict=True)
+  return LowRank(ranks, alphas)
 
 
 def _match_names(entries: Sequence[str], modules: Modules, field: str) -> frozenset[str]:
@@ -238,13 +247,14 @@ def pattern_lookup(
   patterns: Mapping[str, Any],  # regex of a name or its end -> value
   modules: Modules,
   field: str,
-) -> Callable[[str, Any], Any]:
-  """Returns the (module, default) -> value of rank_pattern and alpha_pattern."""
+  default: Any,
+) -> Callable[[str], Any]:
+  """Returns the module -> value of rank_pattern and alpha_pattern."""
   regexes = {_compiled(rf'(.*\.)?({key})$', field): value for key, value in patterns.items()}
   for regex, key in zip(regexes, patterns, strict=True):
     if not any(regex.match(place) for places in modules.values() for place in places):
       raise ValueError(f'{field}: {shown(key)} matches none of {", ".join(modules)}')
-  return lambda module, default: next(
+  return lambda module: next(
     (value for regex, value in regexes.items() if regex.match(module)), default
   )
 

@@ -5,7 +5,7 @@ class here and one more case of `make_weight` and `kernel_of`.
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +20,9 @@ class Trained(nnx.Param):
   """A base weight that the policy learns: its own float32 copy."""
 
 
-class Kernel(Protocol):
-  """A matrix W."""
-
-  def matmul(self, inputs: jax.Array, dtype: Any) -> jax.Array:
-    """Returns x W, [..., in] -> [..., out], as `dtype`."""
-
-  def dense(self) -> jax.Array:
-    """Returns W [(L,) in, out] as floats."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Dense:
-  """A matrix of floats, which is rounded to the dtype of what it multiplies."""
+  """A matrix W of floats, which is rounded to the dtype of what it multiplies."""
 
   weight: jax.Array  # [(L,) in, out]
 
@@ -41,7 +31,7 @@ class Dense:
     return jnp.matmul(inputs, self.weight.astype(inputs.dtype), preferred_element_type=dtype)
 
   def dense(self) -> jax.Array:
-    """Returns W."""
+    """Returns W [(L,) in, out] as floats."""
     return self.weight
 
 
@@ -54,20 +44,19 @@ class Learned(Dense):
 
 
 @dataclasses.dataclass(frozen=True)
-class Int8:
+class Int8(Dense):
   """A matrix of integers and a scale for each output channel: W = weight * scale."""
 
-  weight: jax.Array  # [(L,) in, out] int8, or floats of the same values
   scale: jax.Array  # [(L,) out] float32
 
   def matmul(self, inputs: jax.Array, dtype: Any) -> jax.Array:
     """Returns x W, [..., in] -> [..., out], as `dtype`; the scales multiply in float32."""
-    outputs = Dense(self.weight).matmul(inputs, dtype)
+    outputs = super().matmul(inputs, dtype)
     scale = jnp.expand_dims(self.scale, range(outputs.ndim - 1))
     return (outputs * scale).astype(outputs.dtype)
 
   def dense(self) -> jax.Array:
-    """Returns W in float32."""
+    """Returns W [(L,) in, out] in float32."""
     return self.weight.astype(jnp.float32) * self.scale[..., None, :]
 
 
@@ -97,7 +86,7 @@ def make_weight(
 def kernel_of(
   weight: nnx.Variable,  # [(L,) in, out]
   scale: nnx.Variable | None,  # [(L,) out], of int8
-) -> Kernel:
+) -> Dense:
   """Returns the kernel that these variables hold."""
   if scale is not None:
     return Int8(weight[...], scale[...])

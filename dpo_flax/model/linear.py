@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from dpo_flax.model import wide_gradient
-from dpo_flax.model.kernels import Kernel, float_dtype, kernel_of, make_weight
+from dpo_flax.model.kernels import Dense, float_dtype, kernel_of, make_weight
 from dpo_flax.model.lora import Frozen, Lora, LoraConfig
 
 # Below this a channel's squared norm counts as nothing, and DoRA leaves the channel alone.
@@ -76,7 +76,7 @@ class Linear(nnx.Module):
     return outputs
 
   @property
-  def weight(self) -> Kernel:
+  def weight(self) -> Dense:
     """W."""
     return kernel_of(self.kernel, self.kernel_scale)
 
@@ -196,23 +196,11 @@ class Adapters(nnx.Module):
   `reference_of(model)` is the model with the latter alone.
   """
 
-  def __init__(
-    self,
-    name: str,
-    features: tuple[int, int],  # (in, out)
-    axes: Axes,  # their logical axes
-    weight: Weight,
-    *,
-    dtype: Any,
-    lora: LoraConfig | None,
-    rngs: nnx.Rngs,
-  ):
+  def __init__(self, name: str, *args: Any, lora: LoraConfig | None, **kwargs: Any):
     def make(config, learns):
       if config is None or name not in config.modules:
         return None
-      return Adapter(
-        name, features, axes, weight, dtype=dtype, lora=config, rngs=rngs, learns=learns
-      )
+      return Adapter(name, *args, lora=config, learns=learns, **kwargs)
 
     self.learned, self.frozen = make(lora, True), make(lora and lora.reference, False)
     self.adapted = True

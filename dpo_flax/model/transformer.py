@@ -130,11 +130,14 @@ def run_streams(
   """
   config = policy.config
   models = (policy,) if reference is None else (policy, reference)
-  inputs = _inputs_of(models, batch)
+  inputs = {  # of models alike, the same arrays
+    config: make_attention_inputs(batch['positions'], batch['visible_until'], config)
+    for config in dict.fromkeys(model.config for model in models)
+  }
   keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
   streams = tuple(model.embed(batch['tokens']) for model in models)
   for segments in zip(*(model.segments for model in models), strict=True):
-    streams = _run_segments(segments, streams, inputs, [m.config for m in models], keys)
+    streams = _run_segments(segments, streams, [(m.config, inputs[m.config]) for m in models], keys)
   normed = [model.final_norm(stream) for model, stream in zip(models, streams, strict=True)]
   return normed[0], None if reference is None else jax.lax.stop_gradient(normed[1])
 
@@ -142,16 +145,17 @@ def run_streams(
 def _run_segments(
   segments: Sequence[Segment],  # of each model, the same layers
   streams: tuple[jax.Array, ...],  # of each model [B, T, D]
-  inputs: Sequence[Sequence[AttentionInputs]],
-  configs: Sequence[ModelConfig],
+  attention: Sequence[tuple[ModelConfig, Sequence[AttentionInputs]]],  # of each model
   keys: jax.Array | None,  # [L] of dropout
 ) -> tuple[jax.Array, ...]:
   """Runs every model's stream through its segment in one scan."""
-  first = segments[0]
-  layers = slice(first.start, first.start + first.count)
+  layers = slice(segments[0].start, segments[0].start + segments[0].count)
+  configs, inputs = zip(*attention, strict=True)
   # Splitting all at once keeps one copy of a variable that two models hold.
   graphdef, state = nnx.split(tuple(segment.blocks for segment in segments))
-  kinds = [_kinds(config, layers) for config in configs]
+  kinds = [  # of each layer, where they differ
+    jnp.array(config.kind_of_layer[layers]) if len(config.kinds) > 1 else None for config in configs
+  ]
   keys = None if keys is None else keys[layers]
 
   def policy_layer(block, hidden, kind, key):
@@ -172,22 +176,6 @@ def _run_segments(
     return tuple(hidden), None
 
   return jax.lax.scan(layer, streams, (state, kinds, keys))[0]
-
-
-def _inputs_of(
-  models: Sequence[Transformer], batch: Mapping[str, jax.Array]
-) -> list[list[AttentionInputs]]:
-  """Returns the inputs of each model's kinds of layers; models alike share them."""
-  made = {}
-  for config in (model.config for model in models):
-    if config not in made:
-      made[config] = make_attention_inputs(batch['positions'], batch['visible_until'], config)
-  return [made[model.config] for model in models]
-
-
-def _kinds(config: ModelConfig, layers: slice) -> jax.Array | None:
-  """Returns which kind each of some layers is [L]; None where all are one."""
-  return jnp.array(config.kind_of_layer[layers]) if len(config.kinds) > 1 else None
 
 
 def _rematerialised(function, remat: str):
