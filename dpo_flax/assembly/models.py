@@ -91,7 +91,7 @@ def load_onto(policy: Transformer, adapter: AdapterFiles, mesh: Mesh) -> Transfo
   def share(base):
     own = dict(nnx.to_flat_state(nnx.state(policy, BASE)))
     wanted = nnx.to_flat_state(base)
-    return nnx.from_flat_state([(path, place.replace(own[path][...])) for path, place in wanted])
+    return nnx.from_flat_state([(path, each.replace(own[path][...])) for path, each in wanted])
 
   model = _make_model(policy.config, adapter.lora, share, mesh, seed=0)
   train_weights(model, adapter.lora.saved)

@@ -40,8 +40,8 @@ def module_names(config: ModelConfig) -> dict[str, list[str]]:
   """Returns what can be adapted: our names -> the module names in a Hugging Face model."""
   layers = range(config.num_layers)
   blocks = {
-    name: [f'model.layers.{layer}.{place}' for layer in layers]
-    for name, place in block_projections(config).items()
+    name: [f'model.layers.{layer}.{theirs}' for layer in layers]
+    for name, theirs in block_projections(config).items()
   }
   return blocks | {'embed_tokens': ['model.embed_tokens'], 'lm_head': ['lm_head']}
 
@@ -184,7 +184,7 @@ def _match_names(entries: Sequence[str], modules: Modules, field: str) -> frozen
   """
   found = set()
   for entry in entries:
-    hits = {name: [place.endswith(entry) for place in places] for name, places in modules.items()}
+    hits = {name: [each.endswith(entry) for each in theirs] for name, theirs in modules.items()}
     partial = [name for name, hit in hits.items() if any(hit) and not all(hit)]
     if partial:
       raise ValueError(f'{field}: {entry!r} matches only some layers of {", ".join(partial)}')
@@ -232,7 +232,7 @@ def _matcher(pattern: Pattern, modules: Modules, field: str) -> Callable[[str], 
       for entry in pattern
     }
   for entry, matches in entries.items():
-    if not any(matches(place) for places in modules.values() for place in places):
+    if not any(matches(each) for theirs in modules.values() for each in theirs):
       raise ValueError(f'{field}: {entry!r} matches none of {", ".join(modules)}')
   return lambda module: any(matches(module) for matches in entries.values())
 
@@ -252,7 +252,7 @@ def pattern_lookup(
   """Returns the module -> value of rank_pattern and alpha_pattern."""
   regexes = {_compiled(rf'(.*\.)?({key})$', field): value for key, value in patterns.items()}
   for regex, key in zip(regexes, patterns, strict=True):
-    if not any(regex.match(place) for places in modules.values() for place in places):
+    if not any(regex.match(each) for theirs in modules.values() for each in theirs):
       raise ValueError(f'{field}: {shown(key)} matches none of {", ".join(modules)}')
   return lambda module: next(
     (value for regex, value in regexes.items() if regex.match(module)), default
@@ -267,4 +267,4 @@ def _compiled(pattern: str, field: str) -> re.Pattern:
 
 
 def _ends(modules: Modules) -> str:
-  return ', '.join(sorted({places[0].rpartition('.')[2] for places in modules.values()}))
+  return ', '.join(sorted({theirs[0].rpartition('.')[2] for theirs in modules.values()}))

@@ -161,8 +161,10 @@ def save_merged(
   # Wide dtypes first: no tensor is then misaligned in its file.
   order = sorted(slots, key=lambda name: -dtypes[name].itemsize)
   specs = {name: (dtypes[name], slots[name].shape) for name in order}
+  variables = dict(nnx.to_flat_state(base))
   arrays = (
-    _merged(model, base, slots[name], tensors and tensors[name], dtypes[name]) for name in order
+    _merged(model, variables, slots[name], tensors and tensors[name], dtypes[name])
+    for name in order
   )
 
   def write(directory, arrays):
@@ -250,10 +252,13 @@ def _matched(
 
 
 def _merged(
-  model: Transformer, base: nnx.State, slot: Slot, source: TensorFile | None, dtype: np.dtype
+  model: Transformer,
+  variables: Mapping[tuple[str, ...], nnx.Variable],  # of the base
+  slot: Slot,
+  source: TensorFile | None,
+  dtype: np.dtype,
 ) -> np.ndarray | None:
   """Returns base + adapter of one tensor; None where nothing is written."""
-  variables = dict(nnx.to_flat_state(base))
   weight = None
   if source is None or isinstance(variables[slot.path], Trained):
     weight = gather_slot(variables, slot)
