@@ -27,7 +27,7 @@ from dpo_flax.config.checks import validate
 from dpo_flax.data.batches.split import Split
 from dpo_flax.data.prepare import PreparedData, prepare
 from dpo_flax.huggingface.peft_adapter import open_adapter
-from dpo_flax.huggingface.weights import Checkpoint, open_checkpoint
+from dpo_flax.huggingface.weights import BaseCheckpoint, open_checkpoint
 from dpo_flax.losses import metrics
 from dpo_flax.losses.objective import Objective, total_loss
 from dpo_flax.losses.pair_logps import PairLogps
@@ -108,7 +108,7 @@ def _bases(policy: Candidate, reference: Candidate | None) -> list[str]:
 
 def _score_all(
   candidates: list[Candidate],
-  checkpoint: Checkpoint,
+  checkpoint: BaseCheckpoint,
   data: PreparedData,
   config: ConfigDict,
   mesh: Mesh,

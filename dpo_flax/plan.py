@@ -25,7 +25,7 @@ from dpo_flax.config.checks import validate
 from dpo_flax.data.batches import pack
 from dpo_flax.data.prepare import prepare
 from dpo_flax.huggingface.presets import PRESETS
-from dpo_flax.huggingface.weights import Checkpoint, open_checkpoint
+from dpo_flax.huggingface.weights import BaseCheckpoint, open_checkpoint
 from dpo_flax.planning import search
 from dpo_flax.planning.chips import Slice, make_slice
 from dpo_flax.planning.estimate import Estimate, Pairs, estimate
@@ -49,8 +49,8 @@ class Plan:
 
   config: ConfigDict
   slice: Slice
-  base: Checkpoint | None  # None: config.model.preset
-  reference: Checkpoint | None
+  base: BaseCheckpoint | None  # None: config.model.preset
+  reference: BaseCheckpoint | None
   pairs: Pairs
 
   def estimate(self, **changes) -> Estimate:
@@ -88,7 +88,7 @@ def make_plan(
   return Plan(config, slice_, base, reference, pairs)
 
 
-def _shapes(config: ConfigDict, preset: str | None) -> Checkpoint | None:
+def _shapes(config: ConfigDict, preset: str | None) -> BaseCheckpoint | None:
   """Opens the weights' directory, or sets config.model.preset where there is none."""
   path = config.initialize_from_hf
   if preset is None and path and epath.Path(path).expanduser().is_dir():

@@ -17,7 +17,7 @@ from dpo_flax.config.checks import validate_rows
 from dpo_flax.config.identity import RunIdentity
 from dpo_flax.data.loader import steps_for_epochs
 from dpo_flax.data.prepare import PreparedData, prepare
-from dpo_flax.huggingface.weights import Checkpoint, open_checkpoint
+from dpo_flax.huggingface.weights import BaseCheckpoint, open_checkpoint
 from dpo_flax.losses.objective import Objective, check_records
 from dpo_flax.model.lora import LoraConfig
 from dpo_flax.runtime import hosts
@@ -38,7 +38,7 @@ class Run:
   data: PreparedData
   num_steps: int
   lora: LoraConfig | None  # None: the whole policy learns
-  base: Checkpoint | None  # None: random weights
+  base: BaseCheckpoint | None  # None: random weights
   graphdef: nnx.GraphDef
   frozen: nnx.State
   optimizer: optax.GradientTransformation

@@ -8,20 +8,18 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dpo_flax.assembly.sources import Sources
-from dpo_flax.huggingface.peft_adapter import Adapter, load_adapter
-from dpo_flax.huggingface.weights import Checkpoint, load_base
+from dpo_flax.huggingface.peft_adapter import AdapterFiles, load_adapter
+from dpo_flax.huggingface.weights import BaseCheckpoint, load_base
 from dpo_flax.model.config import ModelConfig
-from dpo_flax.model.embedding import Embedding
-from dpo_flax.model.linear import Projection
+from dpo_flax.model.kernels import Trained
+from dpo_flax.model.linear import adapters_of, fit_magnitudes
 from dpo_flax.model.lora import (
   BASE,
   TRAINABLE,
   Frozen,
   LoraConfig,
-  Magnitude,
-  Trained,
-  adapters_of,
-  train_whole,
+  reference_of,
+  train_weights,
 )
 from dpo_flax.model.quantization import ChannelScale
 from dpo_flax.model.transformer import Transformer
@@ -66,8 +64,8 @@ def pair_models(
   """
   reference = other
   if other is None and (lora is not None or keeps_reference):
-    reference = nnx.view(policy, adapted=False, reference_adapted=True)
-  train_whole(policy, None if lora is None else lora.saved)
+    reference = reference_of(policy)
+  train_weights(policy, None if lora is None else lora.saved)
   return Models(policy, reference)
 
 
@@ -75,7 +73,7 @@ def load_model(
   model_config: ModelConfig,
   lora: LoraConfig | None,
   *,
-  checkpoint: Checkpoint | None,  # None: random weights
+  checkpoint: BaseCheckpoint | None,  # None: random weights
   mesh: Mesh,
   seed: int,
 ) -> Transformer:
@@ -87,16 +85,16 @@ def load_model(
   return _make_model(model_config, lora, checkpoint and load, mesh, seed)
 
 
-def load_onto(policy: Transformer, adapter: Adapter, mesh: Mesh) -> Transformer:
+def load_onto(policy: Transformer, adapter: AdapterFiles, mesh: Mesh) -> Transformer:
   """Returns an adapter on the policy's own base, of which it makes no copy."""
 
   def share(base):
     own = dict(nnx.to_flat_state(nnx.state(policy, BASE)))
     wanted = nnx.to_flat_state(base)
-    return nnx.from_flat_state([(path, place.replace(own[path][...])) for path, place in wanted])
+    return nnx.from_flat_state([(path, each.replace(own[path][...])) for path, each in wanted])
 
   model = _make_model(policy.config, adapter.lora, share, mesh, seed=0)
-  train_whole(model, adapter.lora.saved)
+  train_weights(model, adapter.lora.saved)
   nnx.update(model, load_adapter(adapter, nnx.state(model, TRAINABLE), mesh))
   return model
 
@@ -123,7 +121,7 @@ def _make_model(
   base, others = nnx.split_state(abstract, BASE, ...)
   others = init(nnx.Not(BASE)) if others else others
   model = nnx.merge(graphdef, find_base(base), others)
-  _fit_magnitudes(model, mesh)
+  fit_magnitudes(model)
   return model
 
 
@@ -136,25 +134,7 @@ def count_parameters(policy: Transformer) -> tuple[int, int]:
   total = sum(variable.size for _, variable in base)
   whole = sum(variable.size for _, variable in base if isinstance(variable, Trained))
   learned, frozen = (
-    sum(adapter.size for adapter in adapters_of(policy) if adapter.learns is learns)
+    sum(adapter.size for _, adapter in adapters_of(policy) if adapter.learns is learns)
     for learns in (True, False)
   )
   return total + learned + frozen, whole + learned
-
-
-def _fit_magnitudes(model: Transformer, mesh: Mesh):
-  """Starts DoRA's magnitudes at the norms of the weights, once these are known."""
-  graphdef, state = nnx.split(model)
-  magnitudes = nnx.filter_state(state, Magnitude)
-  if not magnitudes:
-    return
-
-  def fitted(state):
-    model = nnx.merge(graphdef, state)
-    for _, module in nnx.iter_modules(model):
-      if isinstance(module, (Projection, Embedding)):
-        module.fit_magnitudes()
-    return nnx.state(model, Magnitude)
-
-  shardings = named_shardings(magnitudes, mesh)
-  nnx.update(model, jax.jit(fitted, out_shardings=shardings)(state))

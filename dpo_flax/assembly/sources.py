@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 from dpo_flax.files.untrusted import parse_json
 from dpo_flax.huggingface import peft_adapter, weights
 from dpo_flax.huggingface.config_json import from_hf_config
-from dpo_flax.huggingface.peft_adapter import Adapter, open_adapter
+from dpo_flax.huggingface.peft_adapter import AdapterFiles, open_adapter
 from dpo_flax.huggingface.premerge import merge_adapter
 from dpo_flax.huggingface.presets import from_preset
-from dpo_flax.huggingface.weights import Checkpoint
+from dpo_flax.huggingface.weights import BaseCheckpoint
 from dpo_flax.model.config import ModelConfig
 
 
@@ -26,12 +26,12 @@ class Sources:
   """Checkpoints and adapters whose tensors are still on disk, and the shapes of the models."""
 
   model: ModelConfig
-  base: Checkpoint | None  # with what is merged into it; None: random weights
-  reference: Checkpoint | None  # None: the policy's own base
+  base: BaseCheckpoint | None  # with what is merged into it; None: random weights
+  reference: BaseCheckpoint | None  # None: the policy's own base
   reference_model: ModelConfig | None
-  merged: Adapter | None  # into the base
-  adapter: Adapter | None  # what the policy's adapters start as
-  reference_adapter: Adapter | None  # what the reference has beside the base
+  merged: AdapterFiles | None  # into the base
+  adapter: AdapterFiles | None  # what the policy's adapters start as
+  reference_adapter: AdapterFiles | None  # what the reference has beside the base
 
   def fingerprints(self) -> dict[str, str | None]:
     """Returns what tells each from others of its kind, by the config's field that names it."""
@@ -52,7 +52,7 @@ class Sources:
 
 
 def make_sources(
-  config: ConfigDict, base: Checkpoint | None, reference: Checkpoint | None, mesh: Mesh
+  config: ConfigDict, base: BaseCheckpoint | None, reference: BaseCheckpoint | None, mesh: Mesh
 ) -> Sources:
   """Opens the adapters that the config names, and checks that all fit together.
 
@@ -85,7 +85,9 @@ def make_sources(
   return Sources(model, base, reference, other, merged, adapter, reference_adapter)
 
 
-def make_model_config(config: ConfigDict, checkpoint: Checkpoint | None, mesh: Mesh) -> ModelConfig:
+def make_model_config(
+  config: ConfigDict, checkpoint: BaseCheckpoint | None, mesh: Mesh
+) -> ModelConfig:
   """Returns the architecture of `checkpoint`, or of `config.model.preset` without one.
 
   Raises:
@@ -95,13 +97,8 @@ def make_model_config(config: ConfigDict, checkpoint: Checkpoint | None, mesh: M
   attention = config.model.attention
   if attention == 'auto':
     attention = 'pallas' if platform == 'tpu' else 'xla'
-  if attention in {'pallas', 'splash'} and platform != 'tpu':
-    raise ValueError(f'model.attention={attention} runs on TPU, not on {platform}: set it to auto')
-  if attention == 'splash' and config.data.layout != 'separate':
-    raise ValueError(
-      f'model.attention=splash cannot share prompts (data.layout={config.data.layout}): set it to '
-      'auto, or data.layout to separate'
-    )
+  if attention == 'pallas' and platform != 'tpu':
+    raise ValueError(f'model.attention=pallas runs on TPU, not on {platform}: set it to auto')
   run = {
     'dtype': jnp.dtype(config.model.dtype),
     'weight_dtype': jnp.dtype(config.model.weight_dtype),
@@ -113,21 +110,21 @@ def make_model_config(config: ConfigDict, checkpoint: Checkpoint | None, mesh: M
   return model_config
 
 
-def vocabulary_size(checkpoint: Checkpoint | None, preset: str) -> int:
+def vocabulary_size(checkpoint: BaseCheckpoint | None, preset: str) -> int:
   """Returns the rows of a checkpoint's token table, or of the preset's without one."""
   run = {'dtype': jnp.float32, 'weight_dtype': jnp.float32, 'remat': 'none', 'attention': 'xla'}
   return _architecture(checkpoint, preset, run).vocab_size
 
 
 def _architecture(
-  checkpoint: Checkpoint | None, preset: str, run: Mapping[str, Any]
+  checkpoint: BaseCheckpoint | None, preset: str, run: Mapping[str, Any]
 ) -> ModelConfig:
   if checkpoint is None:
     return from_preset(preset, **run)
   return from_hf_config(checkpoint.config, where=str(checkpoint.directory / 'config.json'), **run)
 
 
-def base_fingerprint(config: ConfigDict, checkpoint: Checkpoint | None) -> str:
+def base_fingerprint(config: ConfigDict, checkpoint: BaseCheckpoint | None) -> str:
   """Returns what tells base weights from others: a checkpoint's content, or a preset and seed."""
   if checkpoint is None:
     return f'{config.model.preset} {config.seed}'
@@ -147,17 +144,12 @@ def reference_fingerprint(config: ConfigDict, sources: Sources) -> str:
 
 
 def _check_fit(model_config: ModelConfig, config: ConfigDict):
-  """Refuses rows and kernels that this architecture is not made for."""
+  """Refuses rows that this architecture is not made for."""
   longest, tokens = model_config.longest_sequence, config.batch.tokens
   if longest is not None and tokens > longest:
     raise ValueError(
       f'batch.tokens={tokens}: this model (longrope) takes other positions for sequences of more '
       f'than {longest} tokens, which is not supported: set batch.tokens to {longest} or less'
-    )
-  if model_config.attention == 'splash' and not model_config.has_plain_attention:
-    raise ValueError(
-      f'model.attention=splash has no sliding windows and softcaps, as {model_config.model_type} '
-      'has: set it to auto'
     )
 
 

@@ -16,7 +16,7 @@ _CHOICES = {
   'model.dtype': ('bfloat16', 'float32'),
   'model.weight_dtype': ('bfloat16', 'float32', 'int8'),
   'model.remat': ('full', 'offload', 'dots', 'none'),
-  'model.attention': ('auto', 'xla', 'pallas', 'splash'),
+  'model.attention': ('auto', 'xla', 'pallas'),
   'data.format': (
     *('auto', 'explicit', 'implicit', 'messages', 'hh'),
     *('shp', 'webgpt', 'binarized', 'ultrafeedback', 'orca'),

@@ -92,8 +92,7 @@ def _model() -> ConfigDict:
   model.weight_dtype = 'bfloat16'
   # What backward recomputes: full | dots | none; offload: as full, layer inputs in host memory.
   model.remat = 'full'
-  # auto: pallas on TPU, xla elsewhere. splash: JAX's kernel, for data.layout=separate on TPU.
-  model.attention = 'auto'
+  model.attention = 'auto'  # pallas on TPU alone, xla; auto: pallas on TPU, xla elsewhere
   model.logits_chunk = 512  # response tokens per row that meet the vocabulary at once
   return model
 

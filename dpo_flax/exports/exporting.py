@@ -23,7 +23,7 @@ from dpo_flax.exports.staging import (
 from dpo_flax.exports.verification import compare, reload_adapter, reload_merged
 from dpo_flax.huggingface.peft_adapter import save_adapter
 from dpo_flax.huggingface.tensor_files import DTYPES
-from dpo_flax.huggingface.weights import Checkpoint, save_merged
+from dpo_flax.huggingface.weights import BaseCheckpoint, save_merged
 from dpo_flax.model.lora import LoraConfig
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.runtime import hosts
@@ -91,7 +91,7 @@ def export_adapter(
 
 
 def export_merged(
-  policy: Transformer, base: Checkpoint | None, facts: Facts, output: epath.Path, mesh: Mesh
+  policy: Transformer, base: BaseCheckpoint | None, facts: Facts, output: epath.Path, mesh: Mesh
 ):
   """Writes base + adapters as a Hugging Face directory, in the base's dtype.
 
@@ -130,7 +130,7 @@ def _export(
       (directory / 'README.md').write_text(model_card.render(facts, verdict, merged=merged))
 
 
-def _dtypes(policy: Transformer, base: Checkpoint | None, mesh: Mesh) -> set[str]:
+def _dtypes(policy: Transformer, base: BaseCheckpoint | None, mesh: Mesh) -> set[str]:
   """The dtypes that a merged model's numbers are rounded to."""
   found = {np.dtype(policy.config.dtype).name, np.dtype(policy.config.weight_dtype).name}
   if base is not None:

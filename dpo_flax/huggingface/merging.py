@@ -9,7 +9,8 @@ from flax import nnx
 
 from dpo_flax.huggingface.peft_targets import low_rank
 from dpo_flax.huggingface.placement import gather
-from dpo_flax.model.lora import Adapter, Adapters, LoraConfig, LowRank
+from dpo_flax.model.linear import Adapter, Adapters
+from dpo_flax.model.lora import LoraConfig, LowRank
 from dpo_flax.model.transformer import Transformer
 
 
@@ -87,23 +88,17 @@ def side_by_side(model: Transformer, lora: LoraConfig) -> tuple[nnx.State, LoraC
 
 def _concatenated(adapters: Sequence[Adapter]) -> tuple[np.ndarray, np.ndarray, LowRank]:
   """Returns A and B of all `adapters` of a module, for a scale of 1, and their ranks."""
-  is_stacked = adapters[0].lora_a.ndim > 2
-  layers = range(adapters[0].lora_a.shape[0]) if is_stacked else (None,)
-  found = [
-    [factors for adapter in adapters if (factors := gather_factors(adapter, layer))]
-    for layer in layers
-  ]
-  ranks = [sum(factors.a.shape[1] for factors in of_layer) for of_layer in found]
-  features = adapters[0].features
-  a = np.zeros((len(ranks), features[0], max(ranks)), np.float32)
-  b = np.zeros((len(ranks), max(ranks), features[1]), np.float32)
-  for layer, of_layer in enumerate(found):
-    start = 0
-    for factors in of_layer:
-      end = start + factors.a.shape[1]
-      a[layer, :, start:end] = factors.a
-      b[layer, start:end] = np.float32(factors.scale) * factors.b
-      start = end
+  (inputs, outputs), is_stacked = adapters[0].features, adapters[0].lora_a.ndim > 2
+  pairs = []
+  for layer in range(adapters[0].lora_a.shape[0]) if is_stacked else (None,):
+    found = [factors for adapter in adapters if (factors := gather_factors(adapter, layer))]
+    a = [np.zeros((inputs, 0), np.float32), *(factors.a for factors in found)]
+    b = [np.zeros((0, outputs), np.float32), *(np.float32(f.scale) * f.b for f in found)]
+    pairs.append((np.concatenate(a, axis=1), np.concatenate(b)))
+  ranks = [a.shape[1] for a, _ in pairs]
+  missing = [max(ranks) - rank for rank in ranks]
+  a = np.stack([np.pad(a, ((0, 0), (0, n))) for (a, _), n in zip(pairs, missing, strict=True)])
+  b = np.stack([np.pad(b, ((0, n), (0, 0))) for (_, b), n in zip(pairs, missing, strict=True)])
   if not is_stacked:
     a, b = a[0], b[0]
-  return a, b, low_rank(ranks, [float(rank) for rank in ranks])
+  return a, b, low_rank(list(zip(ranks, map(float, ranks), strict=True)))

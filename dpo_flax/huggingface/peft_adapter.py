@@ -1,29 +1,33 @@
 """PEFT adapters (adapter_config.json, adapter_model.safetensors) <-> our adapters."""
 
-import collections
 import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dpo_flax.files.untrusted import find_file, read_json
 from dpo_flax.huggingface.merging import side_by_side
 from dpo_flax.huggingface.names import Table, names_of
-from dpo_flax.huggingface.peft_config import PREFIX, read_config, write_config
-from dpo_flax.huggingface.placement import gather, match
+from dpo_flax.huggingface.peft_config import PREFIX, config_values, read_config, write_config
+from dpo_flax.huggingface.placement import (
+  Slot,
+  gather_slot,
+  layer_slots,
+  load_arrays,
+  match,
+  write_gathered,
+)
 from dpo_flax.huggingface.tensor_files import TensorFile, read_header, write_tensors
 from dpo_flax.model.config import ModelConfig
-from dpo_flax.model.lora import TRAINABLE, LoraConfig
-from dpo_flax.model.transformer import Transformer
-from dpo_flax.sharding import named_shardings
+from dpo_flax.model.linear import adapters_of
+from dpo_flax.model.lora import TRAINABLE, Lora, LoraConfig, LowRank
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 
@@ -40,7 +44,7 @@ HARMLESS = re.compile(r'base_model\.model\.(model\.embed_tokens|lm_head)\.base_l
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapter:
+class AdapterFiles:
   """A PEFT directory; its tensors are still on disk."""
 
   directory: epath.Path
@@ -50,28 +54,7 @@ class Adapter:
   names: Table  # of the parameters of the model that it is for
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-  """Which part of our arrays one tensor of an adapter is."""
-
-  path: tuple[str, ...]  # of our array
-  layer: int | None  # its index there; None: the array is not stacked
-  sizes: tuple[int, ...]  # of our array without its layers; the largest rank may be larger
-  transposed: bool
-  repeated: bool = False  # another tensor is the same part
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    """The shape of their tensor."""
-    return self.sizes[::-1] if self.transposed else self.sizes
-
-  def of(self, array: np.ndarray) -> np.ndarray:
-    """Returns the view of the part in our whole array."""
-    layer = array if self.layer is None else array[self.layer]
-    return layer[tuple(slice(size) for size in self.sizes)]
-
-
-def open_adapter(path: epath.PathLike, config: ModelConfig) -> Adapter:
+def open_adapter(path: epath.PathLike, config: ModelConfig) -> AdapterFiles:
   """Opens a PEFT adapter, made for a model of this architecture.
 
   Raises:
@@ -86,10 +69,10 @@ def open_adapter(path: epath.PathLike, config: ModelConfig) -> Adapter:
   shapes = {name: tensor.shape for name, tensor in tensors.items()}
   lora = read_config(values, shapes, config, directory / CONFIG)
   base_name = values.get('base_model_name_or_path')
-  return Adapter(directory, lora, base_name, tensors, names_of(config))
+  return AdapterFiles(directory, lora, base_name, tensors, names_of(config))
 
 
-def fingerprint(adapter: Adapter) -> str:
+def fingerprint(adapter: AdapterFiles) -> str:
   """Returns a SHA-256 of the configuration and of every tensor's name, type and bytes."""
   digest = hashlib.sha256((adapter.directory / CONFIG).read_bytes())
   for name, tensor in sorted(adapter.tensors.items()):
@@ -99,7 +82,7 @@ def fingerprint(adapter: Adapter) -> str:
 
 
 def load_adapter(
-  adapter: Adapter,
+  adapter: AdapterFiles,
   abstract: nnx.State,  # what is TRAINABLE, as ShapeDtypeStructs, of a model made for adapter.lora
   mesh: Mesh,
 ) -> nnx.State:
@@ -108,77 +91,85 @@ def load_adapter(
   Raises:
     ValueError: names every tensor that is missing, unexpected, misshapen or of a foreign dtype.
   """
-  parts = make_parts(abstract, adapter.lora, adapter.names)
-  match(adapter.tensors, parts, harmless=HARMLESS, where=str(adapter.directory))
-  by_path = collections.defaultdict(list)
-  for name, part in parts.items():
-    by_path[part.path].append((name, part))
-  shardings = dict(nnx.to_flat_state(named_shardings(abstract, mesh)))
-  loaded = []
-  for path, variable in nnx.to_flat_state(abstract):
-    whole = np.zeros(variable.shape, np.float32)
-    for name, part in by_path[path]:
-      _fill(whole, part, adapter.tensors[name], name)
-    sharding = shardings[path].get_value()
-    array = jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
-    loaded.append((path, variable.replace(jax.block_until_ready(array))))
-  return nnx.from_flat_state(loaded)
+  slots = make_adapter_slots(abstract, adapter.lora, adapter.names)
+  match(adapter.tensors, slots, harmless=HARMLESS, where=str(adapter.directory))
+  return load_arrays(adapter.tensors, slots, abstract, mesh)
 
 
 def save_adapter(
-  model: Transformer,
-  lora: LoraConfig,
+  model: nnx.Module,
+  lora: LoraConfig | Lora,
   base_name: str | None,  # what PEFT users load the adapter onto
   directory: epath.PathLike,  # made if it is missing; what it holds is not looked at
+  *,
+  names: Mapping[str, str] | None = None,
 ) -> None:
   """Writes what the policy learned in float32 in PEFT's layout, from process 0.
 
   Where it learned on top of an adapter of the reference, the two are written as one.
 
+  Args:
+    model: a Transformer, or any module whose adapters are those of its `Linear` maps.
+    lora: what its adapters were made of.
+    base_name: the checkpoint that PEFT users load the adapter onto.
+    directory: where adapter_config.json and adapter_model.safetensors go.
+    names: of a model that is not a Transformer: path of each adapted map, `layers.0.q_proj` -> its
+      name in the torch model, `model.layers.0.self_attn.q_proj`. `{}` in a name stands for the
+      index on the leading axis of stacked layers.
+
   Raises:
-    ValueError: `lora` does not describe the model's adapters.
+    ValueError: `lora` or `names` does not describe what the model learned.
   """
   state = nnx.state(model, TRAINABLE)
-  if lora.continues:
-    state, lora = side_by_side(model, lora)
-  parts = make_parts(state, lora, names_of(model.config))
-  specs = {name: (np.dtype(np.float32), part.shape) for name, part in parts.items()}
-  arrays = _gather_parts(dict(nnx.to_flat_state(state)), parts)
-  if jax.process_index() == 0:
-    directory = epath.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_tensors(directory / WEIGHTS, specs, arrays)
-    values = write_config(lora, model.config, base_name)
-    (directory / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True))
+  if names is not None:
+    slots, values = _named_slots(model, state, lora, names, base_name)
   else:
-    collections.deque(arrays, maxlen=0)  # takes part in gathering
-  multihost_utils.sync_global_devices(f'wrote {directory}')
+    if lora.continues:
+      state, lora = side_by_side(model, lora)
+    slots = make_adapter_slots(state, lora, names_of(model.config))
+    values = write_config(lora, model.config, base_name)
+  specs = {name: (np.dtype(np.float32), slot.shape) for name, slot in slots.items()}
+  variables = dict(nnx.to_flat_state(state))
+  arrays = (gather_slot(variables, slot).astype(np.float32) for slot in slots.values())
+
+  def write(directory, arrays):
+    write_tensors(directory / WEIGHTS, specs, arrays)
+    (directory / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True))
+
+  write_gathered(directory, arrays, write)
 
 
-def make_parts(state: nnx.State, lora: LoraConfig, names: Table) -> dict[str, Part]:
+def make_adapter_slots(state: nnx.State, lora: LoraConfig, names: Table) -> dict[str, Slot]:
   """Returns what PEFT calls each part of what a model learns.
 
   Raises:
     ValueError: `lora` does not describe the model's adapters.
   """
-  parts, adapted = {}, set()
-  for path, variable in nnx.to_flat_state(state):
-    if path[-1] in FACTORS:
-      name, module = _adapted_module(path, names)
-      adapted.add(name)
-      parts |= _adapter_parts(path, variable.shape, lora, name, module)
-    else:
-      theirs, transposed = names['.'.join(path)]
-      parts |= _layers(theirs, Part(path, None, variable.shape, transposed))
-      if lora.tied and path[0] == 'embed_tokens':
-        repeated = Part(path, None, variable.shape, transposed, repeated=True)
-        parts[f'{PREFIX}lm_head.weight'] = repeated
+  variables = dict(nnx.to_flat_state(state))
+  modules = {path: _adapted_module(path, names) for path in variables if path[-1] in FACTORS}
   # PEFT drops the tensors of modules that target_modules does not name, without a word.
+  adapted = {name for name, _ in modules.values()}
   if adapted != lora.targets:
     raise ValueError(
       f'lora.target_modules are {sorted(lora.targets)}, the model has adapters on {sorted(adapted)}'
     )
-  return parts
+  slots = {}
+  for path, variable in variables.items():
+    if path in modules:
+      name, theirs = modules[path]
+      endings = EMBEDDING_FACTORS if name == 'embed_tokens' else FACTORS
+      found = _factor_slots(path, variable.shape, theirs, lora.modules[name], endings)
+      # The head maps back: its A is the table's B, neither transposed.
+      head = {'lora_a': 'lm_head.lora_B.weight', 'lora_b': 'lm_head.lora_A.weight'}.get(path[-1])
+    else:
+      name, head = path[0], 'lm_head.weight'
+      theirs, transposed = names['.'.join(path)]
+      found = layer_slots(path, variable.shape, PREFIX + theirs, transposed=transposed)
+    slots |= found
+    if lora.tied and name == 'embed_tokens':
+      ((first, slot),) = found.items()
+      slots[PREFIX + head] = dataclasses.replace(slot, transposed=False, repeats=first)
+  return slots
 
 
 def _adapted_module(path: tuple[str, ...], names: Table) -> tuple[str, str]:
@@ -191,60 +182,58 @@ def _adapted_module(path: tuple[str, ...], names: Table) -> tuple[str, str]:
   return module[-1], theirs.removesuffix('.weight')
 
 
-def _adapter_parts(
-  path: tuple[str, ...], shape: tuple[int, ...], lora: LoraConfig, name: str, module: str
-) -> dict[str, Part]:
-  """Returns the parts of one array: a factor or the magnitudes of a module in all layers."""
+def _factor_slots(
+  path: tuple, shape: tuple[int, ...], module: str, low_rank: LowRank, endings: Mapping[str, str]
+) -> dict[str, Slot]:
+  """Returns the slots of one array: a factor or the magnitudes of a module in all layers."""
   stacked = '{}' in module
-  count, sizes = (shape[0], shape[1:]) if stacked else (1, shape)
-  ranks = lora.modules[name].ranks
-  ending = (EMBEDDING_FACTORS if name == 'embed_tokens' else FACTORS)[path[-1]]
-  parts = {}
-  for layer, rank in enumerate(ranks * count if len(ranks) == 1 else ranks):
-    if not rank:
-      continue
+  sizes = shape[1:] if stacked else shape
+  slots = {}
+  for layer, (rank, _) in enumerate(low_rank.of_layers(shape[0] if stacked else 1)):
     own = {'lora_a': (sizes[0], rank), 'lora_b': (rank, sizes[-1]), 'magnitude': sizes}[path[-1]]
-    part = Part(path, layer if stacked else None, own, transposed=len(own) == 2)
-    parts[f'{PREFIX}{module.format(layer)}.{ending}'] = part
-    if lora.tied and name == 'embed_tokens':
-      # The head maps back: its A is the table's B, neither transposed.
-      other = {'lora_a': 'lora_B', 'lora_b': 'lora_A'}[path[-1]]
-      repeated = dataclasses.replace(part, transposed=False, repeated=True)
-      parts[f'{PREFIX}lm_head.{other}.weight'] = repeated
-  return parts
+    if rank:
+      slot = Slot(path, layer if stacked else None, tuple(own), transposed=len(own) == 2)
+      slots[f'{PREFIX}{module.format(layer)}.{endings[path[-1]]}'] = slot
+  return slots
 
 
-def _layers(theirs: str, part: Part) -> dict[str, Part]:
-  """Returns the parts of a whole weight, one for each layer that it has."""
-  if '{}' not in theirs:
-    return {PREFIX + theirs: part}
-  count, *sizes = part.sizes
-  return {
-    PREFIX + theirs.format(layer): dataclasses.replace(part, layer=layer, sizes=tuple(sizes))
-    for layer in range(count)
+def _named_slots(
+  model: nnx.Module,
+  state: nnx.State,
+  lora: LoraConfig | Lora,
+  names: Mapping[str, str],
+  base_name: str | None,
+) -> tuple[dict[str, Slot], dict[str, Any]]:
+  """Returns the slots and the adapter_config.json of a model whose modules `names` names."""
+  adapters = {
+    '.'.join(map(str, path[:-2])): (path, adapter)
+    for path, adapter in adapters_of(model)
+    if adapter.learns
   }
-
-
-def _fill(whole: np.ndarray, part: Part, tensor: TensorFile, name: str):
-  """Copies a tensor to its place, or checks that it says what is there.
-
-  Raises:
-    ValueError: it is to be the same as another tensor, and is not.
-  """
-  values = tensor.read(0, tensor.shape[0])
-  values, place = values.T if part.transposed else values, part.of(whole)
-  if not part.repeated:
-    place[...] = values
-  elif not np.array_equal(place, values.astype(np.float32)):
-    raise ValueError(f"{tensor.path}: ensure_weight_tying, but {name} is not the token table's")
-
-
-def _gather_parts(
-  variables: Mapping[tuple[str, ...], nnx.Variable], parts: Mapping[str, Part]
-) -> Iterator[np.ndarray]:
-  """Gathers the tensors one at a time, in their orientation."""
-  for part in parts.values():
-    array = variables[part.path][...]
-    whole = gather(array if part.layer is None else array[part.layer])
-    values = dataclasses.replace(part, layer=None).of(whole).astype(np.float32)
-    yield np.ascontiguousarray(values.T if part.transposed else values)
+  if set(adapters) != set(names):
+    raise ValueError(
+      f'names has {sorted(names)}, the model has adapters on {sorted(adapters)}: one for each'
+    )
+  slots, adapted = {}, {}
+  learned = dict(nnx.to_flat_state(state))
+  for module, (path, adapter) in adapters.items():
+    scales = adapter.low_rank.scales(rslora=lora.rslora)
+    if scales != adapter.scales or lora.dora != (adapter.magnitude is not None):
+      raise ValueError(
+        f'the adapter of {module} was not made with rslora={lora.rslora}, dora={lora.dora}'
+      )
+    theirs = names[module]
+    for name in FACTORS:
+      variable = learned.pop((*path, name), None)
+      if variable is not None:
+        own = (*path, name)
+        slots |= _factor_slots(own, variable.shape, theirs, adapter.low_rank, FACTORS)
+    layers = adapter.lora_a.shape[0] if '{}' in theirs else 1
+    for layer, pair in enumerate(adapter.low_rank.of_layers(layers)):
+      adapted[theirs.format(layer)] = pair
+  if learned:
+    others = ', '.join('.'.join(map(str, path)) for path in learned)
+    raise ValueError(f'{others}: no adapter of a Linear, so names cannot say what PEFT calls it')
+  values = config_values(lora, adapted, base_name, target_modules=sorted(adapted))
+  # PEFT wraps a CAUSAL_LM only if it has all that transformers' models have.
+  return slots, values | {'task_type': None}

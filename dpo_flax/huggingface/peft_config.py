@@ -2,7 +2,7 @@
 
 import collections
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -10,9 +10,9 @@ from etils import epath
 from dpo_flax.files.messages import shown
 from dpo_flax.huggingface.fields import check_fields, typed
 from dpo_flax.huggingface.names import names_of
-from dpo_flax.huggingface.peft_targets import low_rank, module_names, pattern_lookup
+from dpo_flax.huggingface.peft_targets import adapted_modules, module_names, pattern_lookup
 from dpo_flax.model.config import ModelConfig
-from dpo_flax.model.lora import LoraConfig, LowRank
+from dpo_flax.model.lora import Lora, LoraConfig, LowRank
 
 USED_FIELDS = frozenset().union(
   ['r', 'lora_alpha', 'lora_dropout', 'use_rslora', 'use_dora', 'rank_pattern', 'alpha_pattern'],
@@ -83,37 +83,47 @@ def read_config(
 
 def write_config(lora: LoraConfig, config: ModelConfig, base_name: str | None) -> dict[str, Any]:
   """Returns the adapter_config.json of our adapters."""
-  places = module_names(config)
-  found = {  # their name of a module -> its rank and alpha
-    place: pair
-    for name, module in lora.modules.items()
-    for place, pair in zip(places[name], _every_layer(module, len(places[name])), strict=True)
+  names = module_names(config)
+  adapted = {
+    theirs: pair
+    for name, low_rank in lora.modules.items()
+    for theirs, pair in zip(names[name], low_rank.of_layers(len(names[name])), strict=True)
     if pair[0]
   }
-  ranks = collections.Counter(rank for rank, _ in found.values())
-  alphas = collections.Counter(alpha for _, alpha in found.values())
+  in_every_layer = all(all(low_rank.ranks) for low_rank in lora.modules.values())
+  values = config_values(
+    lora, adapted, base_name, target_modules=sorted(lora.modules if in_every_layer else adapted)
+  )
+  saved = [_saved_name(module, config) for module in sorted(lora.saved)]
+  return values | {'ensure_weight_tying': lora.tied, 'modules_to_save': saved or None}
+
+
+def config_values(
+  lora: LoraConfig | Lora,
+  adapted: Mapping[str, tuple[int, float]],  # their name of each module -> its rank and alpha
+  base_name: str | None,
+  *,
+  target_modules: Sequence[str],  # names of them or ends of names
+) -> dict[str, Any]:
+  """Returns the adapter_config.json of these modules' adapters."""
+  ranks = collections.Counter(rank for rank, _ in adapted.values())
+  alphas = collections.Counter(alpha for _, alpha in adapted.values())
   rank, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
-  whole = all(all(module.ranks) for module in lora.modules.values())
   return FIXED_FIELDS | {
-    'alpha_pattern': {place: own for place, (_, own) in found.items() if own != alpha},
+    'alpha_pattern': {name: own for name, (_, own) in adapted.items() if own != alpha},
     'base_model_name_or_path': base_name,
-    'ensure_weight_tying': lora.tied,
+    'ensure_weight_tying': False,
     'inference_mode': True,
     'init_lora_weights': True,
     'lora_alpha': alpha,
     'lora_dropout': lora.dropout,
-    'modules_to_save': [_saved_name(module, config) for module in sorted(lora.saved)] or None,
+    'modules_to_save': None,
     'r': rank,
-    'rank_pattern': {place: own for place, (own, _) in found.items() if own != rank},
-    'target_modules': sorted(lora.modules) if whole else sorted(found),
+    'rank_pattern': {name: own for name, (own, _) in adapted.items() if own != rank},
+    'target_modules': list(target_modules),
     'use_dora': lora.dora,
     'use_rslora': lora.rslora,
   }
-
-
-def _every_layer(module: LowRank, count: int) -> list[tuple[int, float]]:
-  pairs = list(zip(module.ranks, module.alphas, strict=True))
-  return pairs * count if len(pairs) == 1 else pairs
 
 
 def _check_numbers(values: Mapping[str, Any], where: epath.Path):
@@ -143,25 +153,21 @@ def _modules(
   names = module_names(config)
   largest = max((shape[0] for shape in shapes.values() if shape), default=0)
   rank_of, alpha_of = (
-    pattern_lookup(values.get(field) or {}, names, f'{where}: {field}')
-    for field in ('rank_pattern', 'alpha_pattern')
+    pattern_lookup(values.get(field) or {}, names, f'{where}: {field}', values[default])
+    for field, default in (('rank_pattern', 'r'), ('alpha_pattern', 'lora_alpha'))
   )
-  modules = {}
-  for name, places in names.items():
+
+  def held(name, theirs):
     factor = 'lora_embedding_A' if name == 'embed_tokens' else 'lora_A.weight'
-    held = [f'{PREFIX}{place}.{factor}' in shapes for place in places]
-    ranks = [
-      rank_of(place, values['r']) if there else 0 for place, there in zip(places, held, strict=True)
-    ]
-    alphas = [
-      float(alpha_of(place, values['lora_alpha'])) if there else 0.0
-      for place, there in zip(places, held, strict=True)
-    ]
+    return f'{PREFIX}{theirs}.{factor}' in shapes
+
+  modules = adapted_modules(names, held, rank_of, alpha_of)
+  for name, module in modules.items():
     # Before anything of that size is made.
-    if max(ranks) > largest:
-      raise ValueError(f'{where}: {name} has rank {max(ranks)}, no factor more than {largest} rows')
-    if any(held):
-      modules[name] = low_rank(ranks, alphas)
+    if max(module.ranks) > largest:
+      raise ValueError(
+        f'{where}: {name} has rank {max(module.ranks)}, no factor more than {largest} rows'
+      )
   return modules
 
 

@@ -1,13 +1,13 @@
 """Which modules are adapted or trained whole: PEFT's rules over Hugging Face's module names."""
 
-import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dpo_flax.files.messages import shown
+from dpo_flax.huggingface.names import names_of
 from dpo_flax.model.config import ModelConfig
-from dpo_flax.model.lora import LowRank
+from dpo_flax.model.lora import Lora, LoraConfig, LowRank
 
 # Projection -> where Hugging Face puts it in a layer: the names that target patterns speak of.
 BLOCK_PROJECTIONS = {
@@ -31,20 +31,6 @@ Modules = Mapping[str, Sequence[str]]  # ours -> theirs, one for each layer or a
 Pattern = Sequence[str] | str | None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Targets:
-  """What the user asks for, in PEFT's terms (the names of peft.LoraConfig)."""
-
-  r: int
-  lora_alpha: float
-  target_modules: Pattern
-  exclude_modules: Pattern
-  layers_to_transform: Sequence[int] | int | None
-  rank_pattern: Mapping[str, int]
-  alpha_pattern: Mapping[str, float]
-  modules_to_save: Sequence[str]
-
-
 def block_projections(config: ModelConfig) -> dict[str, str]:
   """Returns the projections of a layer, and where Hugging Face puts them."""
   return FUSED_PROJECTIONS if config.fused_projections else BLOCK_PROJECTIONS
@@ -54,14 +40,14 @@ def module_names(config: ModelConfig) -> dict[str, list[str]]:
   """Returns what can be adapted: our names -> the module names in a Hugging Face model."""
   layers = range(config.num_layers)
   blocks = {
-    name: [f'model.layers.{layer}.{place}' for layer in layers]
-    for name, place in block_projections(config).items()
+    name: [f'model.layers.{layer}.{theirs}' for layer in layers]
+    for name, theirs in block_projections(config).items()
   }
   return blocks | {'embed_tokens': ['model.embed_tokens'], 'lm_head': ['lm_head']}
 
 
-def resolve(targets: Targets, config: ModelConfig) -> dict[str, LowRank]:
-  """Returns the rank and alpha of every adapted module, by PEFT's rules.
+def resolve(lora: Lora, config: ModelConfig) -> LoraConfig:
+  """Returns the adapters of a model of this architecture, by PEFT's rules.
 
   A list of target_modules holds module names or their ends (`q_proj`, `self_attn.q_proj`), a string
   is a regex that must match a whole module name (`model.layers.0.self_attn.q_proj`), None and
@@ -69,44 +55,128 @@ def resolve(targets: Targets, config: ModelConfig) -> dict[str, LowRank]:
   names or their ends; the first that matches counts.
 
   Raises:
-    ValueError: an entry matches nothing, or nothing is left to adapt.
+    ValueError: an entry matches nothing, nothing is left to adapt, or what is asked for is not in
+      this model or cannot be trained so.
   """
-  modules = module_names(config)
-  matches = _target_matcher(targets, modules)
-  excluded = _matcher(targets.exclude_modules or (), modules, 'lora.exclude_modules')
-  saved = _saved_matcher(targets.modules_to_save)
-  rank_of = pattern_lookup(targets.rank_pattern, modules, 'lora.rank_pattern')
-  alpha_of = pattern_lookup(targets.alpha_pattern, modules, 'lora.alpha_pattern')
-  resolved = {}
-  for name, places in modules.items():
-    ranks = [
-      rank_of(place, targets.r)
-      if matches(place) and not excluded(place) and not saved(place)
-      else 0
-      for place in places
-    ]
-    alphas = [
-      float(alpha_of(place, targets.lora_alpha)) if rank else 0.0
-      for place, rank in zip(places, ranks, strict=True)
-    ]
-    if any(ranks):
-      resolved[name] = low_rank(ranks, alphas)
-  if not resolved:
+  tied = lora.ensure_weight_tying
+  if tied and not config.tie_word_embeddings:
+    raise ValueError('lora.ensure_weight_tying=True: the head of this model is not tied')
+  modules, saved = _adapted(lora, config), _saved(lora.modules_to_save, config)
+  if 'embed_tokens' in saved and config.tie_word_embeddings and not tied:
     raise ValueError(
-      f'lora.target_modules={targets.target_modules!r} less lora.exclude_modules='
-      f'{targets.exclude_modules!r} leaves no module to adapt; the model has {", ".join(modules)}'
+      f'lora.modules_to_save={lora.modules_to_save}: the head of this model is tied to the '
+      'token table, and they would part: set lora.ensure_weight_tying=True'
     )
+  if tied:
+    modules.pop('lm_head', None)
+    if 'embed_tokens' not in saved | set(modules):
+      raise ValueError(
+        'lora.ensure_weight_tying=True, but neither lora.target_modules nor lora.modules_to_save '
+        'has embed_tokens or lm_head'
+      )
+    if lora.dora and 'embed_tokens' in modules:
+      raise ValueError(
+        'lora.ensure_weight_tying=True with tuning.method=dora: table and head would have lengths '
+        'of different channels; adapt them apart or not at all'
+      )
+  resolved = LoraConfig(
+    modules=modules,
+    dropout=lora.dropout,
+    rslora=lora.rslora,
+    dora=lora.dora,
+    tied=tied,
+    saved=saved,
+  )
+  check_trainable(resolved, config)
   return resolved
 
 
-def low_rank(ranks: Sequence[int], alphas: Sequence[float]) -> LowRank:
-  """Returns one entry where all layers are alike, and one for each layer elsewhere."""
-  if len(set(zip(ranks, alphas, strict=True))) == 1:
-    ranks, alphas = ranks[:1], alphas[:1]
-  return LowRank(tuple(ranks), tuple(alphas))
+def check_trainable(lora: LoraConfig, config: ModelConfig) -> None:
+  """Refuses what cannot be trained.
+
+  Raises:
+    ValueError: dropout would not reach an adapter, or weights of int8 were to learn.
+  """
+  if lora.dropout and 'lm_head' in lora.modules:
+    raise ValueError(
+      f'lora.dropout={lora.dropout} would not reach the adapter of lm_head: set it to 0, or take '
+      'lm_head out of lora.target_modules'
+    )
+  matrices = {ours.rpartition('.')[0] for ours in names_of(config) if not ours.endswith('.scale')}
+  if config.is_quantized and lora.saved & matrices:
+    raise ValueError(
+      f'lora.modules_to_save: {", ".join(sorted(lora.saved & matrices))} cannot learn in int8: set '
+      'model.weight_dtype=bfloat16'
+    )
 
 
-def match_names(entries: Sequence[str], modules: Modules, field: str) -> frozenset[str]:
+def _adapted(lora: Lora, config: ModelConfig) -> dict[str, LowRank]:
+  """Returns the rank and alpha of every adapted module."""
+  modules = module_names(config)
+  targets = _tied_targets(lora.target_modules) if lora.ensure_weight_tying else lora.target_modules
+  matches = _target_matcher(targets, lora.layers_to_transform, modules)
+  excluded = _matcher(lora.exclude_modules or (), modules, 'lora.exclude_modules')
+  saved = _saved_matcher(lora.modules_to_save)
+  adapted = adapted_modules(
+    modules,
+    lambda _, each: matches(each) and not excluded(each) and not saved(each),
+    pattern_lookup(dict(lora.rank_pattern), modules, 'lora.rank_pattern', lora.rank),
+    pattern_lookup(dict(lora.alpha_pattern), modules, 'lora.alpha_pattern', lora.alpha),
+  )
+  if not adapted:
+    raise ValueError(
+      f'lora.target_modules={targets!r} less lora.exclude_modules={lora.exclude_modules!r} leaves '
+      f'no module to adapt; the model has {", ".join(modules)}'
+    )
+  return adapted
+
+
+def _tied_targets(targets: Pattern) -> Pattern:
+  """Adapts the token table where the head is asked for, as PEFT does."""
+  if targets is None or targets == 'all-linear':
+    return targets
+  if isinstance(targets, str):
+    return rf'(?:{targets}|model\.embed_tokens)'
+  asked = [name for name in targets if name not in {'embed_tokens', 'lm_head'}]
+  return [*asked, 'embed_tokens'] if len(asked) < len(targets) else targets
+
+
+def _saved(entries: Sequence[str], config: ModelConfig) -> frozenset[str]:
+  """Returns the modules that learn without adapters, by our paths."""
+  if config.tie_word_embeddings:
+    entries = ['embed_tokens' if entry == 'lm_head' else entry for entry in entries]
+  # With two layers, what names single layers is seen to be partial.
+  modules = {
+    ours.rpartition('.')[0]: [theirs.rpartition('.')[0].format(layer) for layer in range(2)]
+    for ours, (theirs, _) in names_of(config).items()
+  }
+  return _match_names(entries, modules, 'lora.modules_to_save')
+
+
+def adapted_modules(
+  modules: Modules,
+  is_adapted: Callable[[str, str], bool],  # by our name and theirs
+  rank_of: Callable[[str], int],  # by their name
+  alpha_of: Callable[[str], float],
+) -> dict[str, LowRank]:
+  """Returns rank and alpha of every module that is adapted in any layer."""
+  found = {
+    name: [
+      (rank_of(each), float(alpha_of(each))) if is_adapted(name, each) else (0, 0.0)
+      for each in theirs
+    ]
+    for name, theirs in modules.items()
+  }
+  return {name: low_rank(pairs) for name, pairs in found.items() if any(map(any, pairs))}
+
+
+def low_rank(pairs: Sequence[tuple[int, float]]) -> LowRank:
+  """Returns rank and alpha: one entry where all layers are alike, else one for each layer."""
+  ranks, alphas = zip(*(pairs[:1] if len(set(pairs)) == 1 else pairs), strict=True)
+  return LowRank(ranks, alphas)
+
+
+def _match_names(entries: Sequence[str], modules: Modules, field: str) -> frozenset[str]:
   """Returns ours of `modules` whose names end with an entry (PEFT's rule of modules_to_save).
 
   Raises:
@@ -114,7 +184,7 @@ def match_names(entries: Sequence[str], modules: Modules, field: str) -> frozens
   """
   found = set()
   for entry in entries:
-    hits = {name: [place.endswith(entry) for place in places] for name, places in modules.items()}
+    hits = {name: [each.endswith(entry) for each in theirs] for name, theirs in modules.items()}
     partial = [name for name, hit in hits.items() if any(hit) and not all(hit)]
     if partial:
       raise ValueError(f'{field}: {entry!r} matches only some layers of {", ".join(partial)}')
@@ -125,8 +195,9 @@ def match_names(entries: Sequence[str], modules: Modules, field: str) -> frozens
   return frozenset(found)
 
 
-def _target_matcher(targets: Targets, modules: Modules) -> Callable[[str], bool]:
-  asked, layers = targets.target_modules, targets.layers_to_transform
+def _target_matcher(
+  asked: Pattern, layers: Sequence[int] | int | None, modules: Modules
+) -> Callable[[str], bool]:
   if asked is None or asked == 'all-linear':
     asked = tuple(name for name in modules if name not in {'embed_tokens', 'lm_head'})
   elif isinstance(asked, str) and layers is not None:
@@ -161,7 +232,7 @@ def _matcher(pattern: Pattern, modules: Modules, field: str) -> Callable[[str], 
       for entry in pattern
     }
   for entry, matches in entries.items():
-    if not any(matches(place) for places in modules.values() for place in places):
+    if not any(matches(each) for theirs in modules.values() for each in theirs):
       raise ValueError(f'{field}: {entry!r} matches none of {", ".join(modules)}')
   return lambda module: any(matches(module) for matches in entries.values())
 
@@ -176,13 +247,14 @@ def pattern_lookup(
   patterns: Mapping[str, Any],  # regex of a name or its end -> value
   modules: Modules,
   field: str,
-) -> Callable[[str, Any], Any]:
-  """Returns the (module, default) -> value of rank_pattern and alpha_pattern."""
+  default: Any,
+) -> Callable[[str], Any]:
+  """Returns the module -> value of rank_pattern and alpha_pattern."""
   regexes = {_compiled(rf'(.*\.)?({key})$', field): value for key, value in patterns.items()}
   for regex, key in zip(regexes, patterns, strict=True):
-    if not any(regex.match(place) for places in modules.values() for place in places):
+    if not any(regex.match(each) for theirs in modules.values() for each in theirs):
       raise ValueError(f'{field}: {shown(key)} matches none of {", ".join(modules)}')
-  return lambda module, default: next(
+  return lambda module: next(
     (value for regex, value in regexes.items() if regex.match(module)), default
   )
 
@@ -195,4 +267,4 @@ def _compiled(pattern: str, field: str) -> re.Pattern:
 
 
 def _ends(modules: Modules) -> str:
-  return ', '.join(sorted({places[0].rpartition('.')[2] for places in modules.values()}))
+  return ', '.join(sorted({theirs[0].rpartition('.')[2] for theirs in modules.values()}))

@@ -4,13 +4,15 @@ A table says for each of our arrays what the others call it and whether they sto
 `{}` in a name stands for the index on our leading axis of layers.
 """
 
+import collections
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, Sharding
@@ -30,26 +32,44 @@ READERS = 8  # threads; one stream alone does not saturate a bucket
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-  """The place of one of their tensors in our arrays."""
+  """Which part of our arrays one of their tensors is."""
 
   path: tuple[str, ...]  # of our array
   layer: int | None  # its index there; None: the array is not stacked
-  shape: tuple[int, ...]  # of their tensor
+  sizes: tuple[int, ...]  # of our array without its layers; a factor's rank may be less than there
   transposed: bool
+  repeats: str | None = None  # the name of another tensor that is the same part
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The shape of their tensor."""
+    return self.sizes[::-1] if self.transposed else self.sizes
+
+  @property
+  def scales(self) -> 'Slot':
+    """The slot of the scales beside our int8 weights: one for each row of their tensor."""
+    return dataclasses.replace(self, path=scale_path(self.path), sizes=self.shape[:1])
+
+
+def layer_slots(
+  path: tuple[str, ...], shape: tuple[int, ...], theirs: str, *, transposed: bool
+) -> dict[str, Slot]:
+  """Returns the slots of one of our arrays, by their names: one for each layer that it has."""
+  if '{}' not in theirs:
+    return {theirs: Slot(path, None, tuple(shape), transposed)}
+  return {
+    theirs.format(layer): Slot(path, layer, tuple(shape[1:]), transposed)
+    for layer in range(shape[0])
+  }
 
 
 def make_slots(state: nnx.State, table: Table) -> dict[str, Slot]:
   """Returns where each of their tensors belongs in `state`, by their names."""
   slots = {}
   for path, variable in nnx.to_flat_state(state):
-    if isinstance(variable, ChannelScale):
-      continue  # follows from the weights
-    theirs, transposed = table['.'.join(path)]
-    stacked = '{}' in theirs
-    shape = tuple(variable.shape[stacked:])
-    shape = shape[::-1] if transposed else shape
-    for layer in range(variable.shape[0]) if stacked else (None,):
-      slots[theirs.format(layer)] = Slot(path, layer, shape, transposed)
+    if not isinstance(variable, ChannelScale):  # which follows from the weights
+      theirs, transposed = table['.'.join(path)]
+      slots |= layer_slots(path, variable.shape, theirs, transposed=transposed)
   return slots
 
 
@@ -85,22 +105,29 @@ def load_arrays(
   """Reads `abstract`'s arrays, cast to its dtypes and placed by its logical axes.
 
   Each host reads only the rows that its devices need, once, and holds its part of one array at
-  a time. What is to be int8 is quantized there, so that its scales are known.
+  a time; what no tensor fills is 0. What is to be int8 is quantized there, so that its scales are
+  known.
+
+  Raises:
+    ValueError: a tensor that repeats another one differs from it.
   """
-  parts: dict[tuple, list] = {}
+  parts: dict[tuple, list] = collections.defaultdict(list)
   for name, slot in slots.items():
-    parts.setdefault(slot.path, []).append((slot, tensors[name]))
+    if slot.repeats is None:
+      parts[slot.path].append((slot, tensors[name]))
+    else:
+      _check_repeats(tensors[name], tensors[slot.repeats], slot, slots[slot.repeats])
   shardings = dict(nnx.to_flat_state(named_shardings(abstract, mesh)))
   variables = dict(nnx.to_flat_state(abstract))
   loaded = {}
   for path, tensors_of_path in parts.items():
-    paths = [place for place in (path, scale_path(path)) if place in variables]
-    arrays = [_Shards(variables[place], shardings[place].get_value()) for place in paths]
+    paths = [each for each in (path, scale_path(path)) if each in variables]
+    arrays = [_Shards(variables[each], shardings[each].get_value()) for each in paths]
     with ThreadPoolExecutor(READERS) as pool:
       list(pool.map(lambda part, arrays=arrays: _fill(arrays, *part), tensors_of_path))
-    for place, array in zip(paths, arrays, strict=True):
+    for each, array in zip(paths, arrays, strict=True):
       # Waiting here keeps two arrays from being in host memory together.
-      loaded[place] = variables[place].replace(jax.block_until_ready(array.hand_over()))
+      loaded[each] = variables[each].replace(jax.block_until_ready(array.hand_over()))
   return nnx.from_flat_state([(path, loaded[path]) for path in variables])
 
 
@@ -111,11 +138,47 @@ def gather(array: jax.Array | np.ndarray) -> np.ndarray:
   return multihost_utils.process_allgather(array, tiled=True)
 
 
-def gather_slot(state: nnx.State, slot: Slot) -> np.ndarray:
-  """Gathers the tensor of one slot, in their orientation."""
-  array = dict(nnx.to_flat_state(state))[slot.path][...]
-  whole = gather(array if slot.layer is None else array[slot.layer])
-  return whole.T if slot.transposed else whole
+def gather_slot(variables: Mapping[tuple[str, ...], nnx.Variable], slot: Slot) -> np.ndarray:
+  """Gathers the tensor of one slot, in their orientation; all processes must call it together."""
+  array = variables[slot.path][...]
+  part = gather(array if slot.layer is None else array[slot.layer])
+  part = part[tuple(slice(size) for size in slot.sizes)]
+  return part.T if slot.transposed else part
+
+
+def write_gathered(
+  directory: epath.PathLike,  # made if it is missing
+  arrays: Iterator[np.ndarray | None],  # each gathered when it is asked for
+  write: Callable[[epath.Path, Iterator[np.ndarray]], None],
+) -> None:
+  """Calls `write` in process 0; the others take part in gathering, and all wait for its end."""
+  if jax.process_index() == 0:
+    directory = epath.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write(directory, arrays)
+  else:
+    for _ in arrays:
+      pass
+  multihost_utils.sync_global_devices(f'wrote {directory}')
+
+
+def equal_tensors(left: TensorFile, right: TensorFile) -> bool:
+  """Whether two tensors have the same dtype, shape and values."""
+  rows = left.shape[0]
+  return (left.dtype, left.shape) == (right.dtype, right.shape) and all(
+    np.array_equal(left.read(start, stop), right.read(start, stop))
+    for start, stop in ((start, min(start + 4096, rows)) for start in range(0, rows, 4096))
+  )
+
+
+def _check_repeats(tensor: TensorFile, first: TensorFile, slot: Slot, first_slot: Slot) -> None:
+  values = [each.read(0, each.shape[0]).astype(np.float32) for each in (tensor, first)]
+  if slot.transposed != first_slot.transposed:
+    values[0] = values[0].T
+  if not np.array_equal(*values):
+    raise ValueError(
+      f"{tensor.path}: ensure_weight_tying, but {tensor.name} is not the token table's"
+    )
 
 
 class _Shards:
@@ -123,23 +186,27 @@ class _Shards:
 
   def __init__(self, variable: nnx.Variable, sharding: Sharding):
     self._shape, self._sharding = variable.shape, sharding
-    places = sharding.addressable_devices_indices_map(self._shape).values()
+    indices = sharding.addressable_devices_indices_map(self._shape).values()
     # Devices that hold the same part share it.
     self._parts = {
-      place: np.empty([stop - start for start, stop in place], variable.dtype)
-      for place in map(self._spans, places)
+      spans: np.zeros([stop - start for start, stop in spans], variable.dtype)
+      for spans in map(self._spans, indices)
     }
 
   def views(self, slot: Slot) -> list[tuple[list[Span], np.ndarray]]:
     """Returns what goes where of one tensor: its rows and columns, and the memory for them."""
     found = []
-    for place, part in self._parts.items():
-      spans, view = list(place), part
+    for held, part in self._parts.items():
+      spans, view = list(held), part
       if slot.layer is not None:
         first, end = spans.pop(0)
         if not first <= slot.layer < end:
           continue
         view = part[slot.layer - first]
+      spans = [
+        (start, min(end, size)) for (start, end), size in zip(spans, slot.sizes, strict=True)
+      ]
+      view = view[tuple(slice(end - start) for start, end in spans)]
       found.append((spans[::-1], view.T) if slot.transposed else (spans, view))
     return found
 
@@ -155,7 +222,8 @@ class _Shards:
 
 def _fill(arrays: Sequence[_Shards], slot: Slot, tensor: TensorFile) -> None:
   """Copies one tensor into the parts of an array, or quantizes it into those of two."""
-  targets = [shards.views(slot) for shards in arrays]
+  slots = (slot, slot.scales)[: len(arrays)]
+  targets = [shards.views(each) for shards, each in zip(arrays, slots, strict=True)]
   start = min(rows[0] for (rows, *_), _ in targets[0])
   stop = max(rows[1] for (rows, *_), _ in targets[0])
   step = max(1, READ_BYTES // tensor.row_bytes)

@@ -6,72 +6,48 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from etils import epath
 from flax import nnx
 
 from dpo_flax.huggingface.merging import Factors, check_mergeable, merge
-from dpo_flax.huggingface.peft_adapter import FACTORS, HARMLESS, Adapter, make_parts
+from dpo_flax.huggingface.peft_adapter import FACTORS, HARMLESS, AdapterFiles, make_adapter_slots
 from dpo_flax.huggingface.peft_config import PREFIX
 from dpo_flax.huggingface.placement import Slot, make_slots, match
 from dpo_flax.huggingface.tensor_files import TensorFile
-from dpo_flax.huggingface.weights import Checkpoint
+from dpo_flax.huggingface.weights import BaseCheckpoint
 from dpo_flax.model.config import ModelConfig
-from dpo_flax.model.lora import BASE, TRAINABLE, Trained, train_whole
+from dpo_flax.model.kernels import Trained
+from dpo_flax.model.lora import BASE, TRAINABLE, train_weights
 from dpo_flax.model.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)
-class MergedTensor:
-  """A tensor of a checkpoint, and what an adapter makes of it; of the interface of TensorFile."""
+class MergedTensor(TensorFile):
+  """A tensor of a checkpoint, which reads as what an adapter makes of it."""
 
-  source: TensorFile
   slot: Slot
-  factors: Mapping[str, TensorFile]  # of FACTORS; none: `whole` takes the tensor's place
+  factors: Mapping[str, TensorFile]  # of FACTORS; none: `replacement` is read in its stead
   scale: float
-  whole: TensorFile | None
-
-  @property
-  def path(self) -> epath.Path:
-    """The file of the checkpoint's tensor."""
-    return self.source.path
-
-  @property
-  def offset(self) -> int:
-    """Where that begins."""
-    return self.source.offset
-
-  @property
-  def dtype(self) -> str:
-    """The checkpoint's, of which the merged tensor is one more."""
-    return self.source.dtype
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    """The shape of both."""
-    return self.source.shape
-
-  @property
-  def row_bytes(self) -> int:
-    """The size on disk of one index of the first axis."""
-    return self.source.row_bytes
+  replacement: TensorFile | None
 
   def read(self, start: int, stop: int) -> np.ndarray:
     """Returns the indices start ... stop of the first axis, float32."""
-    if self.whole is not None:
-      return self.whole.read(start, stop).astype(np.float32)
+    if self.replacement is not None:
+      return self.replacement.read(start, stop).astype(np.float32)
     arrays = {
       name: tensor.read(0, tensor.shape[0]).astype(np.float32)
       for name, tensor in self.factors.items()
     }
     a, b, magnitude = arrays['lora_a'].T, arrays['lora_b'].T, arrays.get('magnitude')
-    rows = self.source.read(start, stop)
+    rows = super().read(start, stop)
     if not self.slot.transposed:
       return merge(rows, [Factors(a[start:stop], b, self.scale, None)])
     length = None if magnitude is None else magnitude[start:stop]
     return merge(rows.T, [Factors(a, b[:, start:stop], self.scale, length)]).T
 
 
-def merge_adapter(checkpoint: Checkpoint, adapter: Adapter, config: ModelConfig) -> Checkpoint:
+def merge_adapter(
+  checkpoint: BaseCheckpoint, adapter: AdapterFiles, config: ModelConfig
+) -> BaseCheckpoint:
   """Returns the checkpoint with the adapter in it; nothing is read yet.
 
   Raises:
@@ -86,32 +62,27 @@ def merge_adapter(checkpoint: Checkpoint, adapter: Adapter, config: ModelConfig)
 
   def make():
     model = Transformer(config, lora, nnx.Rngs(0, lora=1))
-    train_whole(model, lora.saved)
+    train_weights(model, lora.saved)
     return nnx.split(model)
 
   model = nnx.merge(*jax.eval_shape(make))
   check_mergeable(model)
-  parts = make_parts(nnx.state(model, TRAINABLE), lora, adapter.names)
-  match(adapter.tensors, parts, harmless=HARMLESS, where=str(adapter.directory))
+  slots = make_adapter_slots(nnx.state(model, TRAINABLE), lora, adapter.names)
+  match(adapter.tensors, slots, harmless=HARMLESS, where=str(adapter.directory))
   factors = collections.defaultdict(dict)
-  for name, part in parts.items():
-    if part.path[-1] in FACTORS and not part.repeated:
-      factors[part.path[:-3], part.layer][part.path[-1]] = adapter.tensors[name]
+  for name, slot in slots.items():
+    if slot.path[-1] in FACTORS and slot.repeats is None:
+      factors[slot.path[:-3], slot.layer][slot.path[-1]] = adapter.tensors[name]
   base = nnx.state(model, BASE)
   variables = dict(nnx.to_flat_state(base))
   tensors = dict(checkpoint.tensors)
   for name, slot in make_slots(base, adapter.names).items():
-    own = factors.get((slot.path[:-1], slot.layer)) if len(slot.shape) > 1 else None
-    whole = isinstance(variables[slot.path], Trained) and adapter.tensors[PREFIX + name]
-    if name in tensors and (own or whole):
-      scale = _scale(lora.scales(_module_name(slot)), slot.layer) if own else 0.0
-      tensors[name] = MergedTensor(tensors[name], slot, own or {}, scale, whole or None)
+    own = factors.get((slot.path[:-1], slot.layer), {}) if len(slot.shape) > 1 else {}
+    learned = adapter.tensors[PREFIX + name] if isinstance(variables[slot.path], Trained) else None
+    if name in tensors and (own or learned):
+      scales = lora.scales(slot.path[-2]) if own else (0.0,)
+      scale = scales[0] if len(scales) == 1 else scales[slot.layer]
+      tensors[name] = MergedTensor(
+        **vars(tensors[name]), slot=slot, factors=own, scale=scale, replacement=learned
+      )
   return dataclasses.replace(checkpoint, tensors=tensors)
-
-
-def _module_name(slot: Slot) -> str:
-  return slot.path[-2]
-
-
-def _scale(scales: tuple[float, ...], layer: int | None) -> float:
-  return scales[0] if len(scales) == 1 else scales[layer]

@@ -7,19 +7,6 @@ from typing import Any
 from dpo_flax.huggingface.config_json import from_hf_config
 from dpo_flax.model.config import ModelConfig
 
-_LLAMA3 = {
-  'model_type': 'llama',
-  'vocab_size': 128_256,
-  'hidden_size': 4096,
-  'intermediate_size': 14_336,
-  'num_hidden_layers': 32,
-  'num_attention_heads': 32,
-  'num_key_value_heads': 8,
-  'rms_norm_eps': 1e-5,
-  'rope_theta': 500_000.0,
-  'max_position_embeddings': 8192,
-}
-
 
 def _stretched(factor: float) -> dict[str, Any]:
   """Returns the positions of Llama 3.1 and later: 8,192 stretched to 131,072."""
@@ -40,6 +27,14 @@ _SIZES = (
   'num_attention_heads',
   'num_key_value_heads',
 )
+_LLAMA = {'model_type': 'llama', 'rms_norm_eps': 1e-5}
+_LLAMA3 = _LLAMA | {
+  'vocab_size': 128_256,
+  'rope_theta': 500_000.0,
+  'max_position_embeddings': 8192,
+}
+_LLAMA31 = _LLAMA3 | _stretched(8.0)
+_LLAMA32 = _LLAMA3 | _stretched(32.0) | {'tie_word_embeddings': True}
 _MISTRAL = {'model_type': 'mistral', 'rms_norm_eps': 1e-5}
 _QWEN2 = {'model_type': 'qwen2', 'rope_theta': 1_000_000.0, 'vocab_size': 152_064}
 _QWEN2_TIED = _QWEN2 | {'vocab_size': 151_936, 'tie_word_embeddings': True}
@@ -54,107 +49,31 @@ _GEMMA3 = {
   'rope_scaling': {'rope_type': 'linear', 'factor': 8.0},
 }
 _PHI = {'model_type': 'phi3', 'rms_norm_eps': 1e-5}
+# fmt: off
 _PHI4_MINI_LONG = [
-  *(1, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649),
-  *(
-    2.446418898,
-    2.735880826,
-    3.059592084,
-    3.421605075,
-    3.826451687,
-    4.279200023,
-    4.785517845,
-    5.351743533,
-  ),
-  *(
-    5.984965424,
-    6.693110555,
-    7.485043894,
-    8.370679318,
-    9.36110372,
-    10.4687158,
-    11.70738129,
-    13.09260651,
-  ),
-  *(
-    14.64173252,
-    16.37415215,
-    18.31155283,
-    20.47818807,
-    22.90118105,
-    25.61086418,
-    28.64115884,
-    32.03,
-  ),
-  *(32.1, 32.13, 32.23, 32.6, 32.61, 32.64, 32.66, 32.7),
-  *(32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77),
+  1, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649,
+  2.446418898, 2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845,
+  5.351743533, 5.984965424, 6.693110555, 7.485043894, 8.370679318, 9.36110372, 10.4687158,
+  11.70738129, 13.09260651, 14.64173252, 16.37415215, 18.31155283, 20.47818807, 22.90118105,
+  25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23, 32.6, 32.61, 32.64, 32.66, 32.7, 32.71,
+  32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77,
 ]
-_OLMO2 = {
-  'model_type': 'olmo2',
-  'vocab_size': 100_352,
-  'rms_norm_eps': 1e-6,
-  'rope_theta': 500_000.0,
-}
-_SMOLLM2 = {
-  'model_type': 'llama',
-  'vocab_size': 49_152,
-  'rms_norm_eps': 1e-5,
-  'rope_theta': 100_000.0,
-  'tie_word_embeddings': True,
-}
+# fmt: on
+_OLMO2 = {'model_type': 'olmo2', 'vocab_size': 100_352, 'rope_theta': 500_000.0}
+_OLMO2 |= {'rms_norm_eps': 1e-6}
+_SMOLLM2 = _LLAMA | {'vocab_size': 49_152, 'rope_theta': 100_000.0, 'tie_word_embeddings': True}
 
 # Published config.json files, and `tiny`, which trains on a laptop.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-  'tiny': {
-    'model_type': 'llama',
-    'vocab_size': 512,
-    'hidden_size': 128,
-    'intermediate_size': 384,
-    'num_hidden_layers': 4,
-    'num_attention_heads': 4,
-    'num_key_value_heads': 2,
-    'rms_norm_eps': 1e-5,
-    'initializer_range': 0.08,
-  },
-  'llama2-7b': {
-    'model_type': 'llama',
-    'vocab_size': 32_000,
-    'hidden_size': 4096,
-    'intermediate_size': 11_008,
-    'num_hidden_layers': 32,
-    'num_attention_heads': 32,
-    'rms_norm_eps': 1e-5,
-    'max_position_embeddings': 4096,
-  },
-  'llama3-8b': _LLAMA3,
-  'llama3.1-8b': _LLAMA3 | _stretched(8.0),
-  'llama3.1-70b': _LLAMA3
-  | _stretched(8.0)
-  | {
-    'hidden_size': 8192,
-    'intermediate_size': 28_672,
-    'num_hidden_layers': 80,
-    'num_attention_heads': 64,
-  },
-  'llama3.2-1b': _LLAMA3
-  | _stretched(32.0)
-  | {
-    'hidden_size': 2048,
-    'intermediate_size': 8192,
-    'num_hidden_layers': 16,
-    'head_dim': 64,
-    'tie_word_embeddings': True,
-  },
-  'llama3.2-3b': _LLAMA3
-  | _stretched(32.0)
-  | {
-    'hidden_size': 3072,
-    'intermediate_size': 8192,
-    'num_hidden_layers': 28,
-    'num_attention_heads': 24,
-    'head_dim': 128,
-    'tie_word_embeddings': True,
-  },
+  'tiny': _of_family(_LLAMA, 128, 384, 4, 4, 2, vocab_size=512, initializer_range=0.08),
+  'llama2-7b': _of_family(
+    _LLAMA, 4096, 11_008, 32, 32, 32, vocab_size=32_000, max_position_embeddings=4096
+  ),
+  'llama3-8b': _of_family(_LLAMA3, 4096, 14_336, 32, 32, 8),
+  'llama3.1-8b': _of_family(_LLAMA31, 4096, 14_336, 32, 32, 8),
+  'llama3.1-70b': _of_family(_LLAMA31, 8192, 28_672, 80, 64, 8),
+  'llama3.2-1b': _of_family(_LLAMA32, 2048, 8192, 16, 32, 8, head_dim=64),
+  'llama3.2-3b': _of_family(_LLAMA32, 3072, 8192, 28, 24, 8, head_dim=128),
   'mistral-7b-v0.1': _of_family(
     _MISTRAL, 4096, 14_336, 32, 32, 8, vocab_size=32_000, sliding_window=4096
   ),

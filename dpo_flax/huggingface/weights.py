@@ -1,6 +1,5 @@
 """Hugging Face checkpoints <-> our parameters, by one name table."""
 
-import collections
 import dataclasses
 import functools
 import hashlib
@@ -15,7 +14,6 @@ import jax
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dpo_flax.files.messages import shown, shown_list
@@ -25,10 +23,18 @@ from dpo_flax.huggingface.config_json import to_hf_config
 from dpo_flax.huggingface.language_model import has_language_model, language_model
 from dpo_flax.huggingface.merging import check_mergeable, gather_factors, merge
 from dpo_flax.huggingface.names import HARMLESS, name_table
-from dpo_flax.huggingface.placement import Slot, gather_slot, load_arrays, make_slots, match
+from dpo_flax.huggingface.placement import (
+  Slot,
+  equal_tensors,
+  gather_slot,
+  load_arrays,
+  make_slots,
+  match,
+  write_gathered,
+)
 from dpo_flax.huggingface.tensor_files import DTYPES, TensorFile, read_header, write_tensors
-from dpo_flax.model.lora import BASE, Trained
-from dpo_flax.model.quantization import scale_path
+from dpo_flax.model.kernels import Trained
+from dpo_flax.model.lora import BASE
 from dpo_flax.model.transformer import Transformer
 
 COPIED_FILES = (
@@ -55,7 +61,7 @@ Specs = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # name -> (dtype, shape)
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
+class BaseCheckpoint:
   """A directory in Hugging Face layout; its tensors are still on disk."""
 
   directory: epath.Path
@@ -63,7 +69,7 @@ class Checkpoint:
   tensors: Mapping[str, TensorFile]
 
 
-def open_checkpoint(path: str) -> Checkpoint:
+def open_checkpoint(path: str) -> BaseCheckpoint:
   """Opens a directory, local or gs://, or downloads a hub id (needs the `hub` extra).
 
   Raises:
@@ -83,10 +89,10 @@ def open_checkpoint(path: str) -> Checkpoint:
   layers = values.get('num_hidden_layers')
   if isinstance(layers, int) and layers > len(tensors):
     raise ValueError(f'{config}: num_hidden_layers is {layers}, for {len(tensors)} tensors')
-  return Checkpoint(directory, values, tensors)
+  return BaseCheckpoint(directory, values, tensors)
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
+def fingerprint(checkpoint: BaseCheckpoint) -> str:
   """Returns a SHA-256 of config.json and of every tensor's name, type, shape and samples.
 
   It tells models apart without reading them whole.
@@ -116,7 +122,7 @@ def _samples(tensor: TensorFile) -> bytes:
 
 
 def load_base(
-  checkpoint: Checkpoint,
+  checkpoint: BaseCheckpoint,
   abstract: nnx.State,  # the base's Params as ShapeDtypeStructs, with their logical axes
   mesh: Mesh,
 ) -> nnx.State:
@@ -131,7 +137,7 @@ def load_base(
 
 def save_merged(
   model: Transformer,
-  checkpoint: Checkpoint | None,  # None: random weights, which no checkpoint holds
+  checkpoint: BaseCheckpoint | None,  # None: random weights, which no checkpoint holds
   directory: epath.PathLike,  # made if it is missing; what it holds is not looked at
   *,
   shard_bytes: int = SHARD_BYTES,
@@ -155,17 +161,17 @@ def save_merged(
   # Wide dtypes first: no tensor is then misaligned in its file.
   order = sorted(slots, key=lambda name: -dtypes[name].itemsize)
   specs = {name: (dtypes[name], slots[name].shape) for name in order}
+  variables = dict(nnx.to_flat_state(base))
   arrays = (
-    _merged(model, base, slots[name], tensors and tensors[name], dtypes[name]) for name in order
+    _merged(model, variables, slots[name], tensors and tensors[name], dtypes[name])
+    for name in order
   )
-  if jax.process_index() == 0:
-    directory = epath.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+
+  def write(directory, arrays):
     _write_shards(directory, specs, arrays, shard_bytes)
     _write_sidecars(directory, model, checkpoint)
-  else:
-    collections.deque(arrays, maxlen=0)  # takes part in gathering
-  multihost_utils.sync_global_devices(f'wrote {directory}')
+
+  write_gathered(directory, arrays, write)
 
 
 def _download(path: str) -> epath.Path:
@@ -229,36 +235,36 @@ def _find_shard(directory: epath.Path, name: str) -> epath.Path:
 
 
 def _matched(
-  checkpoint: Checkpoint, base: nnx.State
+  checkpoint: BaseCheckpoint, base: nnx.State
 ) -> tuple[dict[str, TensorFile], dict[str, Slot]]:
-  """Returns the checkpoint's tensors and their places, which fit one another."""
+  """Returns the checkpoint's tensors and their slots, which fit one another."""
   table = name_table(checkpoint.config['model_type'])
   slots, tensors = make_slots(base, table), dict(checkpoint.tensors)
   head, embedding = 'lm_head.weight', 'model.embed_tokens.weight'
   # Some writers store a tied head again. An equal copy is harmless, another one is no tied head.
   copy = None if head in slots else tensors.pop(head, None)
   match(tensors, slots, harmless=HARMLESS, where=str(checkpoint.directory))
-  if copy is not None and not _equal(copy, tensors[embedding]):
+  if copy is not None and not equal_tensors(copy, tensors[embedding]):
     raise ValueError(
       f'{checkpoint.directory}: tie_word_embeddings, but {head} differs from {embedding}'
     )
   return tensors, slots
 
 
-def _equal(left: TensorFile, right: TensorFile) -> bool:
-  rows = left.shape[0]
-  return (left.dtype, left.shape) == (right.dtype, right.shape) and all(
-    np.array_equal(left.read(start, stop), right.read(start, stop))
-    for start, stop in ((start, min(start + 4096, rows)) for start in range(0, rows, 4096))
-  )
-
-
 def _merged(
-  model: Transformer, base: nnx.State, slot: Slot, source: TensorFile | None, dtype: np.dtype
+  model: Transformer,
+  variables: Mapping[tuple[str, ...], nnx.Variable],  # of the base
+  slot: Slot,
+  source: TensorFile | None,
+  dtype: np.dtype,
 ) -> np.ndarray | None:
   """Returns base + adapter of one tensor; None where nothing is written."""
-  is_own = isinstance(dict(nnx.to_flat_state(base))[slot.path], Trained)
-  weight = _gather_weight(model, base, slot) if source is None or is_own else None
+  weight = None
+  if source is None or isinstance(variables[slot.path], Trained):
+    weight = gather_slot(variables, slot)
+    if weight.dtype == np.int8:
+      scales = gather_slot(variables, slot.scales)
+      weight = (weight * scales[:, None]).astype(model.config.float_dtype)
   module = functools.reduce(getattr, slot.path[:-1], model)
   adapters = module.adapters.active if slot.path[-1] in {'kernel', 'embedding'} else ()
   factors = list(filter(None, (gather_factors(adapter, slot.layer) for adapter in adapters)))
@@ -269,15 +275,6 @@ def _merged(
     wide = merge(weight.T if slot.transposed else weight, factors)
     weight = wide.T if slot.transposed else wide
   return weight.astype(dtype)
-
-
-def _gather_weight(model: Transformer, base: nnx.State, slot: Slot) -> np.ndarray:
-  """Gathers a base weight; one that is int8, times its scales."""
-  weight = gather_slot(base, slot)
-  if weight.dtype != np.int8:
-    return weight
-  scales = gather_slot(base, dataclasses.replace(slot, path=scale_path(slot.path)))
-  return (weight * scales[:, None]).astype(model.config.float_dtype)
 
 
 def _write_shards(
@@ -304,7 +301,7 @@ def _write_shards(
     (directory / INDEX).write_text(json.dumps(index, indent=2))
 
 
-def _write_sidecars(directory: epath.Path, model: Transformer, checkpoint: Checkpoint | None):
+def _write_sidecars(directory: epath.Path, model: Transformer, checkpoint: BaseCheckpoint | None):
   """Copies everything beside the weights byte for byte, or describes a model that had none."""
   config = directory / 'config.json'
   if checkpoint is None:

@@ -2,19 +2,14 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-  splash_attention_kernel,
-  splash_attention_mask,
-)
 
 from dpo_flax.model.config import ModelConfig
-from dpo_flax.model.layers import RMSNorm, softly_capped
-from dpo_flax.model.linear import Projection
+from dpo_flax.model.layers import RMSNorm, make_linear, softly_capped
 from dpo_flax.model.lora import LoraConfig
 from dpo_flax.model.mask import Mask, Window, make_mask, make_window
 from dpo_flax.model.pallas_attention import pallas_attention
@@ -26,19 +21,19 @@ from dpo_flax.sharding import partition_spec
 QUERY_BLOCK = 256
 
 
-class Places(NamedTuple):
-  """Where a batch's tokens are, as attention knows it."""
+class AttentionInputs(NamedTuple):
+  """What attention needs to know of a batch's positions."""
 
   rotation: Rotation
   mask: Mask
 
 
-def make_places(
+def make_attention_inputs(
   positions: jax.Array,  # [B, T] int32
   visible_until: jax.Array,  # [B, T] int32
   config: ModelConfig,
-) -> list[Places]:
-  """Returns the places for each of `config.kinds`; what two kinds share is the same array."""
+) -> list[AttentionInputs]:
+  """Returns the inputs of each of `config.kinds`; what two kinds share is the same array."""
   tokens, ropes = positions.shape[1], [kind.rope for kind in config.kinds]
   # No two tokens of a row are further apart than it is long.
   windows = [kind.window if (kind.window or tokens) < tokens else None for kind in config.kinds]
@@ -49,21 +44,23 @@ def make_places(
   for size in dict.fromkeys(windows):
     window = make_window(positions, size) if any(windows) else None
     masks[size] = make_mask(visible_until, window, config.attention)
-  return [Places(rotations[rope], masks[size]) for rope, size in zip(ropes, windows, strict=True)]
+  return [
+    AttentionInputs(rotations[rope], masks[size]) for rope, size in zip(ropes, windows, strict=True)
+  ]
 
 
-def choose(
-  places: Sequence[Places],
+def select_kind(
+  inputs: Sequence[AttentionInputs],
   kind: jax.Array | None,  # [] int32; None: there is one alone
-) -> Places:
-  """Returns the places of one kind, which a scan over layers knows as a number."""
+) -> AttentionInputs:
+  """Returns the inputs of one kind, which a scan over layers knows as a number."""
   if kind is None:
-    return places[0]
+    return inputs[0]
   return jax.tree.map(
     lambda *cases: (
       cases[0] if all(case is cases[0] for case in cases) else jax.lax.select_n(kind, *cases)
     ),
-    *places,
+    *inputs,
   )
 
 
@@ -71,19 +68,17 @@ class Attention(nnx.Module):
   """Grouped-query attention with rotary positions."""
 
   def __init__(self, config: ModelConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
-    def projection(name, features, axes):
-      return Projection(name, features, axes, config=config, lora=lora, rngs=rngs)
-
+    linear = functools.partial(make_linear, config=config, lora=lora, rngs=rngs)
     self.config = config
     embed = config.embed_dim
     heads, kv_heads = self._features()
     if config.fused_projections:
-      self.qkv_proj = projection('qkv_proj', (embed, heads + 2 * kv_heads), ('embed', 'heads'))
+      self.qkv_proj = linear('qkv_proj', (embed, heads + 2 * kv_heads), ('embed', 'heads'))
     else:
-      self.q_proj = projection('q_proj', (embed, heads), ('embed', 'heads'))
-      self.k_proj = projection('k_proj', (embed, kv_heads), ('embed', 'kv_heads'))
-      self.v_proj = projection('v_proj', (embed, kv_heads), ('embed', 'kv_heads'))
-    self.o_proj = projection('o_proj', (heads, embed), ('heads', 'embed'))
+      self.q_proj = linear('q_proj', (embed, heads), ('embed', 'heads'))
+      self.k_proj = linear('k_proj', (embed, kv_heads), ('embed', 'kv_heads'))
+      self.v_proj = linear('v_proj', (embed, kv_heads), ('embed', 'kv_heads'))
+    self.o_proj = linear('o_proj', (heads, embed), ('heads', 'embed'))
     if config.qk_norm:
       over_all = config.qk_norm == 'all'
       self.q_norm = RMSNorm(config, heads if over_all else config.head_dim)
@@ -92,9 +87,10 @@ class Attention(nnx.Module):
   def __call__(
     self,
     hidden: jax.Array,  # [B, T, D]
-    places: Places,
+    inputs: AttentionInputs,
+    cache: Any = None,  # of keys and values; none is read or made yet
     dropout_key: jax.Array | None = None,
-  ) -> jax.Array:  # [B, T, D]
+  ) -> tuple[jax.Array, Any]:  # [B, T, D], the cache
     queries, keys, values = self._project(hidden, dropout_key)
     if self.config.qk_norm == 'all':
       queries, keys = self.q_norm(queries), self.k_norm(keys)
@@ -103,9 +99,9 @@ class Attention(nnx.Module):
     )
     if self.config.qk_norm == 'head':
       queries, keys = self.q_norm(queries), self.k_norm(keys)
-    queries, keys = rotate(queries, places.rotation), rotate(keys, places.rotation)
-    mixed = attend(queries, keys, values, places.mask, config=self.config)
-    return self.o_proj(mixed.reshape(*hidden.shape[:2], -1), dropout_key)
+    queries, keys = rotate(queries, inputs.rotation), rotate(keys, inputs.rotation)
+    mixed = attend(queries, keys, values, inputs.mask, config=self.config)
+    return self.o_proj(mixed.reshape(*hidden.shape[:2], -1), dropout_key), cache
 
   def _features(self) -> tuple[int, int]:  # of all query heads, of all kv heads
     config = self.config
@@ -127,11 +123,7 @@ def attend(
   *,
   config: ModelConfig,
 ) -> jax.Array:  # [B, T, H, head_dim]
-  """Softmax attention under the mask, by the backend the mask was made for.
-
-  splash serves the separate layout alone, where visible_until is constant inside a sequence, and
-  no windows or softcaps.
-  """
+  """Softmax attention under the mask, by the backend the mask was made for."""
   scale, softcap = config.attention_scale, config.attention_softcap
   if config.attention == 'xla':
     return xla_attention(queries, keys, values, mask, scale=scale, softcap=softcap)
@@ -142,36 +134,12 @@ def attend(
   # The compiler cannot split a kernel: each device runs it on its own rows and heads.
   split = partition_spec('rows', 'heads')
   kernel = jax.shard_map(
-    splash_attention
-    if config.attention == 'splash'
-    else lambda *inputs: pallas_attention(*inputs, softcap),
+    lambda *inputs: pallas_attention(*inputs, softcap),
     in_specs=(split, split, split, partition_spec('rows')),
     out_specs=split,
     check_vma=False,
   )
   return kernel(*heads_first, mask).swapaxes(1, 2)
-
-
-def splash_attention(
-  queries: jax.Array,  # [B, H, T, head_dim], scaled
-  keys: jax.Array,  # [B, K, T, head_dim]
-  values: jax.Array,  # [B, K, T, head_dim]
-  mask: Mask,  # visible_until constant inside a sequence
-  interpret: bool = False,  # True: run on a CPU, to test
-) -> jax.Array:  # [B, H, T, head_dim]
-  """JAX's splash kernel, a group of query heads and its kv head at a time."""
-  rows, heads, tokens, head_dim = queries.shape
-  kv_heads = keys.shape[1]
-  group = heads // kv_heads
-  causal = splash_attention_mask.MultiHeadMask(
-    [splash_attention_mask.CausalMask((tokens, tokens))] * group
-  )
-  kernel = splash_attention_kernel.make_splash_mqa_single_device(causal, interpret=interpret)
-  # Where a sequence ends tells it from the others of its row.
-  segments = splash_attention_kernel.SegmentIds(q=mask.visible_until, kv=mask.visible_until)
-  over_kv_heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
-  grouped = queries.reshape(rows, kv_heads, group, tokens, head_dim)
-  return jax.vmap(over_kv_heads)(grouped, keys, values, segments).reshape(queries.shape)
 
 
 def xla_attention(

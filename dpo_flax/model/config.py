@@ -84,7 +84,7 @@ class ModelConfig:
   dtype: Any  # of activations and matrix products
   weight_dtype: Any  # of the base weights in memory; int8: see quantization.py
   remat: str  # full | offload | dots | none
-  attention: str  # xla | pallas | splash; the last two on TPU
+  attention: str  # xla | pallas; the latter on TPU
 
   @property
   def is_quantized(self) -> bool:
@@ -106,11 +106,6 @@ class ModelConfig:
     """Which of `kinds` each layer has."""
     turn = [self.kinds.index(kind) for kind in self.attention_kinds[: self.num_layers]]
     return tuple(turn[layer % len(turn)] for layer in range(self.num_layers))
-
-  @property
-  def has_plain_attention(self) -> bool:
-    """Whether scores have no cap, and queries see all that is before them in their sequence."""
-    return self.attention_softcap is None and not any(kind.window for kind in self.kinds)
 
   @property
   def longest_sequence(self) -> int | None:

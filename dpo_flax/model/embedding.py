@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dpo_flax.model.config import ModelConfig
-from dpo_flax.model.lora import Adapters, LoraConfig
-from dpo_flax.model.quantization import ChannelScale, quantize, scale_channels
+from dpo_flax.model.kernels import Dense, Int8, make_weight
+from dpo_flax.model.linear import Adapters
+from dpo_flax.model.lora import LoraConfig
 
 
 class Embedding(nnx.Module):
@@ -21,18 +22,18 @@ class Embedding(nnx.Module):
     self.dtype = config.dtype
     init = jax.nn.initializers.normal(config.initializer_range)
     shape, axes = (config.vocab_size, config.embed_dim), ('vocab', 'embed')
-    table, scale = init(rngs.params(), shape, config.float_dtype), None
-    if config.is_quantized:
-      table, scale = quantize(table, axis=1)
-      scale = ChannelScale(scale, out_sharding=axes[:1], eager_sharding=False)
-    self.embedding = nnx.Param(table, out_sharding=axes, eager_sharding=False)
-    self.embedding_scale = scale  # [V]; None: the table is of floats
+    table = init(rngs.params(), shape, config.float_dtype)
+    # The scale is [V], or None where the table is of floats.
+    self.embedding, self.embedding_scale = make_weight(
+      table, config.weight_dtype, axes, input_axis=1
+    )
     adapt = {'dtype': config.dtype, 'lora': lora, 'rngs': rngs}
-    self.adapters = Adapters('embed_tokens', shape, axes, **adapt)
-    tied = config.tie_word_embeddings
-    self.head_adapters = Adapters('lm_head', shape[::-1], axes[::-1], **adapt) if tied else None
+    self.adapters = Adapters('embed_tokens', shape, axes, self.weight, **adapt)
+    tied, head, head_axes = config.tie_word_embeddings, shape[::-1], axes[::-1]
+    self.head_adapters = (
+      Adapters('lm_head', head, head_axes, self._head_weight, **adapt) if tied else None
+    )
     self.shares_adapters = lora is not None and lora.tied
-    self.fit_magnitudes()
 
   def __call__(self, tokens: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
     embedded = self.embedding[...][tokens].astype(self.dtype)
@@ -43,12 +44,13 @@ class Embedding(nnx.Module):
 
   def attend(self, hidden: jax.Array) -> jax.Array:  # [..., D] -> [..., V], float32
     """Scores `hidden` against every token's embedding."""
-    table = self.embedding[...].astype(self.dtype)
-    logits = jnp.matmul(hidden, table.T, preferred_element_type=jnp.float32)
-    logits = scale_channels(logits, self.embedding_scale)
+    table = self.embedding[...].astype(self.dtype).T
+    scale = self.embedding_scale
+    head = Dense(table) if scale is None else Int8(table, scale[...])
+    logits = head.matmul(hidden, jnp.float32)
     if self.shares_adapters:
       return logits + sum(adapter.transposed(hidden) for adapter in self.adapters.active)
-    return self.head_adapters(logits, hidden, lambda: self.weight().T)
+    return self.head_adapters(logits, hidden, self._head_weight)
 
   def weight(self) -> jax.Array:  # [V, D]
     """Returns the table; one of int8, times its scales."""
@@ -56,8 +58,10 @@ class Embedding(nnx.Module):
       return self.embedding[...]
     return self.embedding[...].astype(jnp.float32) * self.embedding_scale[...][:, None]
 
-  def fit_magnitudes(self):
-    """Starts DoRA's magnitudes at the norms of the weights."""
-    self.adapters.fit_magnitudes(self.weight())
-    if self.head_adapters is not None:
-      self.head_adapters.fit_magnitudes(self.weight().T)
+  def adapted_weights(self) -> list[tuple[Adapters, jax.Array]]:
+    """Returns the adapters with the weights that they are on."""
+    head = [] if self.head_adapters is None else [(self.head_adapters, self._head_weight())]
+    return [(self.adapters, self.weight()), *head]
+
+  def _head_weight(self) -> jax.Array:  # [D, V]
+    return self.weight().T

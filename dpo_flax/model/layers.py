@@ -1,13 +1,14 @@
-"""The small parts of a block: RMSNorm and the gated MLP."""
+"""The small parts of a block: RMSNorm, the gated MLP, and how a model makes its linear maps."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from dpo_flax.model.config import ModelConfig
-from dpo_flax.model.linear import Projection
+from dpo_flax.model.linear import Linear
 from dpo_flax.model.lora import LoraConfig
 
 ACTIVATIONS = {
@@ -35,22 +36,44 @@ class RMSNorm(nnx.Module):
     return (normed * jnp.expand_dims(scale, range(hidden.ndim - 1))).astype(hidden.dtype)
 
 
+def make_linear(
+  name: str,
+  features: tuple[int, int],  # (in, out)
+  axes: tuple[str, str],  # their logical axes
+  *,
+  config: ModelConfig,
+  lora: LoraConfig | None,
+  rngs: nnx.Rngs,
+  **changes: Any,
+) -> Linear:
+  """Returns one of a model's linear maps."""
+  settings = {
+    'axes': axes,
+    'dtype': config.dtype,
+    'param_dtype': config.weight_dtype,
+    'kernel_init': jax.nn.initializers.normal(config.initializer_range),
+    'lora': lora,
+    'name': name,
+    'rngs': rngs,
+    'use_bias': name in config.biases,
+  }
+  return Linear(*features, **settings | changes)
+
+
 class MLP(nnx.Module):
   """The gated feed-forward layer: down(activation(gate(x)) * up(x))."""
 
   def __init__(self, config: ModelConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
-    def projection(name, features, axes):
-      return Projection(name, features, axes, config=config, lora=lora, rngs=rngs)
-
+    linear = functools.partial(make_linear, config=config, lora=lora, rngs=rngs)
     embed, mlp = config.embed_dim, config.mlp_dim
     self.activation = config.activation
     self.fused = config.fused_projections
     if self.fused:
-      self.gate_up_proj = projection('gate_up_proj', (embed, 2 * mlp), ('embed', 'mlp'))
+      self.gate_up_proj = linear('gate_up_proj', (embed, 2 * mlp), ('embed', 'mlp'))
     else:
-      self.gate_proj = projection('gate_proj', (embed, mlp), ('embed', 'mlp'))
-      self.up_proj = projection('up_proj', (embed, mlp), ('embed', 'mlp'))
-    self.down_proj = projection('down_proj', (mlp, embed), ('mlp', 'embed'))
+      self.gate_proj = linear('gate_proj', (embed, mlp), ('embed', 'mlp'))
+      self.up_proj = linear('up_proj', (embed, mlp), ('embed', 'mlp'))
+    self.down_proj = linear('down_proj', (mlp, embed), ('mlp', 'embed'))
 
   def __call__(self, hidden: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
     if self.fused:

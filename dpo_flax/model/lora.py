@@ -1,41 +1,92 @@
-"""Low-rank adapters of linear maps: LoRA (arXiv:2106.09685) and DoRA (arXiv:2402.09353)."""
+"""What of a model learns: low-rank adapters, and weights that learn beside them."""
 
 import dataclasses
 import math
-import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from dpo_flax.model import wide_gradient
+from dpo_flax.model.kernels import Trained
 
-# Below this a channel's squared norm counts as nothing, and DoRA leaves the channel alone.
-_TINY = 1e-30
-
-
-class Magnitude(nnx.LoRAParam):
-  """DoRA's length of each output channel, learned beside the directions."""
+_LARGEST = 2**16  # rank or alpha of a module
 
 
 class Frozen(nnx.Variable):
   """An array of an adapter that belongs to the reference and does not learn."""
 
 
-class Trained(nnx.Param):
-  """A base weight that the policy learns whole: its own float32 copy."""
-
-
-class LayerScale(nnx.Variable):
-  """The factor on an adapter's output in each layer, where layers differ; 0: no adapter there."""
-
-
 # What a model learns, and what a checkpoint of the model holds; a Trained weight is both.
 TRAINABLE = nnx.Any(nnx.LoRAParam, Trained)
 BASE = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lora:
+  """The adapters that a user asks for, by the rules of PEFT's LoraConfig.
+
+  `huggingface.peft_targets.resolve` finds the modules of one of our models; a `Linear` of its own
+  takes rank, alpha, dropout, rslora and dora from it.
+
+  Raises:
+    ValueError: a rank, an alpha or the dropout is out of range.
+  """
+
+  rank: int = 64
+  alpha: float | None = None  # default: rank
+  dropout: float = 0.0  # on the input of linear layers' adapters
+  rslora: bool = False  # scales by alpha / sqrt(rank) (arXiv:2312.03732), not alpha / rank
+  dora: bool = False  # arXiv:2402.09353
+  # Names or ends of names; or a regex of whole names; None: every linear layer but the head.
+  target_modules: Sequence[str] | str | None = None
+  exclude_modules: Sequence[str] | str = ()
+  layers_to_transform: Sequence[int] | int | None = None  # None: all
+  rank_pattern: Mapping[str, int] | Sequence[tuple[str, int]] = ()  # regex of names -> rank
+  alpha_pattern: Mapping[str, float] | Sequence[tuple[str, float]] = ()
+  modules_to_save: Sequence[str] = ()  # ends of names of modules that learn without adapters
+  ensure_weight_tying: bool = False  # a tied head shares what the token table learns
+
+  def __post_init__(self):
+    def fix(name, value):
+      object.__setattr__(self, name, value)
+
+    fix('alpha', self.rank if self.alpha is None else self.alpha)
+    for field in ('target_modules', 'exclude_modules', 'layers_to_transform', 'modules_to_save'):
+      value = getattr(self, field)
+      fix(field, tuple(value) if isinstance(value, Sequence) and type(value) is not str else value)
+    for field in ('rank_pattern', 'alpha_pattern'):
+      fix(field, tuple(dict(getattr(self, field)).items()))
+    _check_range('lora.rank is', self.rank, int)
+    _check_range('lora.alpha is', self.alpha, float, below=math.inf)
+    for name, value in self.rank_pattern:
+      _check_range(f'lora.rank_pattern gives {name}', value, int)
+    for name, value in self.alpha_pattern:
+      _check_range(f'lora.alpha_pattern gives {name}', value, float)
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f'lora.dropout is {self.dropout!r}: expected at least 0 and less than 1')
+
+  def for_module(self, name: str) -> 'LoraConfig':
+    """Returns the adapter of one module alone.
+
+    Raises:
+      ValueError: a field chooses among modules, which would be ignored.
+    """
+    of_one = {'rank', 'alpha', 'dropout', 'rslora', 'dora'}
+    chosen = {
+      field.name: getattr(self, field.name)
+      for field in dataclasses.fields(self)
+      if field.name not in of_one and getattr(self, field.name) != field.default
+    }
+    if chosen:
+      raise ValueError(f'a Linear has one adapter, and these fields choose among modules: {chosen}')
+    return LoraConfig(
+      modules={name: LowRank((self.rank,), (float(self.alpha),))},
+      dropout=self.dropout,
+      rslora=self.rslora,
+      dora=self.dora,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,21 +96,38 @@ class LowRank:
   ranks: tuple[int, ...]  # 0: no adapter in that layer
   alphas: tuple[float, ...]
 
+  def scales(self, *, rslora: bool) -> tuple[float, ...]:
+    """Returns the factor on the adapter's output in each layer, 0 where it has none.
 
-@dataclasses.dataclass(frozen=True)
+    It is alpha / r, or with rslora alpha / sqrt(r) (arXiv:2312.03732).
+    """
+    return tuple(
+      alpha / (math.sqrt(rank) if rslora else rank) if rank else 0.0
+      for rank, alpha in zip(self.ranks, self.alphas, strict=True)
+    )
+
+  def of_layers(self, count: int) -> list[tuple[int, float]]:
+    """Returns (rank, alpha) of each of `count` layers."""
+    pairs = list(zip(self.ranks, self.alphas, strict=True))
+    return pairs * count if len(pairs) == 1 else pairs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-  """The adapters of a model, and what else of the policy learns beside them."""
+  """The adapters of a model, module by module, and what else of the policy learns beside them."""
 
   modules: Mapping[str, LowRank]  # by name: q_proj, ..., embed_tokens, lm_head
   dropout: float  # on the input of linear layers' adapters
   rslora: bool
   dora: bool
-  tied: bool  # whether a tied head shares what the token table learns
-  saved: frozenset[str]  # modules that learn whole, by their paths: final_norm, blocks.mlp.up_proj
+  tied: bool = False  # whether a tied head shares what the token table learns
+  # Modules whose weights learn, by their paths: final_norm, blocks.mlp.up_proj.
+  saved: frozenset[str] = frozenset()
   # An adapter that the reference has and that does not learn; the policy's own comes on top of it
-  # (`continues`), or in its place.
-  reference: 'LoraConfig | None'
-  continues: bool
+  # (`continues`), or in its stead.
+  reference: 'LoraConfig | None' = None
+  continues: bool = False
+  layer: jax.Array | None = None  # [] the layer whose adapters are being made; see `at_layer`
 
   @property
   def targets(self) -> frozenset[str]:
@@ -67,186 +135,29 @@ class LoraConfig:
     return frozenset(self.modules)
 
   def scales(self, name: str) -> tuple[float, ...]:
-    """Returns the factor on the adapter's output in each layer, 0 where it has none.
+    """Returns the factor on the output of a module's adapter in each layer."""
+    return self.modules[name].scales(rslora=self.rslora)
 
-    It is alpha / r, or with rslora alpha / sqrt(r) (arXiv:2312.03732).
-    """
-    module = self.modules[name]
-    return tuple(
-      alpha / (math.sqrt(rank) if self.rslora else rank) if rank else 0.0
-      for rank, alpha in zip(module.ranks, module.alphas, strict=True)
-    )
+  def at_layer(self, layer: jax.Array) -> 'LoraConfig':
+    """Returns what makes the adapters of one layer, whose index may be traced."""
+    reference = self.reference and self.reference.at_layer(layer)
+    return dataclasses.replace(self, layer=layer, reference=reference)
 
 
-class Adapter(nnx.Module):
-  """y -> y + scale * (x A) B; with DoRA each channel is then scaled to its own length.
+def reference_of(policy: nnx.Module) -> nnx.Module:
+  """Returns the policy as it was before it learned: the same variables, its adapters off.
 
-  One of the factors starts at zero, so that y stays y until the first update.
+  Of a model of your own, every part must be a `Linear` or have `set_view(adapted=)`. Weights that
+  learn without adapters are the policy's in both: pass a second model as the reference then.
 
-  Where layers differ in rank, all have the largest: the columns of A and rows of B that are too
-  many start at zero, and so does then their gradient, always.
+  Raises:
+    ValueError: no part of the model can take adapters off.
   """
-
-  def __init__(
-    self,
-    name: str,
-    features: tuple[int, int],  # (in, out)
-    axes: tuple[str, str],  # their logical axes
-    *,
-    dtype: Any,
-    lora: LoraConfig,
-    rngs: nnx.Rngs,
-    learns: bool,
-  ):
-    self.name, self.features, self.dtype, self.learns = name, features, dtype, learns
-    self.dropout, self.scales, self.ranks = (
-      lora.dropout,
-      lora.scales(name),
-      lora.modules[name].ranks,
-    )
-    rank = max(self.ranks)
-    a, b = _initial_factors(name, features, rank, rngs)
-    factor, length = (nnx.LoRAParam, Magnitude) if learns else (Frozen, Frozen)
-    self.lora_a = factor(a, out_sharding=(_factor_axis(axes[0]), 'rank'), eager_sharding=False)
-    self.lora_b = factor(b, out_sharding=('rank', _factor_axis(axes[1])), eager_sharding=False)
-    ones = jnp.ones(features[1], jnp.float32)  # until the weights are known
-    magnitude = length(ones, out_sharding=axes[1:], eager_sharding=False)
-    self.magnitude = magnitude if lora.dora else None
-    differs = len(set(self.scales)) > 1
-    self.layer_scale = LayerScale(jnp.zeros((), jnp.float32)) if differs else None
-
-  @property
-  def size(self) -> int:
-    """The number of parameters that learn, in all layers."""
-    layers = self.lora_a.shape[0] if self.lora_a.ndim > 2 else 1
-    ranks = self.ranks if len(self.ranks) > 1 else self.ranks * layers
-    magnitudes = 0 if self.magnitude is None else self.features[1] * np.count_nonzero(ranks)
-    return sum(ranks) * sum(self.features) + int(magnitudes)
-
-  def fit_layers(self):
-    """Gives each layer its rank and scale; called once the layers are stacked."""
-    if len(self.ranks) > 1:
-      kept = np.arange(max(self.ranks))[None] < np.array(self.ranks)[:, None]
-      self.lora_a[...] *= kept[:, None].astype(np.float32)
-    if self.layer_scale is not None:
-      self.layer_scale[...] = jnp.array(self.scales, jnp.float32)
-
-  def __call__(
-    self,
-    outputs: jax.Array,  # [..., out]
-    inputs: jax.Array,  # [..., in]; or token ids [...], which stand for one-hot vectors
-    weight: Callable[[], jax.Array],  # gives [in, out]; only DoRA asks for it
-    dropout_key: jax.Array | None = None,  # None: no dropout
-  ) -> jax.Array:  # [..., out], of the dtype of `outputs`
-    if self.dropout and dropout_key is not None:
-      inputs = self._drop(inputs, dropout_key)
-    if jnp.issubdtype(inputs.dtype, jnp.integer):
-      low = self.lora_a[...][inputs].astype(self.dtype)
-    else:
-      low = wide_gradient.matmul(inputs, self.lora_a[...], self.dtype)
-    delta = wide_gradient.matmul(low, self.lora_b[...], outputs.dtype)
-    if self.magnitude is None:
-      return outputs + (delta * self._scale()).astype(outputs.dtype)
-    wide = outputs.astype(jnp.float32) + delta.astype(jnp.float32) * self._scale()
-    gain = jnp.expand_dims(self.gain(weight()), range(outputs.ndim - 1))
-    return (wide * gain).astype(outputs.dtype)
-
-  def gain(self, weight: jax.Array) -> jax.Array:  # [in, out] -> [out] float32
-    """Returns DoRA's magnitude / ||W + scale A B|| of each channel; its gradient is exact.
-
-    The square of the norm is ||W||^2 + 2 scale <W, AB> + scale^2 ||AB||^2: nothing of W's size is
-    formed. PEFT's gradient takes the norm as a constant (section 4.3 of the paper).
-    """
-    wide, a, b = weight.astype(jnp.float32), self.lora_a[...], self.lora_b[...]
-    exact = jax.lax.Precision.HIGHEST
-    cross = jnp.einsum('io,ir->ro', wide, a, precision=exact)
-    gram = jnp.einsum('ir,is->rs', a, a, precision=exact)
-    scale = self._scale()
-    squares = jnp.sum(jnp.square(wide), axis=0)
-    squares += 2 * scale * jnp.sum(cross * b, axis=0)
-    squares += scale**2 * jnp.sum(jnp.matmul(gram, b, precision=exact) * b, axis=0)
-    gain = self.magnitude[...] / jnp.sqrt(jnp.maximum(squares, _TINY))
-    # A layer without adapter keeps its magnitudes: they are in no export.
-    return gain if self.layer_scale is None else jnp.where(scale == 0, 1.0, gain)
-
-  def transposed(self, inputs: jax.Array) -> jax.Array:  # [..., out] -> [..., in], float32
-    """Returns scale * (x B^T) A^T: what a head that is tied to an adapted table adds."""
-    low = wide_gradient.matmul(inputs, self.lora_b[...].T, self.dtype)
-    return wide_gradient.matmul(low, self.lora_a[...].T, jnp.float32) * self._scale()
-
-  def _scale(self) -> float | jax.Array:
-    return self.scales[0] if self.layer_scale is None else self.layer_scale[...]
-
-  def _drop(self, inputs: jax.Array, key: jax.Array) -> jax.Array:
-    # Projections of a layer share its key; the name tells their masks apart.
-    key = jax.random.fold_in(key, zlib.crc32(self.name.encode()))
-    kept = jax.random.bernoulli(key, 1 - self.dropout, inputs.shape)
-    return jnp.where(kept, inputs / (1 - self.dropout), 0).astype(inputs.dtype)
+  reference = nnx.view(policy, adapted=False)
+  return nnx.view(reference, reference_adapted=True, raise_if_not_found=False)
 
 
-class Adapters(nnx.Module):
-  """The adapters of one module, where it has any: the policy's, and a frozen one of the reference.
-
-  `nnx.view(model, adapted=False, reference_adapted=True)` is the reference.
-  """
-
-  def __init__(
-    self,
-    name: str,
-    features: tuple[int, int],  # (in, out)
-    axes: tuple[str, str],  # their logical axes
-    *,
-    dtype: Any,
-    lora: LoraConfig | None,
-    rngs: nnx.Rngs,
-  ):
-    def make(config, learns):
-      if config is None or name not in config.modules:
-        return None
-      return Adapter(name, features, axes, dtype=dtype, lora=config, rngs=rngs, learns=learns)
-
-    self.learned, self.frozen = make(lora, True), make(lora and lora.reference, False)
-    self.adapted = True
-    self.reference_adapted = lora is not None and lora.continues
-
-  def set_view(self, adapted: bool | None = None, reference_adapted: bool | None = None):
-    """Lets `nnx.view` take the adapters on and off."""
-    self.adapted = self.adapted if adapted is None else adapted
-    if reference_adapted is not None:
-      self.reference_adapted = reference_adapted
-
-  def fit_magnitudes(self, weight: jax.Array):  # [(L,) in, out]
-    """Starts what DoRA learns at the norms of the weights."""
-    if self.learned is not None and self.learned.magnitude is not None:
-      squares = jnp.sum(jnp.square(weight.astype(jnp.float32)), axis=-2)
-      self.learned.magnitude[...] = jnp.sqrt(jnp.maximum(squares, _TINY))
-
-  @property
-  def active(self) -> list[Adapter]:
-    """Those that this view has, in the order in which they are applied."""
-    chosen = ((self.frozen, self.reference_adapted), (self.learned, self.adapted))
-    return [adapter for adapter, used in chosen if used and adapter is not None]
-
-  def __call__(
-    self,
-    outputs: jax.Array,  # [..., out]
-    inputs: jax.Array,  # [..., in], or token ids [...]
-    weight: Callable[[], jax.Array],
-    dropout_key: jax.Array | None = None,
-  ) -> jax.Array:  # [..., out]
-    for adapter in self.active:
-      outputs = adapter(outputs, inputs, weight, None if adapter is self.frozen else dropout_key)
-    return outputs
-
-
-def adapters_of(model: nnx.Module) -> Iterator[Adapter]:
-  """Yields every adapter of a model, active or not."""
-  for _, module in nnx.iter_modules(model):
-    if isinstance(module, Adapter):
-      yield module
-
-
-def train_whole(model: nnx.Module, modules: Collection[str] | None):
+def train_weights(model: nnx.Module, modules: Collection[str] | None) -> None:
   """Gives a model its own float32 copies of the weights of `modules` (None: all), which learn.
 
   What shared the variables, such as another view of the model, keeps the old ones.
@@ -260,18 +171,10 @@ def train_whole(model: nnx.Module, modules: Collection[str] | None):
           setattr(module, name, Trained(copy, **variable.get_metadata()))
 
 
-def _factor_axis(axis: str) -> str:
-  # A kernel has two axes to split, a factor one: `rank` is too short.
-  return 'adapter' if axis in {'heads', 'kv_heads', 'mlp'} else axis
-
-
-def _initial_factors(
-  name: str, features: tuple[int, int], rank: int, rngs: nnx.Rngs
-) -> tuple[jax.Array, jax.Array]:  # A [in, rank], B [rank, out]
-  """Returns PEFT's start: A uniform in +-1/sqrt(in), B zero; of an embedding A zero, B normal."""
-  size_a, size_b = (features[0], rank), (rank, features[1])
-  if name == 'embed_tokens':
-    return jnp.zeros(size_a, jnp.float32), jax.random.normal(rngs.lora(), size_b, jnp.float32)
-  bound = 1 / math.sqrt(features[0])
-  a = jax.random.uniform(rngs.lora(), size_a, jnp.float32, minval=-bound, maxval=bound)
-  return a, jnp.zeros(size_b, jnp.float32)
+def _check_range(subject: str, value: Any, kind: type, below: float = _LARGEST) -> None:
+  right = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+  if not right or not 0 < value < below:
+    expected = 'a whole number' if kind is int else 'a number'
+    raise ValueError(
+      f'{subject} {value!r}: expected {expected} greater than 0 and less than {below}'
+    )

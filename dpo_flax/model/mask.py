@@ -39,7 +39,7 @@ class Mask(NamedTuple):
 def make_mask(
   visible_until: jax.Array,  # [B, T] int32
   window: Window | None,
-  backend: str,  # xla | pallas | splash
+  backend: str,  # xla | pallas
 ) -> Mask:
   """Returns the mask of a batch for one backend."""
   plan = make_block_plan(visible_until, window) if backend == 'pallas' else None
@@ -92,7 +92,7 @@ def make_block_plan(visible_until: jax.Array, window: Window | None) -> BlockPla
     counts = useful.sum(axis=-1, dtype=jnp.int32)
     # Past its end a list repeats its last block, which is then not fetched again.
     last = jnp.maximum(counts - 1, 0)[..., None]
-    place = jnp.minimum(block[None, None], last)
-    return jnp.take_along_axis(order, place, axis=-1), counts
+    index = jnp.minimum(block[None, None], last)
+    return jnp.take_along_axis(order, index, axis=-1), counts
 
   return BlockPlan(*listed(useful), *listed(useful.swapaxes(1, 2)))

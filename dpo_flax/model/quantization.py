@@ -7,7 +7,6 @@ The matrix unit reads Q, converted on its way in; no float copy of W exists.
 from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -34,16 +33,6 @@ def quantize(weights: Array, axis: int) -> tuple[Array, Array]:
   scales = largest / LARGEST * ~is_zero + is_zero  # a channel of zeros keeps them
   quantized = (wide / scales).round().clip(-LARGEST, LARGEST).astype('int8')
   return quantized, scales.squeeze(axis)
-
-
-def scale_channels(
-  outputs: jax.Array,  # [..., out], of a product with int8 weights
-  scales: nnx.Variable | None,  # [out]; None: the weights were floats
-) -> jax.Array:  # [..., out], of the dtype of `outputs`
-  """Multiplies each channel by its scale, in float32."""
-  if scales is None:
-    return outputs
-  return (outputs * jnp.expand_dims(scales[...], range(outputs.ndim - 1))).astype(outputs.dtype)
 
 
 def scale_path(path: tuple[str, ...]) -> tuple[str, ...]:

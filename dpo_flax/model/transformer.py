@@ -6,23 +6,30 @@ layer's weights are gathered once for both.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from dpo_flax.model.attention import Attention, Places, choose, make_places
+from dpo_flax.model.attention import (
+  Attention,
+  AttentionInputs,
+  make_attention_inputs,
+  select_kind,
+)
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.embedding import Embedding
 from dpo_flax.model.hidden import Hidden
-from dpo_flax.model.layers import MLP, RMSNorm, softly_capped
-from dpo_flax.model.linear import Projection
-from dpo_flax.model.lora import LoraConfig, adapters_of
+from dpo_flax.model.layers import MLP, RMSNorm, make_linear, softly_capped
+from dpo_flax.model.lora import LoraConfig
 from dpo_flax.sharding import constrain
 
-_LAYER_INPUT = 'layer_input'
+# What rematerialisation may keep of a block.
+LAYER_INPUT = 'layer_input'
+
+Statistics = Mapping[str, jax.Array]  # what a layer reports beside its hidden states; none does yet
 
 
 class Block(nnx.Module):
@@ -42,17 +49,27 @@ class Block(nnx.Module):
   def __call__(
     self,
     hidden: jax.Array,  # [B, T, D]
-    places: Places,
+    inputs: AttentionInputs,
+    cache: Any = None,  # of keys and values
     dropout_key: jax.Array | None = None,
-  ) -> jax.Array:  # [B, T, D]
+  ) -> tuple[jax.Array, Any, Statistics]:  # [B, T, D], the cache, statistics
     def normed(norm, array):
       return array if norm is None else norm(array)
 
-    mixed = self.attention(normed(self.attention_norm, hidden), places, dropout_key)
+    hidden = checkpoint_name(hidden, LAYER_INPUT)
+    mixed, cache = self.attention(normed(self.attention_norm, hidden), inputs, cache, dropout_key)
     hidden = hidden + normed(self.attention_output_norm, mixed)
     fed = self.mlp(normed(self.mlp_norm, hidden), dropout_key)
     hidden = hidden + normed(self.mlp_output_norm, fed)
-    return constrain(hidden, 'rows', 'tokens', 'activation')
+    return constrain(hidden, 'rows', 'tokens', 'activation'), cache, {}
+
+
+class Segment(NamedTuple):
+  """Consecutive layers alike in shape, which one scan runs through."""
+
+  start: int  # the first one's index
+  count: int
+  blocks: Block  # stacked along a leading axis
 
 
 class Transformer(nnx.Module):
@@ -62,23 +79,30 @@ class Transformer(nnx.Module):
     self.config = config
     self.embed_tokens = Embedding(config, lora, rngs)
     stack = nnx.transform_metadata(
-      lambda layer_rngs: Block(config, lora, layer_rngs), in_axes=0, out_axes=0, partition='layers'
+      lambda layer_rngs, layer: Block(config, lora and lora.at_layer(layer), layer_rngs),
+      in_axes=0,
+      out_axes=0,
+      partition='layers',
     )
-    self.blocks = jax.vmap(stack)(rngs.split(config.num_layers))
-    for adapter in adapters_of(self.blocks):
-      adapter.fit_layers()
+    layers = config.num_layers
+    self.blocks = jax.vmap(stack)(rngs.split(layers), jnp.arange(layers))
     self.final_norm = RMSNorm(config, config.embed_dim)
     if not config.tie_word_embeddings:
-      # Logits leave the matrix unit in float32: bfloat16 would cost log-probs two digits.
-      self.lm_head = Projection(
+      self.lm_head = make_linear(
         'lm_head',
         (config.embed_dim, config.vocab_size),
         ('embed', 'vocab'),
         config=config,
         lora=lora,
         rngs=rngs,
+        # Logits leave the matrix unit in float32: bfloat16 would cost log-probs two digits.
         output_dtype=jnp.float32,
       )
+
+  @property
+  def segments(self) -> list[Segment]:
+    """The layers in order: today one segment of blocks that are all alike."""
+    return [Segment(0, self.config.num_layers, self.blocks)]
 
   def embed(self, tokens: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
     """Returns what enters the first layer."""
@@ -118,46 +142,52 @@ def run_streams(
   """
   config = policy.config
   models = (policy,) if reference is None else (policy, reference)
-  places = _places_of(models, batch)
-  # Splitting both at once keeps one copy of a variable that both hold.
-  graphdef, layers = nnx.split(tuple(model.blocks for model in models))
-  kinds = [_kinds(model.config) for model in models]
+  inputs = {  # of models alike, the same arrays
+    config: make_attention_inputs(batch['positions'], batch['visible_until'], config)
+    for config in dict.fromkeys(model.config for model in models)
+  }
   keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
-
-  def policy_layer(block, hidden, kind, key):
-    # Chosen in here, because what enters is kept for backward, once for every layer.
-    return block(checkpoint_name(hidden, _LAYER_INPUT), choose(places[0], kind), key)
-
-  def layer(streams, inputs):
-    layer_state, kinds, key = inputs
-    blocks = nnx.merge(graphdef, layer_state)
-    hidden = _rematerialised(policy_layer, config.remat)(blocks[0], streams[0], kinds[0], key)
-    others = [
-      jax.lax.stop_gradient(block(stream, choose(its_places, kind)))
-      for block, stream, its_places, kind in zip(
-        blocks[1:], streams[1:], places[1:], kinds[1:], strict=True
-      )
-    ]
-    return (hidden, *others), None
-
   streams = tuple(model.embed(batch['tokens']) for model in models)
-  streams, _ = jax.lax.scan(layer, streams, (layers, kinds, keys))
+  for segments in zip(*(model.segments for model in models), strict=True):
+    streams = _run_segments(segments, streams, [(m.config, inputs[m.config]) for m in models], keys)
   normed = [model.final_norm(stream) for model, stream in zip(models, streams, strict=True)]
   return normed[0], None if reference is None else jax.lax.stop_gradient(normed[1])
 
 
-def _places_of(models: Sequence[Transformer], batch: Mapping[str, jax.Array]) -> list[list[Places]]:
-  """Returns the places of each model's kinds of layers; models alike share them."""
-  made = {}
-  for config in (model.config for model in models):
-    if config not in made:
-      made[config] = make_places(batch['positions'], batch['visible_until'], config)
-  return [made[model.config] for model in models]
+def _run_segments(
+  segments: Sequence[Segment],  # of each model, the same layers
+  streams: tuple[jax.Array, ...],  # of each model [B, T, D]
+  attention: Sequence[tuple[ModelConfig, Sequence[AttentionInputs]]],  # of each model
+  keys: jax.Array | None,  # [L] of dropout
+) -> tuple[jax.Array, ...]:
+  """Runs every model's stream through its segment in one scan."""
+  layers = slice(segments[0].start, segments[0].start + segments[0].count)
+  configs, inputs = zip(*attention, strict=True)
+  # Splitting all at once keeps one copy of a variable that two models hold.
+  graphdef, state = nnx.split(tuple(segment.blocks for segment in segments))
+  kinds = [  # of each layer, where they differ
+    jnp.array(config.kind_of_layer[layers]) if len(config.kinds) > 1 else None for config in configs
+  ]
+  keys = None if keys is None else keys[layers]
 
+  def policy_layer(block, hidden, kind, key):
+    # Selected in here, because what enters is kept for backward, once for every layer.
+    hidden, _, _ = block(hidden, select_kind(inputs[0], kind), None, key)
+    return hidden
 
-def _kinds(config: ModelConfig) -> jax.Array | None:
-  """Returns which kind each layer is [L]; None where all are one."""
-  return jnp.array(config.kind_of_layer) if len(config.kinds) > 1 else None
+  def layer(streams, layer_inputs):
+    layer_state, kinds, key = layer_inputs
+    blocks = nnx.merge(graphdef, layer_state)
+    remat = _rematerialised(policy_layer, configs[0].remat)
+    hidden = [remat(blocks[0], streams[0], kinds[0], key)]
+    for block, stream, its_inputs, kind in zip(
+      blocks[1:], streams[1:], inputs[1:], kinds[1:], strict=True
+    ):
+      other, _, _ = block(stream, select_kind(its_inputs, kind))
+      hidden.append(jax.lax.stop_gradient(other))
+    return tuple(hidden), None
+
+  return jax.lax.scan(layer, streams, (state, kinds, keys))[0]
 
 
 def _rematerialised(function, remat: str):
@@ -169,7 +199,7 @@ def _rematerialised(function, remat: str):
     # As full, but what each layer starts from waits in the host's memory.
     'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
       names_which_can_be_saved=[],
-      names_which_can_be_offloaded=[_LAYER_INPUT],
+      names_which_can_be_offloaded=[LAYER_INPUT],
       offload_src='device',
       offload_dst='pinned_host',
     ),

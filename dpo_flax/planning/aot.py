@@ -14,7 +14,7 @@ from dpo_flax.assembly.sources import make_sources
 from dpo_flax.assembly.tuning import make_lora_config
 from dpo_flax.config.checks import validate_rows
 from dpo_flax.data.batches import pack
-from dpo_flax.huggingface.weights import Checkpoint
+from dpo_flax.huggingface.weights import BaseCheckpoint
 from dpo_flax.losses.objective import Objective
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.sharding import named_shardings, row_parts, row_sharding
@@ -28,8 +28,8 @@ def abstract_train_step(
   config: ConfigDict,
   mesh: Mesh,  # of devices that need not be there
   *,
-  base: Checkpoint | None,  # None: the shapes of config.model.preset
-  reference: Checkpoint | None,  # None: the policy's own base
+  base: BaseCheckpoint | None,  # None: the shapes of config.model.preset
+  reference: BaseCheckpoint | None,  # None: the policy's own base
   pairs_per_row: int,
 ) -> tuple[Callable, tuple[TrainState, nnx.State, dict[str, jax.ShapeDtypeStruct]]]:
   """Returns the jitted step that training would run, and its arguments' shapes and shardings.

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from dpo_flax.huggingface.weights import Checkpoint
+from dpo_flax.huggingface.weights import BaseCheckpoint
 from dpo_flax.planning.aot import abstract_train_step
 from dpo_flax.planning.chips import Slice
 from dpo_flax.planning.compiled import hlo, memory, work
@@ -60,8 +60,8 @@ def estimate(
   config: ConfigDict,
   slice_: Slice,
   *,
-  base: Checkpoint | None,  # None: config.model.preset
-  reference: Checkpoint | None,
+  base: BaseCheckpoint | None,  # None: config.model.preset
+  reference: BaseCheckpoint | None,
   pairs: Pairs,
 ) -> Estimate:
   """Compiles the step that training would run on a slice and reads its cost.

@@ -20,7 +20,7 @@ from dpo_flax.assembly.sources import make_sources, reference_fingerprint
 from dpo_flax.assembly.tuning import make_lora_config
 from dpo_flax.huggingface.peft_adapter import save_adapter
 from dpo_flax.huggingface.weights import open_checkpoint, save_merged
-from dpo_flax.model.lora import Trained
+from dpo_flax.model.kernels import Trained
 from dpo_flax.model.transformer import run_streams
 from dpo_flax.sharding import make_mesh
 from dpo_flax.training.state import init_train_state, split_models

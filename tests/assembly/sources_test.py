@@ -25,9 +25,8 @@ def test_rows_beyond_the_short_factors_of_longrope_are_refused():
   assert make('phi4', {'batch.tokens': 16_384}).longest_sequence is None
 
 
-@pytest.mark.parametrize('preset', ['mistral-7b-v0.1', 'gemma2-2b', 'gemma3-1b'])
-def test_splash_is_refused_where_it_would_leave_something_out(preset):
-  separate = {'model.attention': 'splash', 'data.layout': 'separate'}
-  with pytest.raises(ValueError, match=r'model\.attention=splash has no sliding windows'):
-    make(preset, separate, platform='tpu')
-  assert make('llama3-8b', separate, platform='tpu').attention == 'splash'
+def test_the_kernel_is_for_tpus_alone():
+  assert make('llama3-8b', {}, platform='tpu').attention == 'pallas'
+  assert make('llama3-8b', {}).attention == 'xla'
+  with pytest.raises(ValueError, match=r'model\.attention=pallas runs on TPU, not on cpu'):
+    make('llama3-8b', {'model.attention': 'pallas'})

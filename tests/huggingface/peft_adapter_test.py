@@ -14,7 +14,7 @@ from flax import nnx
 from dpo_flax.assembly.models import load_model
 from dpo_flax.huggingface.peft_adapter import load_adapter, open_adapter, save_adapter
 from dpo_flax.huggingface.weights import open_checkpoint, save_merged
-from dpo_flax.model.lora import TRAINABLE, LowRank, train_whole
+from dpo_flax.model.lora import TRAINABLE, LowRank, train_weights
 from dpo_flax.sharding import make_mesh
 
 pytestmark = [
@@ -89,7 +89,7 @@ def load_into(llama, base, adapter, mesh):
   checkpoint = open_checkpoint(str(base))
   config = llama.config(checkpoint)
   model = load_model(config, adapter.lora, checkpoint=checkpoint, mesh=mesh, seed=0)
-  train_whole(model, adapter.lora.saved)
+  train_weights(model, adapter.lora.saved)
   nnx.update(model, load_adapter(adapter, nnx.state(model, TRAINABLE), mesh))
   return model
 

@@ -4,8 +4,8 @@ import peft
 import pytest
 import transformers
 
-from dpo_flax.huggingface.peft_targets import BLOCK_PROJECTIONS, Targets, module_names, resolve
-from dpo_flax.model.lora import LowRank
+from dpo_flax.huggingface.peft_targets import BLOCK_PROJECTIONS, module_names, resolve
+from dpo_flax.model.lora import Lora, LowRank
 
 # peft asks transformers by a name that transformers has deprecated.
 pytestmark = [
@@ -18,17 +18,7 @@ LAYERS = 3
 
 def ask(target_modules=None, **changes):
   """Returns what a user asks for, with a scale that is not 1."""
-  values = {
-    'r': 4,
-    'lora_alpha': 10.0,
-    'target_modules': target_modules,
-    'exclude_modules': (),
-    'layers_to_transform': None,
-    'rank_pattern': {},
-    'alpha_pattern': {},
-    'modules_to_save': (),
-  }
-  return Targets(**values | changes)
+  return Lora(rank=4, alpha=10.0, target_modules=target_modules, **changes)
 
 
 @pytest.fixture(scope='module')
@@ -48,8 +38,13 @@ def peft_modules(asked, **changes):
       num_key_value_heads=1,
     )
   )
-  values = {name: value or None for name, value in vars(asked).items()}
-  values |= {name: getattr(asked, name) for name in ('rank_pattern', 'alpha_pattern')}
+  values = {
+    name: list(value) if isinstance(value, tuple) else value
+    for name, value in vars(asked).items()
+    if value and name not in ('rank', 'alpha')
+  }
+  values |= {'r': asked.rank, 'lora_alpha': asked.alpha}
+  values |= {name: dict(getattr(asked, name)) for name in ('rank_pattern', 'alpha_pattern')}
   if asked.layers_to_transform == 0:
     values['layers_to_transform'] = 0
   adapted = peft.get_peft_model(model, peft.LoraConfig(**values | changes)).base_model.model
@@ -63,7 +58,7 @@ def peft_modules(asked, **changes):
 def our_modules(asked, config):
   """Returns the same of ours."""
   found = {}
-  for name, module in resolve(asked, config).items():
+  for name, module in resolve(asked, config).modules.items():
     places = module_names(config)[name]
     pairs = list(zip(module.ranks, module.alphas, strict=True))
     for place, (rank, alpha) in zip(places, pairs * (len(places) // len(pairs)), strict=True):
@@ -109,11 +104,13 @@ def test_modules_ranks_and_scales_are_pefts(config, asked):
 
 
 def test_unset_targets_are_all_linear_layers_but_the_head(config):
-  assert set(resolve(ask(), config)) == set(BLOCK_PROJECTIONS)
+  assert resolve(ask(), config).targets == set(BLOCK_PROJECTIONS)
 
 
 def test_layers_alike_are_told_once(config):
-  resolved = resolve(ask(['q_proj', 'o_proj'], rank_pattern={'1.self_attn.o_proj': 2}), config)
+  resolved = resolve(
+    ask(['q_proj', 'o_proj'], rank_pattern={'1.self_attn.o_proj': 2}), config
+  ).modules
   assert resolved['q_proj'] == LowRank((4,), (10.0,))
   assert resolved['o_proj'] == LowRank((4, 2, 4), (10.0, 10.0, 10.0))
 

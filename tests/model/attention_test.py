@@ -57,23 +57,6 @@ def random_heads(rows, tokens, heads, kv_heads, head_dim=8):
   return [jnp.asarray(random.standard_normal(shape, np.float32)) for shape in shapes]
 
 
-def test_splash_equals_xla_attention_in_the_separate_layout(draw_pairs, fill_batch):
-  pairs = draw_pairs(16)
-  batch = fill_batch([pairs[:8], pairs[8:]], layout='separate', tokens=512, pairs_per_row=8)
-  heads = random_heads(2, 512, 4, 2, head_dim=128)
-
-  def splash(queries, keys, values):
-    inputs = (array.swapaxes(1, 2) for array in (queries * 128**-0.5, keys, values))
-    outputs = attention.splash_attention(*inputs, Mask(batch['visible_until'], None, None), True)
-    return outputs.swapaxes(1, 2)
-
-  ours, our_pullback = jax.vjp(splash, *heads)
-  theirs, their_pullback = jax.vjp(lambda *x: xla_attention(*x, batch['visible_until']), *heads)
-  np.testing.assert_allclose(ours, theirs, atol=1e-5)
-  for gradient, expected in zip(our_pullback(theirs), their_pullback(theirs), strict=True):
-    np.testing.assert_allclose(gradient, expected, atol=1e-4)
-
-
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('block', [16, QUERY_BLOCK])
 def test_each_token_sees_its_own_branch_and_prompt_alone(

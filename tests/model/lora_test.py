@@ -8,14 +8,15 @@ import pytest
 import torch
 from flax import nnx
 
-from dpo_flax.model.linear import Projection
-from dpo_flax.model.lora import train_whole
+from dpo_flax.model.layers import make_linear
+from dpo_flax.model.linear import fit_magnitudes
+from dpo_flax.model.lora import train_weights
 
 
 def make_projection(config, lora, *, name='q_proj', features=(32, 24), b=0.3, seed=0):
   """Returns a projection whose B is random."""
   rngs = nnx.Rngs(seed, lora=seed + 1)
-  projection = Projection(name, features, ('embed', 'heads'), config=config, lora=lora, rngs=rngs)
+  projection = make_linear(name, features, ('embed', 'heads'), config=config, lora=lora, rngs=rngs)
   if projection.adapters.learned:
     shape = projection.adapters.learned.lora_b[...].shape
     projection.adapters.learned.lora_b[...] = jnp.asarray(
@@ -148,7 +149,7 @@ def dora(make_model_config, make_lora, **changes):
   adapter = projection.adapters.learned
   draws = np.random.default_rng(5).uniform(0.5, 2, adapter.magnitude.shape)
   adapter.magnitude[...] *= jnp.asarray(draws, jnp.float32)
-  arrays = (projection.weight(), adapter.lora_a, adapter.lora_b, adapter.magnitude)
+  arrays = (projection.weight.dense(), adapter.lora_a, adapter.lora_b, adapter.magnitude)
   return projection, [np.asarray(array[...], np.float64) for array in arrays]
 
 
@@ -210,7 +211,7 @@ def test_a_kernel_that_learns_whole_is_used_in_bfloat16_and_has_a_float32_gradie
   config = make_model_config(dtype=jnp.bfloat16, weight_dtype=jnp.bfloat16)
   projection = make_projection(config, None)
   before = projection(inputs.astype(jnp.bfloat16))
-  train_whole(projection, None)
+  train_weights(projection, None)
   np.testing.assert_array_equal(projection(inputs.astype(jnp.bfloat16)), before)
 
   graphdef, trained = nnx.split(projection)
@@ -225,7 +226,7 @@ def test_a_kernel_that_learns_whole_is_used_in_bfloat16_and_has_a_float32_gradie
 def test_a_channel_of_zeros_stays_zero_under_dora(make_model_config, make_lora, inputs):
   projection = make_projection(make_model_config(), make_lora(dora=True), b=0.0)
   projection.kernel[...] = projection.kernel[...].at[:, 3].set(0)
-  projection.fit_magnitudes()
+  fit_magnitudes(projection)
   outputs, pullback = jax.vjp(projection, inputs)
   assert np.isfinite(outputs).all() and not np.any(outputs[..., 3])
   assert np.isfinite(pullback(jnp.ones_like(outputs))[0]).all()

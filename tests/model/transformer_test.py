@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from dpo_flax.huggingface.peft_targets import BLOCK_PROJECTIONS
-from dpo_flax.model.attention import make_places
+from dpo_flax.model.attention import make_attention_inputs
 from dpo_flax.model.config import AttentionKind, Rope
 from dpo_flax.model.transformer import Transformer, run_streams
 
@@ -55,14 +55,14 @@ def test_scan_over_stacked_blocks_equals_the_blocks_one_by_one(
   models = make_models(make_model_config(**kinds), make_lora(dropout=dropout))
   policy, key = models.policy, jax.random.key(0)
   graphdef, layers = nnx.split(policy.blocks)
-  places = make_places(batch['positions'], batch['visible_until'], policy.config)
+  inputs = make_attention_inputs(batch['positions'], batch['visible_until'], policy.config)
 
   @jax.jit
   def unrolled(layers, keys):
     hidden = policy.embed_tokens.embedding[...][batch['tokens']]
     for layer in range(policy.config.num_layers):
       block = nnx.merge(graphdef, jax.tree.map(operator.itemgetter(layer), layers))
-      hidden = block(hidden, places[layer % len(places)], keys[layer])
+      hidden, _, _ = block(hidden, inputs[layer % len(inputs)], None, keys[layer])
     return policy.final_norm(hidden)
 
   outputs, _ = streams(models, batch, key)
@@ -70,18 +70,18 @@ def test_scan_over_stacked_blocks_equals_the_blocks_one_by_one(
   np.testing.assert_allclose(outputs, expected, atol=1e-5)
 
 
-def test_kinds_that_differ_in_nothing_a_row_can_show_share_their_places(make_model_config, batch):
+def test_kinds_that_differ_in_nothing_a_row_can_show_share_their_inputs(make_model_config, batch):
   """Rows shorter than a window know of none, and select nothing."""
   rope = Rope(10_000.0, dim=8, scaling=None)
   kinds = (AttentionKind(96, rope), AttentionKind(None, rope))
   config = make_model_config(attention_kinds=kinds)
-  first, second = make_places(batch['positions'], batch['visible_until'], config)
+  first, second = make_attention_inputs(batch['positions'], batch['visible_until'], config)
   assert first.mask.window is None
   leaves = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
   assert all(one is other for one, other in leaves)
   narrower = make_model_config(attention_kinds=(AttentionKind(95, rope), kinds[1]))
-  places = make_places(batch['positions'], batch['visible_until'], narrower)
-  assert all(place.mask.window is not None for place in places)
+  inputs = make_attention_inputs(batch['positions'], batch['visible_until'], narrower)
+  assert all(each.mask.window is not None for each in inputs)
 
 
 def test_layers_start_different(make_model_config, make_lora):

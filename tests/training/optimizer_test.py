@@ -12,7 +12,7 @@ import transformers
 from flax import nnx
 
 from dpo_flax import config as config_lib
-from dpo_flax.model.lora import TRAINABLE, train_whole
+from dpo_flax.model.lora import TRAINABLE, train_weights
 from dpo_flax.training.optimizer import make_optimizer, make_schedule
 
 
@@ -125,7 +125,7 @@ def test_what_has_one_number_per_channel_does_not_decay(make_models, make_model_
   """Without gradients, weight decay alone moves: no norm and no magnitude, in no layer."""
   lora = make_lora(dora=True, saved=frozenset(['blocks.attention_norm', 'final_norm', 'lm_head']))
   policy = make_models(make_model_config(), lora).policy
-  train_whole(policy, lora.saved)
+  train_weights(policy, lora.saved)
   trainable = nnx.state(policy, TRAINABLE)
   config = settings(learning_rate=0.1, warmup=0.0, weight_decay=0.5, lr_schedule='constant')
   optimizer = make_optimizer(config, 10)
