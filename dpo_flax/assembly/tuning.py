@@ -1,13 +1,11 @@
-"""Config -> what of the policy learns: adapters, single modules, or the whole of it."""
+"""Settings -> what of the policy learns: adapters, single modules, or the whole of it."""
 
 import dataclasses
 from collections.abc import Sequence
 from types import UnionType
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from dpo_flax.config.named_values import named_field
+from dpo_flax.config.sections import LoraSettings, NamedValues
 from dpo_flax.huggingface.names import names_of
 from dpo_flax.huggingface.peft_adapter import Adapter
 from dpo_flax.huggingface.peft_targets import Targets, match_names, resolve
@@ -19,29 +17,29 @@ _TABLE_AND_HEAD = frozenset(['embed_tokens', 'lm_head'])
 
 
 def make_lora_config(
-  config: ConfigDict,
+  settings: LoraSettings,
   model: ModelConfig,
   *,
+  method: str = 'lora',  # lora | dora | full
   start: Adapter | None = None,  # what the policy's adapters start as
   reference: Adapter | None = None,  # what the reference has
 ) -> LoraConfig | None:
   """Returns what learns beside the frozen base; None: all of the policy does.
 
   Raises:
-    ValueError: what `config.lora` asks for is not in this model, or cannot be trained so.
+    ValueError: what `settings` asks for is not in this model, or cannot be trained so.
   """
-  if config.tuning.method == 'full':
+  if method == 'full':
     return None
-  dora = config.tuning.method == 'dora'
+  dora = method == 'dora'
   if start is None:
-    lora = _from_config(config, model, dora)
+    lora = _from_settings(settings, model, dora)
   elif start.lora.dora == dora:
-    lora = dataclasses.replace(start.lora, dropout=config.lora.dropout)
+    lora = dataclasses.replace(start.lora, dropout=settings.dropout)
   else:
-    method = 'dora' if start.lora.dora else 'lora'
     raise ValueError(
-      f'initialize_from_adapter={config.initialize_from_adapter} is an adapter of the other kind: '
-      f'set tuning.method={method}'
+      f'initialize_from_adapter={start.directory} is an adapter of the other kind: '
+      f'set tuning.method={"dora" if start.lora.dora else "lora"}'
     )
   if lora.dropout and 'lm_head' in lora.modules:
     raise ValueError(
@@ -57,8 +55,8 @@ def make_lora_config(
   return _on(lora, reference and reference.lora, continues=start is None)
 
 
-def _from_config(config: ConfigDict, model: ModelConfig, dora: bool) -> LoraConfig:
-  lora, tied, asked = config.lora, model.tie_word_embeddings, config.lora.target_modules
+def _from_settings(lora: LoraSettings, model: ModelConfig, dora: bool) -> LoraConfig:
+  tied, asked = model.tie_word_embeddings, lora.target_modules
   if lora.ensure_weight_tying and not tied:
     raise ValueError('lora.ensure_weight_tying=True: the head of this model is not tied')
   targets = Targets(
@@ -67,8 +65,8 @@ def _from_config(config: ConfigDict, model: ModelConfig, dora: bool) -> LoraConf
     target_modules=_tied_targets(asked) if lora.ensure_weight_tying else asked,
     exclude_modules=lora.exclude_modules,
     layers_to_transform=lora.layers_to_transform,
-    rank_pattern=_pattern(config, 'lora.rank_pattern', int),
-    alpha_pattern=_pattern(config, 'lora.alpha_pattern', int | float),
+    rank_pattern=_pattern('lora.rank_pattern', lora.rank_pattern, int),
+    alpha_pattern=_pattern('lora.alpha_pattern', lora.alpha_pattern, int | float),
     modules_to_save=lora.modules_to_save,
   )
   modules = resolve(targets, model)
@@ -102,17 +100,16 @@ def _from_config(config: ConfigDict, model: ModelConfig, dora: bool) -> LoraConf
   )
 
 
-def _pattern(config: ConfigDict, field: str, kind: type | UnionType) -> dict[str, Any]:
+def _pattern(field: str, values: NamedValues, kind: type | UnionType) -> dict[str, Any]:
   """Returns name or regex of modules -> the value that they have instead of the common one."""
-  values = named_field(config, field, of='modules', example=('q_proj', 16))
-  for name, value in values.items():
+  for name, value in values:
     if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < _LARGEST:
       raise ValueError(
         f'{field} gives {name} {value!r}: expected '
         + ('a whole number' if kind is int else 'a number')
         + f' greater than 0 and less than {_LARGEST}'
       )
-  return values
+  return dict(values)
 
 
 def _tied_targets(targets: Sequence[str] | str | None) -> Sequence[str] | str | None:
