@@ -9,7 +9,7 @@ one JSON object; --scores=FILE writes a line for each pair.
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,14 +27,13 @@ from dpo_flax.assembly.sources import check_same_tokenizer, make_model_config
 from dpo_flax.config.checks import validate
 from dpo_flax.data.batches.split import Split
 from dpo_flax.data.prepare import PreparedData
-from dpo_flax.huggingface.peft_adapter import open_adapter
+from dpo_flax.huggingface.peft_adapter import Adapter, open_adapter
 from dpo_flax.huggingface.weights import Checkpoint, open_checkpoint
 from dpo_flax.losses import metrics
 from dpo_flax.losses.objective import Objective
 from dpo_flax.losses.pair_logps import PairLogps
 from dpo_flax.losses.total import total_loss
 from dpo_flax.model.config import ModelConfig
-from dpo_flax.model.transformer import Transformer
 from dpo_flax.runtime import command
 from dpo_flax.sharding import make_mesh, row_parts
 from dpo_flax.training.scoring import score_side
@@ -110,10 +109,13 @@ def evaluate(config: ConfigDict, policy: Candidate, reference: Candidate | None)
     found = {}
     for place, base in bases.items():
       # A second base takes the place of the first; adapters of one base share it.
-      models = _models([policy, reference], place, shapes[place], base, mesh)
-      for candidate, model in models:
-        chunk = settings.model.logits_chunk
-        found[candidate] = score_side(model, data, 'train', logits_chunk=chunk, mesh=mesh)
+      adapters = {
+        each: each.adapter and open_adapter(each.adapter, shapes[place])
+        for each in (policy, reference)
+        if each and each.base == place
+      }
+      chunk = settings.model.logits_chunk
+      found |= _score_all(adapters, shapes[place], base, data, logits_chunk=chunk, mesh=mesh)
   lengths = _response_lengths(data.train)
   return Evaluation(data, lengths, found[policy], reference and found[reference])
 
@@ -122,19 +124,23 @@ def _bases(policy: Candidate, reference: Candidate | None) -> list[str]:
   return list(dict.fromkeys([policy.base, *([reference.base] if reference else [])]))
 
 
-def _models(
-  candidates: Sequence[Candidate | None],
-  base: str,  # those of another one are left out
+def _score_all(
+  adapters: Mapping[Candidate, Adapter | None],
   shape: ModelConfig,
   checkpoint: Checkpoint,
+  data: PreparedData,
+  *,
+  logits_chunk: int,
   mesh: Mesh,
-) -> Iterator[tuple[Candidate, Transformer]]:
-  """Yields the models of one base, one after the other."""
-  of_base = [each for each in candidates if each and each.base == base]
-  adapters = {each: each.adapter and open_adapter(each.adapter, shape) for each in of_base}
-  model = load_model(shape, None, checkpoint=checkpoint, mesh=mesh, seed=0)
-  for each, adapter in adapters.items():
-    yield each, load_onto(model, adapter, mesh) if adapter else model
+) -> dict[Candidate, np.ndarray]:
+  """Scores models of one base."""
+  base = load_model(shape, None, checkpoint=checkpoint, mesh=mesh, seed=0)
+
+  def score(adapter):
+    model = load_onto(base, adapter, mesh) if adapter else base
+    return score_side(model, data, 'train', logits_chunk=logits_chunk, mesh=mesh)
+
+  return {candidate: score(adapter) for candidate, adapter in adapters.items()}
 
 
 def _response_lengths(pairs: Split) -> np.ndarray:

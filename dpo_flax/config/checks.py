@@ -57,7 +57,12 @@ def validate(config: ConfigDict, *, planning: bool = False) -> Settings:
   _check_workdir(settings.workdir)
   _check_pairs_per_row(settings.batch, pack=settings.data.pack)
   written = {'peft_save_path': settings.peft_save_path} if settings.peft_save_path else {}
-  _check_tuning(settings.lora, settings.tuning.method, paths | written, settings.model.weight_dtype)
+  _check_tuning(
+    settings.lora,
+    settings.tuning.method,
+    paths=paths | written,
+    weight_dtype=settings.model.weight_dtype,
+  )
   _check_microbatches(settings.batch)
   if not settings.lora.zero_init_b:
     logging.warning(
@@ -140,6 +145,7 @@ def _check_pairs_per_row(batch: BatchSettings, *, pack: bool):
 def _check_tuning(
   lora: LoraSettings,
   method: str,
+  *,
   paths: Mapping[str, str],  # of what the policy is made of and written to, by field
   weight_dtype: str,
 ):

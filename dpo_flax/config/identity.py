@@ -70,20 +70,21 @@ def _absent(name: str) -> Any:
 
 
 def _meant(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns an identity with its mappings in one form, in which their order does not count.
+  """Returns an identity with its mappings in one form: pairs, as the first that matches may count.
 
   Earlier versions saved a mapping as it was given: its names as fields (lora.rank_pattern.q_proj),
   a list of pairs, or a JSON object in a text.
   """
   meant: dict[str, Any] = {}
-  for name, value in config.items():
+  for name, value in of_run(config).items():
     field = next((each for each in _MAPPINGS if name.startswith(f'{each}.')), None)
     if field is not None:
       _put(meant.setdefault(field, {}), name[len(field) + 1 :].split('.'), value)
     else:
       meant[name] = value
   for field in _MAPPINGS & meant.keys():
-    meant[field] = dict(ROWS[field].canonical(field, meant[field])) or None
+    row = ROWS[field]
+    meant[field] = row.plain(row.canonical(field, meant[field]))
   return meant
 
 

@@ -229,7 +229,7 @@ FIELDS = {'chosen': 'good', 'rejected': 'bad'}
   'saved',
   [
     {f'data.fields.{name}': value for name, value in FIELDS.items()},
-    {'data.fields': [list(pair) for pair in reversed(FIELDS.items())]},
+    {'data.fields': [list(pair) for pair in FIELDS.items()]},
     {'data.fields': json.dumps(FIELDS)},
   ],
   ids=['as fields', 'pairs', 'JSON'],
