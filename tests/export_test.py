@@ -161,7 +161,7 @@ def test_export_of_the_last_step_is_what_the_run_wrote(exports, tmp_path, form):
 
 
 def test_every_kept_step_can_be_exported_without_the_data(exports, tmp_path, monkeypatch):
-  monkeypatch.setattr(assemble, 'prepare', None)
+  monkeypatch.setattr(assemble, 'prepare_data', None)
   cards = []
   for step in (1, 2, 3):
     export(str(exports[0]), str(tmp_path / 'out'), merged=False, step=step)
