@@ -9,7 +9,7 @@ one JSON object; --scores=FILE writes a line for each pair.
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,17 +21,18 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dpo_flax import config as config_lib
+from dpo_flax.assembly.data import prepare_data
 from dpo_flax.assembly.models import load_model, load_onto
 from dpo_flax.assembly.sources import check_same_tokenizer, make_model_config
 from dpo_flax.config.checks import validate
 from dpo_flax.data.batches.split import Split
-from dpo_flax.data.prepare import PreparedData, prepare
-from dpo_flax.huggingface.peft_adapter import open_adapter
+from dpo_flax.data.prepare import PreparedData
+from dpo_flax.huggingface.peft_adapter import AdapterFiles, open_adapter
 from dpo_flax.huggingface.weights import BaseCheckpoint, open_checkpoint
 from dpo_flax.losses import metrics
 from dpo_flax.losses.objective import Objective, total_loss
 from dpo_flax.losses.pair_logps import PairLogps
-from dpo_flax.model.transformer import Transformer
+from dpo_flax.model.config import ModelConfig
 from dpo_flax.runtime import command
 from dpo_flax.sharding import make_mesh, row_parts
 from dpo_flax.training.scoring import score_side
@@ -82,22 +83,38 @@ def evaluate(config: ConfigDict, policy: Candidate, reference: Candidate | None)
   Raises:
     ValueError: the data, the weights or an adapter are unfit, or the tokenizers differ.
   """
+  config = config.copy_and_resolve_references()
   mesh = make_mesh(config.mesh)
   config.batch.rows = config.batch.rows or 4 * row_parts(mesh)
-  config = validate(config)
+  settings = validate(config)
   bases = {place: open_checkpoint(place) for place in _bases(policy, reference)}
-  shapes = {place: make_model_config(config, base, mesh) for place, base in bases.items()}
+  shapes = {
+    place: make_model_config(
+      settings.model,
+      base,
+      mesh,
+      tokens=settings.batch.tokens,
+      layout=settings.data.layout,
+    )
+    for place, base in bases.items()
+  }
   first, *others = bases.values()
   for other in others:
     check_same_tokenizer(first.directory, other.directory)
-  config.data.tokenizer = config.data.tokenizer or str(first.directory)
+  if not settings.data.tokenizer:
+    settings = settings.replace({'data.tokenizer': str(first.directory)})
   with jax.set_mesh(mesh):
-    data = prepare(config, vocab_size=min(shape.vocab_size for shape in shapes.values()))
+    data = prepare_data(settings, vocab_size=min(shape.vocab_size for shape in shapes.values()))
     found = {}
     for place, base in bases.items():
       # A second base takes the place of the first; adapters of one base share it.
-      candidates = [each for each in (policy, reference) if each and each.base == place]
-      found |= _score_all(candidates, base, data, config, mesh)
+      adapters = {
+        each: each.adapter and open_adapter(each.adapter, shapes[place])
+        for each in (policy, reference)
+        if each and each.base == place
+      }
+      chunk = settings.model.logits_chunk
+      found |= _score_all(adapters, shapes[place], base, data, logits_chunk=chunk, mesh=mesh)
   lengths = _response_lengths(data.train)
   return Evaluation(data, lengths, found[policy], reference and found[reference])
 
@@ -107,22 +124,22 @@ def _bases(policy: Candidate, reference: Candidate | None) -> list[str]:
 
 
 def _score_all(
-  candidates: list[Candidate],
+  adapters: Mapping[Candidate, AdapterFiles | None],
+  shape: ModelConfig,
   checkpoint: BaseCheckpoint,
   data: PreparedData,
-  config: ConfigDict,
+  *,
+  logits_chunk: int,
   mesh: Mesh,
 ) -> dict[Candidate, np.ndarray]:
   """Scores models of one base."""
-  model_config = make_model_config(config, checkpoint, mesh)
-  adapters = {c: c.adapter and open_adapter(c.adapter, model_config) for c in candidates}
-  base = load_model(model_config, None, checkpoint=checkpoint, mesh=mesh, seed=0)
+  base = load_model(shape, None, checkpoint=checkpoint, mesh=mesh, seed=0)
 
-  def model(candidate) -> Transformer:
-    adapter = adapters[candidate]
-    return load_onto(base, adapter, mesh) if adapter else base
+  def score(adapter):
+    model = load_onto(base, adapter, mesh) if adapter else base
+    return score_side(model, data, 'train', logits_chunk=logits_chunk, mesh=mesh)
 
-  return {c: score_side(model(c), data, 'train', config, mesh) for c in candidates}
+  return {candidate: score(adapter) for candidate, adapter in adapters.items()}
 
 
 def _response_lengths(pairs: Split) -> np.ndarray:

@@ -6,23 +6,21 @@ its workdir and needs neither the data nor the devices of the training; JAX_PLAT
 any machine that holds the model in memory.
 """
 
+from collections.abc import Mapping
+
 import jax
 from absl import flags
 from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from dpo_flax import config as config_lib
+from dpo_flax.assembly.blueprint import Blueprint, make_blueprint
 from dpo_flax.assembly.models import load_models
 from dpo_flax.assembly.run_record import NAME, RunRecord, read_record
-from dpo_flax.assembly.sources import Sources, make_sources
-from dpo_flax.assembly.tuning import make_lora_config
 from dpo_flax.checkpoints.checkpoint import check_intact, newest_step, restore, saved_identity
-from dpo_flax.config.identity import RunIdentity
+from dpo_flax.config.identity import RunIdentity, identity_of
 from dpo_flax.exports.exporting import check_outputs, export_adapter, export_merged
 from dpo_flax.exports.model_card import Facts
-from dpo_flax.huggingface.weights import open_checkpoint
 from dpo_flax.runtime import command
 from dpo_flax.sharding import make_mesh
 from dpo_flax.training.reporter import read_metrics
@@ -43,61 +41,65 @@ def export(workdir: str, output: str, *, merged: bool, step: int | None = None):
   """
   place, output = epath.Path(workdir), epath.Path(output)
   record = read_record(place)
-  config = record.config
-  if config.tuning.method == 'full' and not merged:
+  settings = record.settings
+  if settings.tuning.method == 'full' and not merged:
     raise ValueError(f'{place}: the whole policy has learned, so there is no adapter: give merged')
-  check_outputs(config, {'merged' if merged else 'peft': output})
+  check_outputs(
+    {'merged' if merged else 'peft': output},
+    workdir=settings.workdir,
+    sources=settings.weight_paths(),
+  )
   if step is None:
     step = newest_step(place / 'checkpoints')
   check_intact(place / 'checkpoints', step)
   _check_record(record, place, step)
   facts = Facts(record, step, read_metrics(place / 'metrics.jsonl', step, 'validation'))
-  mesh = _make_mesh(config)
+  mesh = _make_mesh(settings.mesh.sizes())
   with jax.set_mesh(mesh):
-    sources = _open_sources(record, mesh)
-    lora = make_lora_config(
-      config, sources.model, start=sources.adapter, reference=sources.reference_adapter
+    blueprint = _open(record, mesh)
+    models = load_models(
+      blueprint.sources, blueprint.lora, seed=settings.seed, keeps_reference=False, mesh=mesh
     )
-    models = load_models(config, sources, lora, keeps_reference=False, mesh=mesh)
     graphdef, trainable, frozen = split_models(models)
     trainable = restore(place / 'checkpoints', step, trainable, part='trainable')
     policy = nnx.merge(graphdef, trainable, frozen).policy
     if merged:
-      export_merged(policy, sources.base, facts, output, mesh)
+      export_merged(policy, blueprint.sources.base, facts, output, mesh)
     else:
-      export_adapter(policy, lora, facts, output, mesh)
+      export_adapter(policy, blueprint.lora, facts, output, mesh)
 
 
 def _check_record(record: RunRecord, place: epath.Path, step: int):
   """Refuses a record that is not of the run that saved the step, which is sealed."""
-  now = RunIdentity(config_lib.identity_of(record.config), record.fingerprints)
+  now = RunIdentity(identity_of(record.settings), record.fingerprints)
   for found in saved_identity(place / 'checkpoints', step, RunIdentity).differences(now):
     if not found.is_of_the_data:
       raise ValueError(f'{place}/{NAME} is not that of step {step}. {found}')
 
 
-def _open_sources(record: RunRecord, mesh: Mesh) -> Sources:
-  """Opens what the policy of a run was made of, which must not have changed since."""
-  config = record.config
-  base = config.initialize_from_hf and open_checkpoint(config.initialize_from_hf)
-  sources = make_sources(config, base, None, mesh)
-  for field, found in sources.fingerprints().items():
+def _open(record: RunRecord, mesh: Mesh) -> Blueprint:
+  """Opens what the policy of a run was made of, which must not have changed since.
+
+  What was asked of the training's devices is set to what any can do.
+  """
+  anywhere = {'model.attention': 'auto', 'model.remat': 'none'}
+  blueprint = make_blueprint(record.settings.replace(anywhere), mesh, trains=False)
+  paths = record.settings.weight_paths()
+  for field, found in blueprint.sources.fingerprints().items():
     if field != 'reference_model_path' and found != record.fingerprints[field]:
-      raise ValueError(f'{field}={config[field]} holds something else than when the run began')
-  return sources
+      raise ValueError(f'{field}={paths.get(field)} holds something else than when the run began')
+  return blueprint
 
 
-def _make_mesh(config: ConfigDict) -> Mesh:
+def _make_mesh(sizes: Mapping[str, int]) -> Mesh:
   """Returns the run's own mesh where it fits these devices, or one that does.
 
-  The devices of a CPU share their memory: one of them holds as much as all. What was asked of the
-  training's devices is set to what any can do.
+  The devices of a CPU share their memory: one of them holds as much as all.
   """
-  config.model.attention, config.model.remat = 'auto', 'none'
   if jax.default_backend() == 'cpu' and jax.process_count() == 1:
     return make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, jax.devices()[:1])
   try:
-    return make_mesh(config.mesh)
+    return make_mesh(sizes)
   except ValueError:
     return make_mesh({'data': 1, 'fsdp': -1, 'tensor': 1})
 

@@ -10,14 +10,16 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
+from dpo_flax.assembly.data import prepare_data
 from dpo_flax.assembly.sources import vocabulary_size
 from dpo_flax.config.checks import validate
-from dpo_flax.data.prepare import prepare
 from dpo_flax.data.reports import examples, page, statistics, text
 from dpo_flax.huggingface.weights import open_checkpoint
 from dpo_flax.runtime import command
@@ -37,35 +39,41 @@ def inspect(config: ConfigDict, count: int) -> tuple[dict, list[examples.Example
   Raises:
     ValueError: the config or the data are unfit.
   """
-  config = validate(config)
-  config.data.bad_record = 'skip'
-  if config.data.too_long == 'raise':
-    config.data.too_long = 'drop'
-  path, preset = config.initialize_from_hf, config.model.preset
+  settings = validate(config)
+  seen = {'data.bad_record': 'skip'}
+  if settings.data.too_long == 'raise':
+    seen['data.too_long'] = 'drop'
+  path, preset = settings.initialize_from_hf, settings.model.preset
   vocab_size = vocabulary_size(open_checkpoint(path) if path else None, preset)
-  prepared = prepare(config, vocab_size=vocab_size)
-  found = statistics.describe(prepared, config)
-  shown = examples.pick(prepared.train, prepared.tokenizer, count, seed=config.seed)
+  prepared = prepare_data(settings.replace(seen), vocab_size=vocab_size)
+  found = statistics.describe(prepared)
+  shown = examples.pick(prepared.train, prepared.tokenizer, count, seed=settings.seed)
   return found, shown
 
 
-def refusals(found: dict, config: ConfigDict) -> list[str]:
-  """Returns why training under this config would not start on what was found."""
+def refusals(found: dict, data: Mapping[str, Any], tokens: int) -> list[str]:
+  """Returns why training would not start on what was found.
+
+  Args:
+    found: what `inspect` returned.
+    data: the config's data section.
+    tokens: of a row.
+  """
   sides = [found, found['validation']] if 'validation' in found else [found]
   # Held-out pairs are of the same files, unless they have their own.
-  read = sides if config.data.validation else sides[:1]
+  read = sides if data['validation'] else sides[:1]
   bad = [place for side in read for places in side['examples'].values() for place in places]
   long = [place for side in sides for place in side['too_long_examples']]
   reasons = []
-  if bad and config.data.bad_record == 'raise':
+  if bad and data['bad_record'] == 'raise':
     count = sum(side['dropped'] for side in read)
     reasons.append(
       f'{count:,} bad records, such as {bad[0]} (data.bad_record=skip leaves them out)'
     )
-  if long and config.data.too_long == 'raise':
+  if long and data['too_long'] == 'raise':
     count = sum(side['too_long'] for side in sides)
     reasons.append(
-      f'{count:,} pairs longer than batch.tokens={config.batch.tokens}, such as {long[0]} '
+      f'{count:,} pairs longer than batch.tokens={tokens}, such as {long[0]} '
       '(data.too_long=drop leaves them out, truncate_prompt cuts their prompts)'
     )
   return reasons
@@ -80,7 +88,7 @@ def show(config: ConfigDict):
   if _HTML.value and not epath.Path(_HTML.value).parent.is_dir():
     raise ValueError(f'--html={_HTML.value}: there is no folder {epath.Path(_HTML.value).parent}')
   found, shown = inspect(config, _EXAMPLES.value)
-  reasons = refusals(found, config)
+  reasons = refusals(found, config.data, config.batch.tokens)
   found['refused'] = reasons
   if _HTML.value:
     epath.Path(_HTML.value).write_text(page.render(found, shown))

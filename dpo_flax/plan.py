@@ -12,6 +12,8 @@ import dataclasses
 import json
 import re
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,18 +21,21 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from dpo_flax import config as config_lib
+from dpo_flax.assembly.blueprint import make_blueprint
+from dpo_flax.assembly.data import prepare_data
 from dpo_flax.assembly.sources import vocabulary_size
 from dpo_flax.config.checks import validate
+from dpo_flax.config.schema import Settings
+from dpo_flax.config.sections import BatchSettings, DataSettings
 from dpo_flax.data.batches import pack
-from dpo_flax.data.prepare import prepare
 from dpo_flax.huggingface.presets import PRESETS
 from dpo_flax.huggingface.weights import BaseCheckpoint, open_checkpoint
 from dpo_flax.planning import search
 from dpo_flax.planning.chips import Slice, make_slice
 from dpo_flax.planning.estimate import Estimate, Pairs, estimate
-from dpo_flax.planning.remedies import remedies
+from dpo_flax.planning.remedies import Adjustable, remedies
 from dpo_flax.runtime import command
+from dpo_flax.sharding import make_mesh, row_parts
 
 _TOPOLOGY = flags.DEFINE_string('topology', None, 'Chips and their grid, such as v5e:4x4.')
 _PRESET = flags.DEFINE_string('preset', None, 'A model whose shapes to plan for, without weights.')
@@ -45,20 +50,21 @@ _JSON = flags.DEFINE_bool(
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What is planned: a complete config, its slice, its weights' shapes and its rows' pairs."""
+  """What is planned: the settings, their slice, and the pairs of a row."""
 
-  config: ConfigDict
+  settings: Settings
   slice: Slice
-  base: BaseCheckpoint | None  # None: config.model.preset
-  reference: BaseCheckpoint | None
   pairs: Pairs
 
+  def changed(self, changes: Mapping[str, Any]) -> 'Plan':
+    """Returns the plan with other values of some dotted fields."""
+    return dataclasses.replace(self, settings=self.settings.replace(changes))
+
   def estimate(self, **changes) -> Estimate:
-    """Returns the cost of the step, with dotted fields of the config changed."""
-    config = self.config.copy_and_resolve_references()
-    config.update_from_flattened_dict(changes)
-    parts = {'base': self.base, 'reference': self.reference, 'pairs': self.pairs}
-    return estimate(config, self.slice, **parts)
+    """Returns the cost of the step, with dotted fields of the settings changed."""
+    settings = self.settings.replace(changes)
+    mesh = make_mesh(settings.mesh.sizes(), self.slice.devices)
+    return estimate(make_blueprint(settings, mesh), self.slice, pairs=self.pairs)
 
 
 def make_plan(
@@ -71,35 +77,35 @@ def make_plan(
   """
   config = config.copy_and_resolve_references()
   slice_ = make_slice(topology)
-  measured = lengths is None and bool(config.data.train)
-  base = _shapes(config, preset)
-  reference = config.reference_model_path and open_checkpoint(config.reference_model_path)
-  if base and not config.data.tokenizer:
-    config.data.tokenizer = str(base.directory)
-  measured = measured and bool(config.data.tokenizer and config.workdir)
-  for field in ('workdir', 'data.train', 'data.tokenizer'):
-    if not config_lib.get(config, field):
-      config.update_from_flattened_dict({field: 'not given'})
-  if not (config.train.num_train_steps or config.train.num_epochs):
-    config.train.num_epochs = 1.0
-  config = validate(config)
-  vocab_size = vocabulary_size(base, config.model.preset)
-  pairs = _measured_pairs(config, vocab_size) if measured else _given_pairs(config, lengths)
-  return Plan(config, slice_, base, reference, pairs)
+  base, name = _shapes(config.initialize_from_hf, preset, config.model.preset)
+  if base is None:
+    # What is merged into weights changes no shape.
+    config.initialize_from_hf, config.merge_adapter_path, config.model.preset = None, None, name
+  settings = validate(config, planning=True)
+  if base and not settings.data.tokenizer:
+    settings = settings.replace({'data.tokenizer': str(base.directory)})
+  measured = settings.data.train and settings.data.tokenizer and settings.workdir
+  if lengths is None and measured:
+    prepared = prepare_data(settings, vocab_size=vocabulary_size(base, name))
+    report = prepared.report['train']
+    mean = report['pairs'] / report['rows']
+    pairs = Pairs(prepared.pairs_per_row, mean, f'{config.data.train}')
+  else:
+    pairs = _given_pairs(settings.batch, settings.data, lengths)
+  return Plan(settings, slice_, pairs)
 
 
-def _shapes(config: ConfigDict, preset: str | None) -> BaseCheckpoint | None:
-  """Opens the weights' directory, or sets config.model.preset where there is none."""
-  path = config.initialize_from_hf
+def _shapes(
+  path: str | None, preset: str | None, default: str | None
+) -> tuple[BaseCheckpoint | None, str | None]:
+  """Returns the weights' directory and the config's preset, or no directory and a preset."""
   if preset is None and path and epath.Path(path).expanduser().is_dir():
-    return open_checkpoint(path)
-  name = preset or config.model.preset or _published(path)
+    return open_checkpoint(path), default
+  name = preset or default or _published(path)
   if name not in PRESETS:
     given = f'no preset is called {name!r}' if name else f'initialize_from_hf={path}: no directory'
     raise ValueError(f'{given}; give --preset, one of {", ".join(sorted(PRESETS))}')
-  # What is merged into weights changes no shape.
-  config.initialize_from_hf, config.merge_adapter_path, config.model.preset = None, None, name
-  return None
+  return None, name
 
 
 def _published(path: str | None) -> str | None:
@@ -109,29 +115,23 @@ def _published(path: str | None) -> str | None:
   return {preset.replace('-', ''): preset for preset in PRESETS}.get(name)
 
 
-def _measured_pairs(config: ConfigDict, vocab_size: int) -> Pairs:
-  data = prepare(config, vocab_size=vocab_size)
-  report = data.report['train']
-  return Pairs(data.pairs_per_row, report['pairs'] / report['rows'], f'{config.data.train}')
-
-
-def _given_pairs(config: ConfigDict, lengths: list[str] | None) -> Pairs:
+def _given_pairs(batch: BatchSettings, data: DataSettings, lengths: list[str] | None) -> Pairs:
   if lengths is None:
     return Pairs(
-      config.batch.pairs_per_row or 1, 1.0, 'no data.train and no --lengths: one pair fills a row'
+      batch.pairs_per_row or 1, 1.0, 'no data.train and no --lengths: one pair fills a row'
     )
   if len(lengths) != 3 or not all(length.isdecimal() and int(length) for length in lengths):
     raise ValueError(
       f'--lengths={",".join(lengths)}: expected three counts of tokens, prompt,chosen,rejected'
     )
-  (length,) = pack.row_lengths(np.array([lengths], int), config.data.layout)
-  if length > config.batch.tokens:
+  (length,) = pack.row_lengths(np.array([lengths], int), data.layout)
+  if length > batch.tokens:
     raise ValueError(
       f'--lengths={",".join(lengths)}: such a pair takes {length} tokens of a row, and '
-      f'batch.tokens is {config.batch.tokens}'
+      f'batch.tokens is {batch.tokens}'
     )
-  mean = config.batch.tokens / length if config.data.pack else 1.0
-  return Pairs(config.batch.pairs_per_row or int(np.ceil(mean)), mean, '--lengths')
+  mean = batch.tokens / length if data.pack else 1.0
+  return Pairs(batch.pairs_per_row or int(np.ceil(mean)), mean, '--lengths')
 
 
 def show(config: ConfigDict):
@@ -143,8 +143,11 @@ def show(config: ConfigDict):
     raise ValueError('--topology is not set: give the chips and their grid, such as v5e:4x4')
   plan = make_plan(config, _TOPOLOGY.value, preset=_PRESET.value, lengths=_LENGTHS.value)
   if _SEARCH.value:
-    best, found = search.largest(plan.estimate, plan.config, plan.slice, report=_say)
-    plan.config.update_from_flattened_dict(best)
+    mesh = make_mesh(plan.settings.mesh.sizes(), plan.slice.devices)
+    best, found = search.largest(
+      plan.estimate, shards=row_parts(mesh), tokens=plan.settings.batch.tokens, report=_say
+    )
+    plan = plan.changed(best)
   else:
     found = plan.estimate()
   if _JSON.value:
@@ -158,24 +161,25 @@ def _say(message: str):
 
 
 def _plain(plan: Plan, found: Estimate) -> dict:
-  config = plan.config
-  fields = ('batch.rows', 'batch.tokens', 'batch.microbatches', 'model.remat')
-  asked = {field: config_lib.get(config, field) for field in fields}
+  batch = plan.settings.batch
   return dataclasses.asdict(found) | {
     'topology': _TOPOLOGY.value,
     'chips': len(plan.slice.devices),
     'pairs_per_row': plan.pairs.mean,
-    **asked,
+    'batch.rows': batch.rows,
+    'batch.tokens': batch.tokens,
+    'batch.microbatches': batch.microbatches,
+    'model.remat': plan.settings.model.remat,
   }
 
 
 def _introduction(plan: Plan) -> list[str]:
-  config, chips = plan.config, len(plan.slice.devices)
-  batch, model = config.batch, config.model
-  weights = config.initialize_from_hf or model.preset
+  settings, chips = plan.settings, len(plan.slice.devices)
+  batch, model = settings.batch, settings.model
+  weights = settings.initialize_from_hf or model.preset
   parts = f', in {batch.microbatches} parts' if batch.microbatches > 1 else ''
-  method = config.tuning.method
-  learns = 'every weight learns' if method == 'full' else f'{method} r={config.lora.r}'
+  method = settings.tuning.method
+  learns = 'every weight learns' if method == 'full' else f'{method} r={settings.lora.r}'
   return [
     f'{weights} ({model.weight_dtype}, {learns}) on {plan.slice.chip.name}, {chips} '
     f'chip{"s" if chips > 1 else ""}',
@@ -203,8 +207,9 @@ def _lines(found: Estimate, plan: Plan) -> list[str]:
 
 
 def _refusal(found: Estimate, plan: Plan) -> list[str]:
+  settings = plan.settings
   changes = remedies(
-    plan.config,
+    Adjustable(settings.batch, settings.model, settings.mesh, method=settings.tuning.method),
     plan.slice.devices,
     temporaries_matter=found.argument_bytes < found.hbm_capacity_bytes,
   )
@@ -238,7 +243,7 @@ def _work(found: Estimate) -> list[str]:
 
 
 def _bounds(found: Estimate, plan: Plan) -> list[str]:
-  pairs = plan.config.batch.rows * plan.pairs.mean
+  pairs = plan.settings.batch.rows * plan.pairs.mean
   lines = [f'a step of {pairs:.4g} pairs takes at least, by the limits of {plan.slice.chip.name}:']
   for name, seconds in sorted(found.bounds_seconds.items(), key=lambda one: -one[1]):
     lines.append(f'  {name:8} {seconds:8.3g} s   {pairs / seconds:8.1f} pairs a second at most')

@@ -7,6 +7,7 @@ step after step train, save, evaluate and export.
 import contextlib
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import grain
 import jax
@@ -15,19 +16,19 @@ from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 
-from dpo_flax import config as config_lib
 from dpo_flax.assembly import assemble
 from dpo_flax.assembly.assemble import Run
 from dpo_flax.assembly.models import count_parameters
 from dpo_flax.assembly.run_record import write_record
 from dpo_flax.checkpoints.checkpoint import Checkpoints
 from dpo_flax.config.checks import validate
+from dpo_flax.config.identity import shared
 from dpo_flax.data import loader
 from dpo_flax.exports.exporting import check_outputs, export_adapter, export_merged, output_paths
 from dpo_flax.exports.model_card import Facts
 from dpo_flax.files.paths import access_errors
 from dpo_flax.losses.metrics import displacement
-from dpo_flax.planning.remedies import explained
+from dpo_flax.planning.remedies import Adjustable, explained
 from dpo_flax.runtime import command, hosts
 from dpo_flax.runtime.lock import holder, sole_writer
 from dpo_flax.runtime.preemption import Preempted, Preemption
@@ -48,6 +49,7 @@ class Session:
   reporter: Reporter
   checkpoints: Checkpoints
   preemption: Preemption
+  outputs: Mapping[str, epath.Path]  # format -> where the policy is exported to
 
 
 def train(config: ConfigDict) -> dict[str, float]:
@@ -60,22 +62,33 @@ def train(config: ConfigDict) -> dict[str, float]:
     SaveError: a checkpoint could not be written.
     Preempted: SIGTERM has stopped it; the same call goes on.
   """
-  config = validate(config)
-  workdir = epath.Path(config.workdir)
+  settings = validate(config)
+  workdir = epath.Path(settings.workdir)
+  adjustable = Adjustable(
+    settings.batch, settings.model, settings.mesh, method=settings.tuning.method
+  )
+  outputs = output_paths(
+    settings.workdir,
+    method=settings.tuning.method,
+    peft=settings.peft_save_path,
+    merged=settings.merged_hf_save_path,
+  )
   with contextlib.ExitStack() as stack:
     enter = stack.enter_context
-    preemption = enter(Preemption(hosts.peers(), grace=config.train.grace_seconds))
+    preemption = enter(Preemption(hosts.peers(), grace=settings.train.grace_seconds))
     # Before the devices, which take long to begin and which the run that writes there may hold.
     word = enter(sole_writer(workdir)) if hosts.peers().index == 0 else None
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(settings.mesh.sizes())
     enter(jax.set_mesh(mesh))
-    enter(explained(config))
-    hosts.check_agreement(config_lib.shared(config))
+    enter(explained(adjustable))
+    hosts.check_agreement(shared(settings))
     hosts.check_agreement({'lock in workdir': word or holder(workdir)})  # a disk of each host's own
-    hosts.first_does(lambda: check_outputs(config, output_paths(config)))
-    run, state = assemble.build(config, mesh)
+    hosts.first_does(
+      lambda: check_outputs(outputs, workdir=settings.workdir, sources=settings.weight_paths())
+    )
+    run, state = assemble.build(settings, mesh)
     checkpoints = enter(contextlib.closing(make_checkpoints(run)))
-    state, done = checkpoints.resume(state, allow_data_change=config.allow_data_change)
+    state, done = checkpoints.resume(state, allow_data_change=settings.allow_data_change)
     check_room_to_learn(run, done)
     hosts.first_does(lambda: write_record(run.record, workdir))
     reporter = Reporter(
@@ -83,8 +96,8 @@ def train(config: ConfigDict) -> dict[str, float]:
     )
     enter(contextlib.closing(reporter))
     introduce(run, state, done, reporter)
-    learning = Learning(run, state, done, Session(reporter, checkpoints, preemption))
-    with explained(config, state, run.frozen):
+    learning = Learning(run, state, done, Session(reporter, checkpoints, preemption, outputs))
+    with explained(adjustable, state, run.frozen):
       learning.to_the_end()
     conclude(learning)
   return learning.held_out
@@ -92,8 +105,8 @@ def train(config: ConfigDict) -> dict[str, float]:
 
 def make_checkpoints(run: Run) -> Checkpoints:
   """Returns the run's checkpoints, which do with a failed save what the config says."""
-  train = run.config.train
-  directory = epath.Path(run.config.workdir) / 'checkpoints'
+  train = run.settings.train
+  directory = epath.Path(run.settings.workdir) / 'checkpoints'
   if train.on_save_error == 'stop':
     return Checkpoints(directory, run.identity, keep=train.keep)
 
@@ -111,28 +124,26 @@ class Learning:
     self.done = self.saved = done
     self.held_out = session.reporter.written(done, 'validation')
     self._monitor = make_monitor(run, session.reporter)
-    self._train_step, self._eval_step = assemble.make_steps(
-      run.graphdef, run.options, optimizer=run.optimizer, mesh=run.mesh
-    )
+    self._train_step, self._eval_step = run.make_steps()
     session.preemption.save_unless(lambda: (session.checkpoints.latest() or 0) == self.done)
 
   def to_the_end(self):
     """Trains, saves, evaluates and exports until the last step is done."""
-    config = self.run.config
+    settings = self.run.settings
     try:
       if self.done == 0:
         check_start(self.run, self.state, self._eval_step)
       # A run that was stopped while it evaluated has saved that step already.
-      if not self.held_out and (self.done == 0 or self._is_due(config.train.eval_every)):
+      if not self.held_out and (self.done == 0 or self._is_due(settings.train.eval_every)):
         self._evaluate()
       with contextlib.closing(train_batches(self.run, self.done)) as batches:
         while self.done < self.run.num_steps:
           self.session.preemption.check()
           self._learn(next(batches))
-          exports = self.done < self.run.num_steps and self._is_due(config.hf_save_steps)
-          if exports or self._is_due(config.train.save_every):
+          exports = self.done < self.run.num_steps and self._is_due(settings.hf_save_steps)
+          if exports or self._is_due(settings.train.save_every):
             self._save()
-          if self._is_due(config.train.eval_every):
+          if self._is_due(settings.train.eval_every):
             self._evaluate()
           if exports:
             self._export()
@@ -164,10 +175,10 @@ class Learning:
   def _export(self):
     self._monitor.pause()
     try:
-      save_exports(self.run, self.state, self.done, self.session.reporter)
+      save_exports(self.run, self.state, self.done, self.session)
     except access_errors() as error:
       # Several processes can only go on together.
-      if self.run.config.train.on_save_error == 'stop' or jax.process_count() > 1:
+      if self.run.settings.train.on_save_error == 'stop' or jax.process_count() > 1:
         raise
       logging.error('no export after step %d: %s', self.done, error)
 
@@ -187,7 +198,7 @@ def check_room_to_learn(run: Run, done: int):
   """Refuses a checkpoint from beyond the end, as after `allow_data_change` to fewer data."""
   if done > run.num_steps:
     raise ValueError(
-      f'{run.config.workdir} holds step {done}, and with these data the run ends after step '
+      f'{run.settings.workdir} holds step {done}, and with these data the run ends after step '
       f'{run.num_steps}: raise train.num_epochs, or choose another workdir'
     )
 
@@ -196,7 +207,11 @@ def train_batches(run: Run, start_step: int) -> grain.DatasetIterator:
   """Returns this process's rows of batch `start_step` and all after it."""
   index, count = row_shard(run.mesh)
   return loader.train_batches(
-    run.data, run.config, start_step=start_step, shard_index=index, shard_count=count
+    run.data,
+    start_step=start_step,
+    shard_index=index,
+    shard_count=count,
+    workers=run.settings.data.workers,
   )
 
 
@@ -207,7 +222,7 @@ def held_out_metrics(
   if run.data.validation is None:
     return {}
   index, count = row_shard(run.mesh)
-  batches = loader.validation_batches(run.data, run.config, shard_index=index, shard_count=count)
+  batches = loader.validation_batches(run.data, shard_index=index, shard_count=count)
   sums = []
   with contextlib.closing(batches):
     for batch in batches:
@@ -230,7 +245,7 @@ def check_start(run: Run, state: TrainState, eval_step):
     abs(math.log(metrics[f'policy_perplexity_{side}'] / metrics[f'reference_perplexity_{side}']))
     for side in ('chosen', 'rejected')
   )
-  rounding = _ROUNDING[run.config.model.dtype]
+  rounding = _ROUNDING[run.settings.model.dtype]
   # Plain DPO's loss is known; others' are not, but their policy must be the reference all the same.
   off = abs(metrics['dpo_loss'] - math.log(2)) if is_plain_dpo(run) else 0.0
   if not (drift <= rounding and off <= rounding):
@@ -257,23 +272,23 @@ def make_monitor(run: Run, reporter: Reporter) -> Monitor:
 
   return Monitor(
     reporter,
-    log_every=run.config.train.log_every,
-    max_skipped=run.config.optimizer.max_skipped_steps,
-    learning_rate=make_schedule(run.config.optimizer, run.num_steps),
+    log_every=run.settings.train.log_every,
+    max_skipped=run.settings.optimizer.max_skipped_steps,
+    learning_rate=make_schedule(run.settings.optimizer, run.num_steps),
     describe=describe,
   )
 
 
-def save_exports(run: Run, state: TrainState, step: int, reporter: Reporter):
+def save_exports(run: Run, state: TrainState, step: int, session: Session):
   """Writes the policy as it is after `step` for other programs to load, and says where."""
   policy = nnx.merge(run.graphdef, state.trainable, run.frozen).policy
-  facts = Facts(run.record, step, reporter.written(step, 'validation'))
-  for name, output in output_paths(run.config).items():
+  facts = Facts(run.record, step, session.reporter.written(step, 'validation'))
+  for name, output in session.outputs.items():
     if name == 'peft':
       export_adapter(policy, run.lora, facts, output, run.mesh)
     else:
       export_merged(policy, run.base, facts, output, run.mesh)
-    reporter.say(f'wrote {output}')
+    session.reporter.say(f'wrote {output}')
 
 
 def introduce(run: Run, state: TrainState, start_step: int, reporter: Reporter):
@@ -287,7 +302,7 @@ def introduce(run: Run, state: TrainState, start_step: int, reporter: Reporter):
       'fraction_trainable': trainable / total,
     }
     reporter.write(0, 'train', counts)
-  for line in data_lines(run.data.report, run.config.batch.tokens):
+  for line in data_lines(run.data.report, run.settings.batch.tokens):
     reporter.say(line)
   reporter.say(
     f'{total:,} parameters, {trainable:,} trainable ({trainable / total:.2%}); '
@@ -307,7 +322,7 @@ def conclude(learning: Learning):
     )
   if warning := displacement_warning(held_out):
     reporter.say(warning)
-  save_exports(run, learning.state, run.num_steps, learning.session.reporter)
+  save_exports(run, learning.state, run.num_steps, learning.session)
 
 
 if __name__ == '__main__':

@@ -79,10 +79,9 @@ def exports(config):
 
 
 def _restored(config):
-  config = validate(config)
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    run, state = build(config, mesh)
+    run, state = build(validate(config), mesh)
     checkpoints = Checkpoints(f'{config.workdir}/checkpoints', run.identity, keep=1)
     with contextlib.closing(checkpoints):
       state, step = checkpoints.resume(state)
@@ -92,7 +91,7 @@ def _restored(config):
 
 def _our_logps(run, state, pairs):
   """Policy log-probs [pairs, 2] through the packed evaluation."""
-  batch = next(iter(loader.validation_batches(run.data, run.config, shard_index=0, shard_count=1)))
+  batch = next(iter(loader.validation_batches(run.data, shard_index=0, shard_count=1)))
 
   @jax.jit
   def logps(state, frozen, batch):
@@ -162,7 +161,7 @@ def test_export_of_the_last_step_is_what_the_run_wrote(exports, tmp_path, form):
 
 
 def test_every_kept_step_can_be_exported_without_the_data(exports, tmp_path, monkeypatch):
-  monkeypatch.setattr(assemble, 'prepare', None)
+  monkeypatch.setattr(assemble, 'prepare_data', None)
   cards = []
   for step in (1, 2, 3):
     export(str(exports[0]), str(tmp_path / 'out'), merged=False, step=step)
@@ -323,8 +322,7 @@ def test_every_way_of_tuning_is_exported_alike_by_run_and_command(config, tmp_pa
 
 def test_record_of_a_run_is_read_as_it_was_written(config, exports):
   record = read_record(exports[0])
-  ours = json.loads(validate(config).to_json_best_effort())
-  theirs = json.loads(record.config.to_json_best_effort())
+  ours, theirs = validate(config).to_json(), record.settings.to_json()
   assert theirs['data'].pop('tokenizer') == config.initialize_from_hf  # which was found there
   ours['data'].pop('tokenizer')
   assert theirs == ours

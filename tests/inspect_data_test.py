@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from dpo_flax import inspect_data
-from dpo_flax.data.prepare import prepare
+from dpo_flax.assembly.data import prepare_data
+from dpo_flax.config.checks import validate
 from dpo_flax.data.reports import page, text
 
 TINY = pathlib.Path(__file__).parent.parent / 'configs' / 'tiny.py'
@@ -43,7 +44,7 @@ def config(tmp_path):
 def test_statistics_count_what_is_there(config):
   config.data.validation_split_fraction = 0.0
   found, _ = inspect_data.inspect(config, 0)
-  prepared = prepare(config, vocab_size=1 << 20)
+  prepared = prepare_data(validate(config), vocab_size=1 << 20)
   lengths = prepared.train.lengths
   assert found['read'] == len(RECORDS) == found['kept'] + found['dropped']
   assert found['dropped_by_reason'] == {'empty response': 1}

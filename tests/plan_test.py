@@ -14,8 +14,13 @@ import pytest
 
 from dpo_flax import config, plan
 from dpo_flax.assembly import assemble
+from dpo_flax.assembly import blueprint as blueprint_module
+from dpo_flax.assembly.blueprint import make_blueprint
+from dpo_flax.assembly.data import prepare_data
 from dpo_flax.config.checks import validate
+from dpo_flax.config.settings import settings_of
 from dpo_flax.planning import aot, chips, estimate, search
+from dpo_flax.planning.remedies import Adjustable, remedies
 from dpo_flax.sharding import make_mesh, shard_batch
 from dpo_flax.train import train_batches
 
@@ -46,6 +51,11 @@ def tiny(tmp_path):
 def cpu_slice():
   """Four CPUs in place of four chips."""
   return chips.Slice(chips.CHIPS['v5e'], '2x2', jax.devices()[:4])
+
+
+def blueprint(config, slice_):
+  settings = validate(config)
+  return make_blueprint(settings, make_mesh(settings.mesh.sizes(), slice_.devices))
 
 
 def describe(tree):
@@ -80,7 +90,7 @@ def test_planned_arguments_are_those_of_training(tiny, set_field, changes):
     batch = shard_batch(next(batches), mesh)
     batches.close()
   _, planned = aot.abstract_train_step(
-    tiny, mesh, base=None, reference=None, pairs_per_row=run.data.pairs_per_row
+    make_blueprint(validate(tiny), mesh), pairs_per_row=run.data.pairs_per_row
   )
   assert describe(planned[0]) == describe(state)
   assert describe(planned[1]) == describe(run.frozen)
@@ -89,7 +99,7 @@ def test_planned_arguments_are_those_of_training(tiny, set_field, changes):
 
 def test_estimate_reads_a_step_of_any_devices(tiny, cpu_slice):
   pairs = estimate.Pairs(slots=3, mean=2.5, source='a test')
-  found = estimate.estimate(tiny, cpu_slice, base=None, reference=None, pairs=pairs)
+  found = estimate.estimate(blueprint(tiny, cpu_slice), cpu_slice, pairs=pairs)
   assert found.fits
   assert found.peak_hbm_bytes >= found.argument_bytes > 0
   # Forward of policy and reference, forward again and backward to the inputs: four passes over
@@ -103,10 +113,12 @@ def test_estimate_reads_a_step_of_any_devices(tiny, cpu_slice):
 
 
 def test_the_step_is_compiled_with_the_options_of_training(tiny, cpu_slice, monkeypatch):
-  monkeypatch.setattr(assemble, 'compiler_options', lambda mesh: {'xla_no_such_option': '1'})
+  monkeypatch.setattr(
+    blueprint_module, 'compiler_options', lambda mesh: {'xla_no_such_option': '1'}
+  )
   pairs = estimate.Pairs(slots=3, mean=2.5, source='a test')
   with pytest.raises(jax.errors.JaxRuntimeError, match='xla_no_such_option'):
-    estimate.estimate(tiny, cpu_slice, base=None, reference=None, pairs=pairs)
+    estimate.estimate(blueprint(tiny, cpu_slice), cpu_slice, pairs=pairs)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +141,9 @@ def test_remedies_leave_out_what_is_done_or_too_little(tiny, cpu_slice):
     settings = tiny.copy_and_resolve_references()
     settings.update_from_flattened_dict(changes)
     matter = argument_bytes < cpu_slice.chip.hbm_bytes
-    lines = estimate.remedies(settings, cpu_slice.devices, temporaries_matter=matter)
+    found = settings_of(settings)
+    adjustable = Adjustable(found.batch, found.model, found.mesh, method=found.tuning.method)
+    lines = remedies(adjustable, cpu_slice.devices, temporaries_matter=matter)
     return [line.partition('=')[0].removeprefix('config.') for line in lines][:-1]
 
   everything = {'model.remat': 'none', 'batch.tokens': 4096, 'batch.rows': 16, 'mesh.data': 2}
@@ -171,12 +185,12 @@ def test_search_finds_the_most_rows_that_fit(fixed, full, dots, kept):
 
   room = {remat: min(int((15.75 - fixed) / size), 64) for remat, size in per_row.items()}
   fitting = [remat for remat in ('none', 'dots', 'full', 'offload') if room[remat]]
-  settings = config.default()
+  sizes = {'shards': 4, 'tokens': 4096}
   if not fitting:
     with pytest.raises(ValueError, match='not one row'):
-      search.largest(compiled, settings, slice_, report=lambda _: None)
+      search.largest(compiled, **sizes, report=lambda _: None)
     return
-  changes, found = search.largest(compiled, settings, slice_, report=lambda _: None)
+  changes, found = search.largest(compiled, **sizes, report=lambda _: None)
   assert changes['model.remat'] == fitting[0]
   assert changes['batch.rows'] // 4 == room[fitting[0]]
   assert found.fits
@@ -200,7 +214,7 @@ def test_published_model_needs_no_checkpoint(name, preset, monkeypatch):
   settings = config.default()
   settings.initialize_from_hf = name
   made = plan.make_plan(settings, 'v5e:2x2', preset=None, lengths=None)
-  assert (made.config.model.preset, made.base) == (preset, None)
+  assert (made.settings.model.preset, made.settings.initialize_from_hf) == (preset, None)
   assert (made.pairs.slots, made.pairs.mean) == (1, 1.0)
 
 
@@ -211,7 +225,7 @@ def test_pairs_are_those_of_the_data_or_the_flag(tiny, monkeypatch):
     return plan.make_plan(tiny, 'v5e:2x2', preset=None, lengths=lengths).pairs
 
   measured = pairs(None)
-  report = assemble.prepare(tiny, vocab_size=512).report['train']
+  report = prepare_data(validate(tiny), vocab_size=512).report['train']
   assert measured.mean == report['pairs'] / report['rows']
   assert measured.slots == report['pairs_per_row']
   assert pairs(['100', '13', '14']).mean == 2.0  # the prompt once, its last token twice: 128

@@ -1,4 +1,4 @@
-"""Config -> all the parts of a run on its mesh: what every command builds first."""
+"""Settings -> all the parts of a run on its mesh: what every command builds first."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,154 +6,123 @@ from collections.abc import Callable
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from dpo_flax import config as config_lib
+from dpo_flax.assembly.blueprint import Blueprint, make_blueprint
+from dpo_flax.assembly.data import cache_directory, prepare_data
 from dpo_flax.assembly.models import load_models
 from dpo_flax.assembly.run_record import RunRecord, make_record
-from dpo_flax.assembly.sources import make_sources, reference_fingerprint
-from dpo_flax.assembly.tuning import make_lora_config
-from dpo_flax.config.checks import validate_rows
-from dpo_flax.config.identity import RunIdentity
+from dpo_flax.assembly.sources import reference_fingerprint
+from dpo_flax.config.identity import RunIdentity, identity_of
+from dpo_flax.config.schema import Settings
 from dpo_flax.data.loader import steps_for_epochs
-from dpo_flax.data.prepare import PreparedData, prepare
-from dpo_flax.huggingface.weights import BaseCheckpoint, open_checkpoint
-from dpo_flax.losses.objective import Objective, check_records
+from dpo_flax.data.prepare import PreparedData
+from dpo_flax.huggingface.weights import BaseCheckpoint
+from dpo_flax.losses.objective import check_records
 from dpo_flax.model.lora import LoraConfig
 from dpo_flax.runtime import hosts
-from dpo_flax.sharding import row_parts
-from dpo_flax.training.compiler_options import compiler_options
-from dpo_flax.training.optimizer import make_optimizer
 from dpo_flax.training.reference_cache import with_reference_logps
-from dpo_flax.training.state import TrainState, init_train_state, split_models
-from dpo_flax.training.step import StepOptions, jit_eval_step, jit_train_step
+from dpo_flax.training.state import Models, TrainState, init_train_state, split_models
+from dpo_flax.training.step import StepOptions
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
   """Everything that stays the same from the first step to the last."""
 
-  config: ConfigDict
-  mesh: Mesh
+  blueprint: Blueprint
   data: PreparedData
   num_steps: int
-  lora: LoraConfig | None  # None: the whole policy learns
-  base: BaseCheckpoint | None  # None: random weights
   graphdef: nnx.GraphDef
   frozen: nnx.State
   optimizer: optax.GradientTransformation
-  options: StepOptions
   identity: RunIdentity
-  starts_as_reference: bool  # policy and reference are one before the first step
   record: RunRecord
 
+  @property
+  def settings(self) -> Settings:
+    """The run's settings, with the tokenizer's path."""
+    return self.blueprint.settings
 
-def build(config: ConfigDict, mesh: Mesh) -> tuple[Run, TrainState]:
+  @property
+  def mesh(self) -> Mesh:
+    """The devices."""
+    return self.blueprint.mesh
+
+  @property
+  def lora(self) -> LoraConfig | None:
+    """What learns beside the base; None: the whole policy does."""
+    return self.blueprint.lora
+
+  @property
+  def base(self) -> BaseCheckpoint | None:
+    """Where the base weights are from; None: random weights."""
+    return self.blueprint.sources.base
+
+  @property
+  def options(self) -> StepOptions:
+    """What the step needs to know."""
+    return self.blueprint.options
+
+  @property
+  def starts_as_reference(self) -> bool:
+    """Whether policy and reference are one before the first step."""
+    return self.blueprint.sources.starts_as_reference()
+
+  def make_steps(self) -> tuple[Callable, Callable]:
+    """Returns train_step and eval_step, jitted for the mesh's devices."""
+    return self.blueprint.make_steps(self.graphdef, self.optimizer)
+
+
+def build(settings: Settings, mesh: Mesh) -> tuple[Run, TrainState]:
   """Prepares the data and the models; the state is that of step 0.
 
   Raises:
-    ValueError: the config, the data or the weights are unfit. Cheap checks come first.
+    ValueError: the settings, the data or the weights are unfit. Cheap checks come first.
   """
-  validate_rows(config, row_parts(mesh))
-  objective = Objective.from_config(config.objective)
-  base, other = (
-    open_checkpoint(path) if path else None
-    for path in (config.initialize_from_hf, config.reference_model_path)
-  )
-  sources = make_sources(config, base, other, mesh)
-  lora = make_lora_config(
-    config, sources.model, start=sources.adapter, reference=sources.reference_adapter
-  )
-  if base and not config.data.tokenizer:
-    config.data.tokenizer = str(base.directory)
-  options = make_step_options(config, objective, lora)
-  data = prepare(config, vocab_size=sources.model.vocab_size)
+  blueprint = make_blueprint(settings, mesh)
+  settings, sources = blueprint.settings, blueprint.sources
+  data = prepare_data(settings, vocab_size=sources.model.vocab_size)
   for pairs in (data.train, data.validation):
-    check_records(pairs.columns if pairs else (), objective)
-  num_steps = config.train.num_train_steps or steps_for_epochs(data, config)
+    check_records(pairs.columns if pairs else (), settings.objective)
+  num_steps = settings.train.num_train_steps or steps_for_epochs(data, settings.train.num_epochs)
   fingerprints = {'data': data.fingerprint, **sources.fingerprints()}
   hosts.check_agreement({**fingerprints, 'steps': num_steps})
   models = load_models(
-    config, sources, lora, keeps_reference=runs_reference(config, objective), mesh=mesh
-  )
-  if config.reference.source == 'cache':
-    # Without a reference of its own, the policy still is it.
-    reference = models.reference or models.policy
-    weights = reference_fingerprint(config, sources)
-    data = with_reference_logps(data, reference, config, fingerprint=weights, mesh=mesh)
-  graphdef, trainable, frozen = split_models(models)
-  optimizer = make_optimizer(config.optimizer, num_steps)
-  identity = RunIdentity(config_lib.identity_of(config), fingerprints)
-  run = Run(
-    config=config,
+    sources,
+    blueprint.lora,
+    seed=settings.seed,
+    keeps_reference=blueprint.keeps_reference,
     mesh=mesh,
+  )
+  if settings.reference.source == 'cache':
+    data = _with_reference_logps(data, models, blueprint)
+  graphdef, trainable, frozen = split_models(models)
+  optimizer = blueprint.make_optimizer(num_steps)
+  identity = RunIdentity(identity_of(settings), fingerprints)
+  run = Run(
+    blueprint=blueprint,
     data=data,
     num_steps=num_steps,
-    lora=lora,
-    base=sources.base,
     graphdef=graphdef,
     frozen=frozen,
     optimizer=optimizer,
-    options=options,
     identity=identity,
-    starts_as_reference=sources.starts_as_reference(),
-    record=make_record(config, data, identity, num_steps),
+    record=make_record(settings, data, identity, num_steps),
   )
   return run, init_train_state(trainable, optimizer, mesh)
 
 
-def runs_reference(config: ConfigDict, objective: Objective) -> bool:
-  """Whether the step runs the reference, so that its weights must stay."""
-  return objective.needs_reference and config.reference.source == 'live'
-
-
-def make_step_options(
-  config: ConfigDict,
-  objective: Objective,
-  lora: LoraConfig | None,  # None: the whole policy learns
-) -> StepOptions:
-  """Returns what the step needs to know.
-
-  Raises:
-    ValueError: the loss compares the pairs of a whole batch, which is split into microbatches.
-  """
-  live = objective.kl_penalty_weight or objective.token_statistics or objective.ld_alpha is not None
-  if config.reference.source == 'cache' and (live or not objective.needs_reference):
-    raise ValueError(
-      "reference.source='cache' keeps each response's summed log-prob. "
-      f'objective.loss={objective.loss} needs none, or kl_penalty_weight, token_statistics or '
-      'ld_alpha need those of the tokens: set reference.source to live'
-    )
-  # On top of a reference's adapter, the policy has it too.
-  fields = ['reference_model_path']
-  fields += ['reference_adapter_path'] if config.initialize_from_adapter else []
-  for field in fields:
-    if config[field] and not objective.needs_reference:
-      raise ValueError(
-        f'{field}={config[field]}: objective.loss={objective.loss} needs no reference; unset it'
-      )
-  return StepOptions(
-    objective=objective,
-    logits_chunk=config.model.logits_chunk,
-    microbatches=config.batch.microbatches,
-    dropout_seed=config.seed if lora is not None and lora.dropout else None,
-    spike_factor=config.optimizer.spike_factor,
-  )
-
-
-def make_steps(
-  graphdef: nnx.GraphDef,
-  options: StepOptions,
-  *,
-  optimizer: optax.GradientTransformation,
-  mesh: Mesh,
-) -> tuple[Callable, Callable]:
-  """Returns train_step and eval_step, jitted with the options for the mesh's devices.
-
-  Training and planning get theirs here, so that what is planned is what runs.
-  """
-  compiler = compiler_options(mesh)
-  return (
-    jit_train_step(graphdef, optimizer, options, compiler_options=compiler),
-    jit_eval_step(graphdef, options, compiler_options=compiler),
+def _with_reference_logps(data: PreparedData, models: Models, blueprint: Blueprint) -> PreparedData:
+  settings = blueprint.settings
+  return with_reference_logps(
+    data,
+    # Without a reference of its own, the policy still is it.
+    models.reference or models.policy,
+    directory=cache_directory(settings.workdir, settings.data.cache_dir),
+    fingerprint=reference_fingerprint(
+      blueprint.sources, preset=settings.model.preset, seed=settings.seed
+    ),
+    dtypes=(settings.model.dtype, settings.model.weight_dtype),
+    logits_chunk=settings.model.logits_chunk,
+    mesh=blueprint.mesh,
   )

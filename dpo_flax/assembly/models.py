@@ -5,7 +5,6 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from dpo_flax.assembly.sources import Sources
 from dpo_flax.huggingface.peft_adapter import AdapterFiles, load_adapter
@@ -28,15 +27,15 @@ from dpo_flax.training.state import Models
 
 
 def load_models(
-  config: ConfigDict,
   sources: Sources,
   lora: LoraConfig | None,  # None: the whole policy learns
   *,
+  seed: int,
   keeps_reference: bool,
   mesh: Mesh,
 ) -> Models:
   """Returns the policy as it starts, and its reference."""
-  policy = load_model(sources.model, lora, checkpoint=sources.base, mesh=mesh, seed=config.seed)
+  policy = load_model(sources.model, lora, checkpoint=sources.base, mesh=mesh, seed=seed)
   other = None
   if sources.reference_model is not None:
     other = load_model(

@@ -3,14 +3,13 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
-from dpo_flax import config as config_lib
 from dpo_flax.config.identity import RunIdentity
+from dpo_flax.config.schema import Settings
+from dpo_flax.config.settings import settings_from_json
 from dpo_flax.data.batches import pack
 from dpo_flax.data.prepare import PreparedData
 from dpo_flax.files.atomic import write_file
@@ -22,9 +21,9 @@ _CHECKED = 4  # pairs
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-  """A run's config, what it was made of, and the pairs on which its exports are checked."""
+  """A run's settings, what it was made of, and the pairs on which its exports are checked."""
 
-  config: ConfigDict  # every field
+  settings: Settings
   fingerprints: Mapping[str, str | None]  # of data and weights
   num_steps: int
   pairs: Mapping[str, int]  # side -> how many
@@ -33,14 +32,14 @@ class RunRecord:
 
 
 def make_record(
-  config: ConfigDict, data: PreparedData, identity: RunIdentity, num_steps: int
+  settings: Settings, data: PreparedData, identity: RunIdentity, num_steps: int
 ) -> RunRecord:
   """Returns the record of a run; exports are checked on its first short pairs."""
   side = data.validation or data.train
-  lengths = pack.row_lengths(side.lengths, config.data.layout)
+  lengths = pack.row_lengths(side.lengths, data.rows.layout)
   places = np.argsort(lengths > np.median(lengths), kind='stable')[:_CHECKED]
   return RunRecord(
-    config,
+    settings,
     identity.fingerprints,
     num_steps,
     {name: report['pairs'] for name, report in data.report.items()},
@@ -52,7 +51,7 @@ def make_record(
 def write_record(record: RunRecord, workdir: epath.Path):
   """Writes the record in one step."""
   values = {
-    'config': json.loads(record.config.to_json_best_effort()),
+    'config': record.settings.to_json(),
     'fingerprints': dict(record.fingerprints),
     'num_steps': record.num_steps,
     'pairs': dict(record.pairs),
@@ -84,7 +83,7 @@ def read_record(workdir: epath.Path) -> RunRecord:
     if not checks:
       raise ValueError('it has no pairs to check exports on')
     return RunRecord(
-      _config(values['config']),
+      settings_from_json(values['config']),
       dict(values['fingerprints']),
       values['num_steps'],
       dict(values['pairs']),
@@ -98,19 +97,3 @@ def read_record(workdir: epath.Path) -> RunRecord:
 
 
 _IDS = ('prompt', 'chosen', 'rejected')
-
-
-def _config(values: Mapping[str, Any]) -> ConfigDict:
-  """Returns the schema with these values; what it does not have is an error."""
-  config = config_lib.default()
-  with config.ignore_type():
-    _update(config, values)
-  return config
-
-
-def _update(config: ConfigDict, values: Mapping[str, Any]):
-  for name, value in values.items():
-    if isinstance(config[name], ConfigDict) and isinstance(value, dict):
-      _update(config[name], value)
-    else:
-      config[name] = tuple(value) if isinstance(config[name], tuple) else value

@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
+from dpo_flax.config.sections import ModelSettings
 from dpo_flax.files.untrusted import parse_json
 from dpo_flax.huggingface import peft_adapter, weights
 from dpo_flax.huggingface.config_json import from_hf_config
@@ -52,27 +52,29 @@ class Sources:
 
 
 def make_sources(
-  config: ConfigDict, base: BaseCheckpoint | None, reference: BaseCheckpoint | None, mesh: Mesh
+  model: ModelConfig,
+  base: BaseCheckpoint | None,  # None: random weights
+  *,
+  reference: BaseCheckpoint | None = None,  # None: the policy's own base
+  reference_model: ModelConfig | None = None,
+  reference_model_path: str | None = None,  # as it was given, for the message
+  merge_adapter_path: str | None = None,
+  initialize_from_adapter: str | None = None,
+  reference_adapter_path: str | None = None,
 ) -> Sources:
-  """Opens the adapters that the config names, and checks that all fit together.
+  """Opens the adapters of these paths, and checks that all fit together.
 
   Raises:
     ValueError: an adapter is not for the model, or the reference's vocabulary, tokenizer or depth
       is another than the policy's.
   """
-  model = make_model_config(config, base, mesh)
-  other = reference and make_model_config(config, reference, mesh)
   if reference is not None:
-    _check_same_shape(model, other, config.reference_model_path)
+    _check_same_shape(model, reference_model, reference_model_path)
     if base is not None:
       check_same_tokenizer(base.directory, reference.directory)
   merged, adapter, reference_adapter = (
     open_adapter(path, model) if path else None
-    for path in (
-      config.merge_adapter_path,
-      config.initialize_from_adapter,
-      config.reference_adapter_path,
-    )
+    for path in (merge_adapter_path, initialize_from_adapter, reference_adapter_path)
   )
   if reference_adapter is not None and reference_adapter.lora.saved:
     raise ValueError(
@@ -82,32 +84,41 @@ def make_sources(
     )
   if merged is not None:
     base = merge_adapter(base, merged, model)
-  return Sources(model, base, reference, other, merged, adapter, reference_adapter)
+  return Sources(model, base, reference, reference_model, merged, adapter, reference_adapter)
 
 
 def make_model_config(
-  config: ConfigDict, checkpoint: BaseCheckpoint | None, mesh: Mesh
+  settings: ModelSettings,
+  checkpoint: BaseCheckpoint | None,  # None: the preset's architecture
+  mesh: Mesh,
+  *,
+  tokens: int,  # of a row
 ) -> ModelConfig:
-  """Returns the architecture of `checkpoint`, or of `config.model.preset` without one.
+  """Returns the architecture of `checkpoint`, or of the preset without one.
 
   Raises:
     ValueError: the architecture is none of ours, or the attention is not for these devices.
   """
-  platform = mesh.devices.flat[0].platform
-  attention = config.model.attention
+  attention = _attention(settings.attention, mesh.devices.flat[0].platform)
+  run = {
+    'dtype': jnp.dtype(settings.dtype),
+    'weight_dtype': jnp.dtype(settings.weight_dtype),
+    'remat': settings.remat,
+    'attention': attention,
+  }
+  model_config = _architecture(checkpoint, settings.preset, run)
+  _check_fit(model_config, tokens)
+  return model_config
+
+
+def _attention(asked: str, platform: str) -> str:
+  """Returns the kernel for these devices."""
+  attention = asked
   if attention == 'auto':
     attention = 'pallas' if platform == 'tpu' else 'xla'
   if attention == 'pallas' and platform != 'tpu':
     raise ValueError(f'model.attention=pallas runs on TPU, not on {platform}: set it to auto')
-  run = {
-    'dtype': jnp.dtype(config.model.dtype),
-    'weight_dtype': jnp.dtype(config.model.weight_dtype),
-    'remat': config.model.remat,
-    'attention': attention,
-  }
-  model_config = _architecture(checkpoint, config.model.preset, run)
-  _check_fit(model_config, config)
-  return model_config
+  return attention
 
 
 def vocabulary_size(checkpoint: BaseCheckpoint | None, preset: str) -> int:
@@ -124,18 +135,15 @@ def _architecture(
   return from_hf_config(checkpoint.config, where=str(checkpoint.directory / 'config.json'), **run)
 
 
-def base_fingerprint(config: ConfigDict, checkpoint: BaseCheckpoint | None) -> str:
-  """Returns what tells base weights from others: a checkpoint's content, or a preset and seed."""
-  if checkpoint is None:
-    return f'{config.model.preset} {config.seed}'
-  return weights.fingerprint(checkpoint)
+def reference_fingerprint(sources: Sources, *, preset: str | None, seed: int) -> str:
+  """Returns what tells the reference from others: its weights, and the adapters in and on them.
 
-
-def reference_fingerprint(config: ConfigDict, sources: Sources) -> str:
-  """Returns what tells the reference from others: its weights, and the adapters in and on them."""
+  Of random weights, preset and seed.
+  """
   found = sources.fingerprints()
+  checkpoint = sources.reference or sources.base
   parts = {
-    'weights': base_fingerprint(config, sources.reference or sources.base),
+    'weights': f'{preset} {seed}' if checkpoint is None else weights.fingerprint(checkpoint),
     # Merged and applied, an adapter is rounded differently.
     'merged': None if sources.reference else found['merge_adapter_path'],
     'adapter': found['reference_adapter_path'],
@@ -143,9 +151,9 @@ def reference_fingerprint(config: ConfigDict, sources: Sources) -> str:
   return ', '.join(f'{name} {value}' for name, value in parts.items() if value)
 
 
-def _check_fit(model_config: ModelConfig, config: ConfigDict):
+def _check_fit(model_config: ModelConfig, tokens: int):
   """Refuses rows that this architecture is not made for."""
-  longest, tokens = model_config.longest_sequence, config.batch.tokens
+  longest = model_config.longest_sequence
   if longest is not None and tokens > longest:
     raise ValueError(
       f'batch.tokens={tokens}: this model (longrope) takes other positions for sequences of more '

@@ -1,10 +1,8 @@
-"""Config -> what of the policy learns: adapters, single modules, or the whole of it."""
+"""Settings -> what of the policy learns: adapters, single modules, or the whole of it."""
 
 import dataclasses
 
-from ml_collections import ConfigDict
-
-from dpo_flax.config.named_values import named_field
+from dpo_flax.config.sections import LoraSettings
 from dpo_flax.huggingface.peft_adapter import AdapterFiles
 from dpo_flax.huggingface.peft_targets import check_trainable, resolve
 from dpo_flax.model.config import ModelConfig
@@ -12,41 +10,36 @@ from dpo_flax.model.lora import Lora, LoraConfig
 
 
 def make_lora_config(
-  config: ConfigDict,
+  settings: LoraSettings,
   model: ModelConfig,
   *,
+  method: str = 'lora',  # lora | dora | full
   start: AdapterFiles | None = None,  # what the policy's adapters start as
   reference: AdapterFiles | None = None,  # what the reference has
 ) -> LoraConfig | None:
   """Returns what learns beside the frozen base; None: all of the policy does.
 
   Raises:
-    ValueError: what `config.lora` asks for is not in this model, or cannot be trained so.
+    ValueError: what `settings` asks for is not in this model, or cannot be trained so.
   """
-  if config.tuning.method == 'full':
+  if method == 'full':
     return None
-  dora = config.tuning.method == 'dora'
+  dora = method == 'dora'
   if start is None:
-    lora = resolve(_asked(config, dora), model)
+    lora = resolve(_asked(settings, dora), model)
   elif start.lora.dora == dora:
-    lora = dataclasses.replace(start.lora, dropout=config.lora.dropout)
+    lora = dataclasses.replace(start.lora, dropout=settings.dropout)
     check_trainable(lora, model)
   else:
-    method = 'dora' if start.lora.dora else 'lora'
     raise ValueError(
-      f'initialize_from_adapter={config.initialize_from_adapter} is an adapter of the other kind: '
-      f'set tuning.method={method}'
+      f'initialize_from_adapter={start.directory} is an adapter of the other kind: '
+      f'set tuning.method={"dora" if start.lora.dora else "lora"}'
     )
   return _stack_on_reference(lora, reference and reference.lora, continues=start is None)
 
 
-def _asked(config: ConfigDict, dora: bool) -> Lora:
-  """Returns what `config.lora` asks for."""
-  lora = config.lora
-  patterns = {
-    field: named_field(config, f'lora.{field}', of='modules', example=('q_proj', 16))
-    for field in ('rank_pattern', 'alpha_pattern')
-  }
+def _asked(lora: LoraSettings, dora: bool) -> Lora:
+  """Returns what the section `lora` of the settings asks for."""
   return Lora(
     rank=lora.r,
     alpha=lora.alpha,
@@ -58,7 +51,8 @@ def _asked(config: ConfigDict, dora: bool) -> Lora:
     layers_to_transform=lora.layers_to_transform,
     modules_to_save=lora.modules_to_save,
     ensure_weight_tying=lora.ensure_weight_tying,
-    **patterns,
+    rank_pattern=lora.rank_pattern,
+    alpha_pattern=lora.alpha_pattern,
   )
 
 

@@ -1,75 +1,23 @@
-"""What is wrong with a config: illegal values, and fields that contradict each other."""
+"""What is wrong with a config: what its rows refuse, and fields that contradict each other."""
 
-import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 from absl import logging
 from ml_collections import ConfigDict
 
-from dpo_flax.config.schema import default, get
+from dpo_flax.config.row import rows_of
+from dpo_flax.config.schema import ROWS, Settings, get
+from dpo_flax.config.sections import (
+  BatchSettings,
+  LoraSettings,
+  OptimizerSettings,
+  TrainSettings,
+)
+from dpo_flax.config.settings import settings_of
 from dpo_flax.files.messages import SECRETS
 from dpo_flax.files.paths import absolute
-
-_CHOICES = {
-  'tuning.method': ('lora', 'dora', 'full'),
-  'model.dtype': ('bfloat16', 'float32'),
-  'model.weight_dtype': ('bfloat16', 'float32', 'int8'),
-  'model.remat': ('full', 'offload', 'dots', 'none'),
-  'model.attention': ('auto', 'xla', 'pallas'),
-  'data.format': (
-    *('auto', 'explicit', 'implicit', 'messages', 'hh'),
-    *('shp', 'webgpt', 'binarized', 'ultrafeedback', 'orca'),
-  ),
-  'data.completions': ('best_vs_worst', 'best_vs_random', 'all'),
-  'data.history': ('exact', 'rendered'),
-  'reference.source': ('live', 'cache'),
-  'data.layout': ('shared', 'separate'),
-  'data.too_long': ('raise', 'drop', 'truncate_prompt'),
-  'data.bad_record': ('raise', 'skip'),
-  'train.on_save_error': ('stop', 'continue'),
-  'optimizer.name': ('adamw',),
-  'optimizer.lr_schedule': ('cosine', 'linear', 'constant'),
-}
-
-# field -> (smallest, largest) value; None: no bound.
-_RANGES = {
-  'seed': (0, 2**31 - 1),
-  'model.logits_chunk': (1, None),
-  'lora.r': (1, 2**16),
-  'lora.dropout': (0, 0.999),
-  'data.validation_split_fraction': (0, 0.9),
-  'data.cache_workers': (0, 1024),
-  'data.workers': (0, 1024),
-  'batch.rows': (1, 2**24),
-  'batch.tokens': (4, 2**24),
-  'batch.pairs_per_row': (0, None),
-  'batch.microbatches': (1, None),
-  'train.num_train_steps': (0, 2**31 - 1),
-  'train.num_epochs': (0, 10**6),
-  'train.log_every': (1, None),
-  'train.eval_every': (0, None),
-  'train.save_every': (0, None),
-  'train.keep': (1, None),
-  'train.grace_seconds': (1, None),
-  'optimizer.warmup': (0, 1),
-  'optimizer.max_grad_norm': (0, None),
-  'optimizer.b1': (0, 0.9999999),
-  'optimizer.b2': (0, 0.9999999),
-  'optimizer.weight_decay': (0, None),
-  'optimizer.max_skipped_steps': (0, None),
-  'optimizer.spike_factor': (0, None),
-  'hf_save_steps': (0, None),
-}
-
-_POSITIVE = (
-  'lora.alpha',
-  'optimizer.learning_rate',
-  'optimizer.eps',
-)
-
-# A name or several, of modules or losses.
-_NAMES = ('lora.target_modules', 'lora.exclude_modules', 'lora.modules_to_save', 'objective.loss')
 
 _SHORTEST_PAIR = 4  # tokens: one of a prompt before one of a response, twice
 
@@ -80,61 +28,70 @@ _HIGH_LEARNING_RATES = {'lora': 5e-5, 'dora': 5e-5, 'full': 5e-6}
 _FREE_OF_ADAPTERS = ('dropout', 'zero_init_b')
 
 
-def validate(config: ConfigDict) -> ConfigDict:
-  """Returns a checked copy of `config`, with what has only one right value put right (and said).
+def validate(config: ConfigDict, *, planning: bool = False) -> Settings:
+  """Returns a checked config as frozen settings, with what has only one right value put right.
+
+  Args:
+    config: the user's, which is left as it is.
+    planning: whether it may lack what only a run needs: workdir, data, tokenizer and length.
 
   Raises:
     ValueError: a field has no legal value, or two fields contradict each other.
   """
-  _check_names(config)
-  _check_secrets(config)
-  config = config.copy_and_resolve_references()
-  for field, choices in _CHOICES.items():
-    if get(config, field) not in choices:
-      raise ValueError(f'{field}={get(config, field)!r}: expected one of {", ".join(choices)}')
-  for field, (low, high) in _RANGES.items():
-    _check_range(field, get(config, field), low, high)
-  for field in _NAMES:
-    value = get(config, field)
-    several = value if isinstance(value, list | tuple | dict) else [value]
-    if value is not None and not all(isinstance(name, str) for name in several):
-      raise ValueError(f'{field}={value!r}: expected a name, or a list of names')
-  for field in _POSITIVE:
-    if not 0 < get(config, field) < math.inf:
-      raise ValueError(f'{field}={get(config, field)}: must be greater than 0, and finite')
-  _check_required(config)
-  _check_workdir(config.workdir)
-  _check_pairs_per_row(config)
-  _check_tuning(config)
-  if config.batch.rows % config.batch.microbatches:
+  given = {field: get(config, field) for field in ROWS}
+  _check_names(given)
+  _check_secrets(given)
+  for field, row in ROWS.items():
+    row.check(field, given[field])
+  settings = settings_of(config)
+  paths, tokenizer = settings.weight_paths(), settings.data.tokenizer
+  if not planning:
+    _check_required({'workdir': settings.workdir, 'data.train': settings.data.train})
+  _check_weights(paths, settings.model.preset)
+  if not (planning or tokenizer or settings.initialize_from_hf):
     raise ValueError(
-      f'batch.rows={config.batch.rows} is not a multiple of '
-      f'batch.microbatches={config.batch.microbatches}'
+      'data.tokenizer is not set, and there is no initialize_from_hf to take it from'
     )
-  if not config.lora.zero_init_b:
+  _check_skips(settings.optimizer)
+  _check_length(settings.train, planning=planning)
+  _check_workdir(settings.workdir)
+  _check_pairs_per_row(settings.batch, pack=settings.data.pack)
+  written = {'peft_save_path': settings.peft_save_path} if settings.peft_save_path else {}
+  _check_tuning(
+    settings.lora,
+    settings.tuning.method,
+    paths=paths | written,
+    weight_dtype=settings.model.weight_dtype,
+  )
+  _check_microbatches(settings.batch)
+  if not settings.lora.zero_init_b:
     logging.warning(
       'lora.zero_init_b=False is overridden to True: otherwise the policy differs from the '
       'reference before the first step'
     )
-    config.lora.zero_init_b = True
-  highest = _HIGH_LEARNING_RATES[config.tuning.method]
-  if config.optimizer.learning_rate > highest:
+    settings = settings.replace({'lora.zero_init_b': True})
+  _warn_of_high_rate(settings.optimizer.learning_rate, settings.tuning.method)
+  return settings
+
+
+def _warn_of_high_rate(rate: float, method: str):
+  highest = _HIGH_LEARNING_RATES[method]
+  if rate > highest:
     logging.warning(
       'optimizer.learning_rate=%g is high for DPO with method %s; above %g runs often degrade',
-      config.optimizer.learning_rate,
-      config.tuning.method,
+      rate,
+      method,
       highest,
     )
-  return config
 
 
-def validate_rows(config: ConfigDict, shards: int):
+def validate_rows(batch: BatchSettings, shards: int):
   """Checks that the rows of every microbatch divide evenly among the mesh's `shards` of rows.
 
   Raises:
     ValueError: they do not.
   """
-  rows, parts = config.batch.rows, config.batch.microbatches
+  rows, parts = batch.rows, batch.microbatches
   if rows % (parts * shards):
     raise ValueError(
       f'batch.rows={rows} does not divide among mesh.data x mesh.fsdp = {shards} shards'
@@ -143,17 +100,24 @@ def validate_rows(config: ConfigDict, shards: int):
     )
 
 
-def _check_names(config: ConfigDict):
+def _check_names(given: Mapping[str, Any]):
   """Refuses the mappings that a config cannot be copied with."""
-  for field in (
-    *('data.train', 'data.validation', 'data.fields', 'data.template_variables'),
-    *('lora.rank_pattern', 'lora.alpha_pattern'),
-  ):
-    value = get(config, field)
-    if isinstance(value, dict) and any('.' in str(name) for name in value):
+  for field, value in given.items():
+    is_mapping = ROWS[field].mapping or ROWS[field].paths
+    if is_mapping and isinstance(value, dict) and any('.' in str(name) for name in value):
       pairs = ', '.join(f'({name!r}, {item!r})' for name, item in value.items())
       raise ValueError(
         f'{field} is a mapping, and in a config its names cannot have dots: give pairs, ({pairs},)'
+      )
+
+
+def _check_secrets(given: Mapping[str, Any]):
+  """Refuses what must not be written down, as the config is: in checkpoints, exports, messages."""
+  for field, value in given.items():
+    if SECRETS.search(str(value)):
+      raise ValueError(
+        f'{field} holds what looks like a token or password, and the config is written into '
+        'checkpoints and exports. Libraries read theirs from the environment, such as HF_TOKEN.'
       )
 
 
@@ -165,96 +129,91 @@ def _check_workdir(workdir: str | None):
     )
 
 
-def _check_secrets(config: ConfigDict, prefix: str = ''):
-  """Refuses what must not be written down, as the config is: in checkpoints, exports, messages."""
-  for name, value in config.items():
-    if isinstance(value, ConfigDict):
-      _check_secrets(value, f'{prefix}{name}.')
-    elif SECRETS.search(str(value)):
-      raise ValueError(
-        f'{prefix}{name} holds what looks like a token or password, and the config is written into '
-        'checkpoints and exports. Libraries read theirs from the environment, such as HF_TOKEN.'
-      )
-
-
-def _check_range(field: str, value: float, low: float | None, high: float | None):
-  # Written so that NaN, which no comparison holds for, fails.
-  inside = (low is None or value >= low) and (high is None or value <= high)
-  if not (inside and math.isfinite(value)):
-    bounds = f'at least {low}' if high is None else f'between {low} and {high}'
-    raise ValueError(f'{field}={value}: must be {bounds}')
-
-
-def _check_pairs_per_row(config: ConfigDict):
-  slots, most = config.batch.pairs_per_row, config.batch.tokens // _SHORTEST_PAIR
+def _check_pairs_per_row(batch: BatchSettings, *, pack: bool):
+  slots, most = batch.pairs_per_row, batch.tokens // _SHORTEST_PAIR
   if slots > most:
     raise ValueError(
-      f'batch.pairs_per_row={slots}: a row of batch.tokens={config.batch.tokens} holds at most '
+      f'batch.pairs_per_row={slots}: a row of batch.tokens={batch.tokens} holds at most '
       f'{most} pairs; 0 takes as many as the data need'
     )
-  if slots > 1 and not config.data.pack:
+  if slots > 1 and not pack:
     raise ValueError(
       f'batch.pairs_per_row={slots}: with data.pack=False a row holds one pair; set it to 0'
     )
 
 
-def _check_tuning(config: ConfigDict):
+def _check_tuning(
+  lora: LoraSettings,
+  method: str,
+  *,
+  paths: Mapping[str, str],  # of what the policy is made of and written to, by field
+  weight_dtype: str,
+):
   """Refuses what one way of tuning would ignore of another's."""
-  method, start = config.tuning.method, config.initialize_from_adapter
+  start = paths.get('initialize_from_adapter')
   if method == 'full':
-    _check_unset(config, ('peft_save_path', 'initialize_from_adapter', 'reference_adapter_path'))
-    if config.model.weight_dtype == 'int8':
+    for field in ('peft_save_path', 'initialize_from_adapter', 'reference_adapter_path'):
+      if field in paths:
+        raise ValueError(f'{field}={paths[field]} has no meaning with tuning.method=full: unset it')
+    if weight_dtype == 'int8':
       raise ValueError('model.weight_dtype=int8: such weights cannot learn (tuning.method=full)')
   if method == 'full' or start:
     why = 'tuning.method=full has no adapters' if method == 'full' else f'those of {start} are kept'
     free = _FREE_OF_ADAPTERS if start else ('zero_init_b',)
-    usual = default().lora
-    for field, value in config.lora.items():
-      if field not in free and value != usual[field]:
+    for field, row in rows_of(LoraSettings).items():
+      value = getattr(lora, field)
+      if field not in free and value != row.canonical(field, row.default):
         raise ValueError(
-          f'lora.{field}={value!r} would be ignored: {why}. Leave it at {usual[field]!r}'
+          f'lora.{field}={value!r} would be ignored: {why}. Leave it at {row.default!r}'
         )
-  if config.merge_adapter_path and not config.initialize_from_hf:
-    raise ValueError(
-      f'merge_adapter_path={config.merge_adapter_path}: random weights have no adapter; give '
-      'initialize_from_hf'
-    )
-  if config.reference_adapter_path and config.reference_model_path:
-    raise ValueError(
-      f'reference_adapter_path={config.reference_adapter_path} is for the base of the policy, and '
-      f'reference_model_path={config.reference_model_path} is another one: give one of them'
-    )
 
 
-def _check_unset(config: ConfigDict, fields: Sequence[str]):
-  for field in fields:
-    if config[field]:
-      raise ValueError(f'{field}={config[field]} has no meaning with tuning.method=full: unset it')
-
-
-def _check_required(config: ConfigDict):
-  for field in ('workdir', 'data.train'):
-    if not get(config, field):
-      raise ValueError(f'{field} is not set: give --config.{field}=...')
-  if bool(config.initialize_from_hf) == bool(config.model.preset):
+def _check_weights(paths: Mapping[str, str], preset: str | None):
+  base, merged = paths.get('initialize_from_hf'), paths.get('merge_adapter_path')
+  if bool(base) == bool(preset):
     raise ValueError(
       'give the weights exactly one source, and leave the other empty (--config.model.preset=): '
-      'initialize_from_hf (a checkpoint; now '
-      f'{config.initialize_from_hf!r}) or model.preset (random weights; now '
-      f'{config.model.preset!r})'
+      f'initialize_from_hf (a checkpoint; now {base!r}) or model.preset (random weights; now '
+      f'{preset!r})'
     )
-  if not config.initialize_from_hf and not config.data.tokenizer:
+  if merged and not base:
     raise ValueError(
-      'data.tokenizer is not set, and there is no initialize_from_hf to take it from'
+      f'merge_adapter_path={merged}: random weights have no adapter; give initialize_from_hf'
     )
-  if config.optimizer.spike_factor and not config.optimizer.max_skipped_steps:
+  adapter, model = paths.get('reference_adapter_path'), paths.get('reference_model_path')
+  if adapter and model:
     raise ValueError(
-      f'optimizer.spike_factor={config.optimizer.spike_factor} skips steps: say by '
+      f'reference_adapter_path={adapter} is for the base of the policy, and '
+      f'reference_model_path={model} is another one: give one of them'
+    )
+
+
+def _check_required(needed: Mapping[str, Any]):
+  """Refuses a run that lacks what every run needs."""
+  for field, value in needed.items():
+    if not value:
+      raise ValueError(f'{field} is not set: give --config.{field}=...')
+
+
+def _check_skips(optimizer: OptimizerSettings):
+  if optimizer.spike_factor and not optimizer.max_skipped_steps:
+    raise ValueError(
+      f'optimizer.spike_factor={optimizer.spike_factor} skips steps: say by '
       'optimizer.max_skipped_steps how many of them in a row are too many'
     )
-  if bool(config.train.num_train_steps) == bool(config.train.num_epochs):
+
+
+def _check_length(train: TrainSettings, *, planning: bool):
+  steps, epochs = train.num_train_steps, train.num_epochs
+  if (steps and epochs) or not (steps or epochs or planning):
     raise ValueError(
-      'give the length of the run exactly once: train.num_train_steps (now '
-      f'{config.train.num_train_steps}) or train.num_epochs (now {config.train.num_epochs}); 0 '
-      'unsets one'
+      f'give the length of the run exactly once: train.num_train_steps (now {steps}) or '
+      f'train.num_epochs (now {epochs}); 0 unsets one'
+    )
+
+
+def _check_microbatches(batch: BatchSettings):
+  if batch.rows % batch.microbatches:
+    raise ValueError(
+      f'batch.rows={batch.rows} is not a multiple of batch.microbatches={batch.microbatches}'
     )

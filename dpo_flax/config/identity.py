@@ -1,11 +1,29 @@
 """What a run is, and in what it differs from the one that saved a checkpoint."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-# Where data, tokenizer, template and the order of the pairs enter a run's identity.
-_OF_THE_DATA = ('data', 'data.', 'batch.rows', 'batch.tokens', 'batch.pairs_per_row')
+from dpo_flax.config.row import Role
+from dpo_flax.config.schema import ROWS, Settings
+
+_DATA = 'data'  # the fingerprint of data, tokenizer, template and the order of the pairs
+
+
+def identity_of(settings: Settings) -> dict[str, Any]:
+  """Returns dotted field -> value of all that decides a run's numbers, as plain JSON values."""
+  return of_run(settings.flat_json())
+
+
+def shared(settings: Settings) -> dict[str, Any]:
+  """Returns dotted field -> value of all that must be the same on every host of a run."""
+  values = settings.flat_json()
+  return {field: value for field, value in values.items() if ROWS[field].role is not Role.SOURCE}
+
+
+def of_run(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns those of the dotted fields that decide a run's numbers."""
+  return {field: value for field, value in values.items() if _decides_numbers(field)}
 
 
 class Difference(NamedTuple):
@@ -21,24 +39,63 @@ class Difference(NamedTuple):
   @property
   def is_of_the_data(self) -> bool:
     """Whether it decides only which pairs are seen, and when."""
-    return any(
-      self.name.startswith(name) if name.endswith('.') else self.name == name
-      for name in _OF_THE_DATA
-    )
+    return self.name == _DATA or (self.name in ROWS and ROWS[self.name].role is Role.DATA)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunIdentity:
   """What a checkpoint may only be continued under."""
 
-  config: Mapping[str, Any]  # the fields that change a run's numbers (config.identity)
+  config: Mapping[str, Any]  # the fields that change a run's numbers (identity_of)
   fingerprints: Mapping[str, str]  # of what the config names by path: data, base, reference
 
   def differences(self, other: 'RunIdentity') -> list[Difference]:
     """Returns each difference to the run that wants to go on."""
     return [
-      Difference(name, mine.get(name), theirs.get(name))
-      for mine, theirs in ((self.config, other.config), (self.fingerprints, other.fingerprints))
-      for name in sorted(mine.keys() | theirs.keys())
-      if mine.get(name) != theirs.get(name)
+      *_differences(_meant(self.config), _meant(other.config)),
+      *_differences(self.fingerprints, other.fingerprints),
     ]
+
+
+def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Difference]:
+  for name in sorted(saved.keys() | now.keys()):
+    values = [each[name] if name in each else _absent(name) for each in (saved, now)]
+    if values[0] != values[1]:
+      yield Difference(name, *values)
+
+
+def _absent(name: str) -> Any:
+  """Returns what the absence of a field means in a record of before it was added."""
+  return ROWS[name].plain(ROWS[name].when_absent) if name in ROWS else None
+
+
+def _meant(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns an identity with its mappings in one form: pairs, as the first that matches may count.
+
+  Earlier versions saved a mapping as it was given: its names as fields (lora.rank_pattern.q_proj),
+  a list of pairs, or a JSON object in a text.
+  """
+  meant: dict[str, Any] = {}
+  for name, value in of_run(config).items():
+    field = next((each for each in _MAPPINGS if name.startswith(f'{each}.')), None)
+    if field is not None:
+      _put(meant.setdefault(field, {}), name[len(field) + 1 :].split('.'), value)
+    else:
+      meant[name] = value
+  for field in _MAPPINGS & meant.keys():
+    row = ROWS[field]
+    meant[field] = row.plain(row.canonical(field, meant[field]))
+  return meant
+
+
+def _put(tree: dict[str, Any], path: list[str], value: Any):
+  for name in path[:-1]:
+    tree = tree.setdefault(name, {})
+  tree[path[-1]] = value
+
+
+def _decides_numbers(field: str) -> bool:
+  return field not in ROWS or ROWS[field].role in {Role.NUMBERS, Role.DATA}
+
+
+_MAPPINGS = {field for field, row in ROWS.items() if row.mapping}

@@ -12,11 +12,10 @@ import math
 
 import grain
 import numpy as np
-from ml_collections import ConfigDict
 
 from dpo_flax.data.batches import pack, split
 from dpo_flax.data.batches.epochs import Epochs
-from dpo_flax.data.prepare import PreparedData
+from dpo_flax.data.prepare import PreparedData, RowOptions
 
 Shards = int | tuple[int, ...]  # one of the equal parts of a batch's rows, or several
 
@@ -26,11 +25,11 @@ _ENDLESS = 1 << 40  # steps: more than any run takes
 
 def train_batches(
   prepared: PreparedData,
-  config: ConfigDict,
   *,
   start_step: int,
   shard_index: Shards,
   shard_count: int,
+  workers: int = 0,  # processes that fill rows; 0: in this one
 ) -> grain.DatasetIterator:
   """Returns an endless iterator over this shard's part of batch start_step, start_step + 1, ...
 
@@ -38,41 +37,39 @@ def train_batches(
   global batch in order, shard after shard. With several shard indices, their rows follow one
   another in that order. Close the iterator when done.
   """
-  rows = _shard(config, shard_index, shard_count)
-  batches = _Batches(prepared.train, prepared.train_rows, config, rows, start_step, _ENDLESS)
-  return _iterate(batches, config.data.workers)
+  rows = _shard(prepared.rows.rows, shard_index, shard_count)
+  batches = _Batches(prepared.train, prepared.train_rows, prepared.rows, rows, start_step, _ENDLESS)
+  return _iterate(batches, workers)
 
 
 def validation_batches(
-  prepared: PreparedData, config: ConfigDict, *, shard_index: Shards, shard_count: int
+  prepared: PreparedData, *, shard_index: Shards, shard_count: int
 ) -> grain.DatasetIterator:
   """Returns an iterator over every validation pair once; the last batch ends in empty rows."""
-  return every_pair(
-    prepared, 'validation', config, shard_index=shard_index, shard_count=shard_count
-  )
+  return every_pair(prepared, 'validation', shard_index=shard_index, shard_count=shard_count)
 
 
 def every_pair(
-  prepared: PreparedData, side: str, config: ConfigDict, *, shard_index: Shards, shard_count: int
+  prepared: PreparedData, side: str, *, shard_index: Shards, shard_count: int
 ) -> grain.DatasetIterator:
   """Returns an iterator over every pair of a side once, in the rows of `prepared.every_row(side)`.
 
   The last batch ends in empty rows.
   """
-  rows = _shard(config, shard_index, shard_count)
+  rows = _shard(prepared.rows.rows, shard_index, shard_count)
   epochs = prepared.once[side]
-  steps = math.ceil(len(epochs.plan(0)) / config.batch.rows)
-  batches = _Batches(getattr(prepared, side), epochs, config, rows, 0, steps)
+  steps = math.ceil(len(epochs.plan(0)) / prepared.rows.rows)
+  batches = _Batches(getattr(prepared, side), epochs, prepared.rows, rows, 0, steps)
   return _iterate(batches, workers=0)
 
 
-def steps_for_epochs(prepared: PreparedData, config: ConfigDict) -> int:
-  """Returns the steps in which config.train.num_epochs are seen, the last batch being full."""
-  fraction, whole = math.modf(config.train.num_epochs)
+def steps_for_epochs(prepared: PreparedData, num_epochs: float) -> int:
+  """Returns the steps in which so many epochs are seen, the last batch being full."""
+  fraction, whole = math.modf(num_epochs)
   rows = prepared.train_rows.start(int(whole))
   if fraction:
     rows += fraction * len(prepared.train_rows.plan(int(whole)))
-  return math.ceil(rows / config.batch.rows)
+  return math.ceil(rows / prepared.rows.rows)
 
 
 @dataclasses.dataclass
@@ -81,7 +78,7 @@ class _Batches:
 
   pairs: split.Split
   epochs: Epochs
-  config: ConfigDict
+  options: RowOptions
   rows: list[int]  # of the global batch: this shard's
   start: int  # step of batch 0
   steps: int  # _ENDLESS, or as many as one epoch fills
@@ -90,16 +87,16 @@ class _Batches:
     return self.steps
 
   def __getitem__(self, i: int) -> pack.Batch:
-    first = (self.start + i) * self.config.batch.rows
+    first = (self.start + i) * self.options.rows
     numbers = [first + row for row in self.rows]
     end = math.inf if self.steps == _ENDLESS else len(self.epochs.plan(0))
     places = [self.epochs.row(n) if n < end else np.zeros(0, np.int32) for n in numbers]
     pairs = iter(self.pairs.packed_pairs(np.concatenate(places)))
     batch = pack.fill_batch(
       [list(itertools.islice(pairs, len(row))) for row in places],
-      tokens=self.config.batch.tokens,
+      tokens=self.options.tokens,
       pairs_per_row=self.epochs.pairs_per_row,
-      layout=self.config.data.layout,
+      layout=self.options.layout,
       columns=self.pairs.columns,
     )
     if self.pairs.reference_logps is not None:
@@ -120,11 +117,11 @@ def _iterate(batches: _Batches, workers: int) -> grain.DatasetIterator:
   return iter(dataset)
 
 
-def _shard(config: ConfigDict, index: Shards, count: int) -> list[int]:
-  size, rest = divmod(config.batch.rows, count)
+def _shard(rows: int, index: Shards, count: int) -> list[int]:
+  size, rest = divmod(rows, count)
   if rest:
     raise ValueError(
-      f'batch.rows={config.batch.rows} cannot be divided among {count} hosts: make it a multiple.'
+      f'batch.rows={rows} cannot be divided among {count} hosts: make it a multiple.'
     )
   shards = (index,) if isinstance(index, int) else index
   return [row for shard in shards for row in range(shard * size, (shard + 1) * size)]

@@ -6,18 +6,41 @@ import json
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from dpo_flax.config.named_values import named_field, named_values
 from dpo_flax.data.batches import pack, split
 from dpo_flax.data.batches.epochs import Epochs
+from dpo_flax.data.batches.mixture import Mixture
 from dpo_flax.data.cache.build_cache import open_or_build
 from dpo_flax.data.cache.token_cache import TokenCache
 from dpo_flax.data.records.formats import FormatOptions
 from dpo_flax.data.records.source import RecordSource
-from dpo_flax.data.tokens.tokenizer import Tokenizer, load_tokenizer
+from dpo_flax.data.tokens.tokenizer import Tokenizer
 
 _SHOWN = 5  # places named in the report
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+  """How records become tokens, and where these are kept."""
+
+  cache_dir: str
+  format: FormatOptions
+  bad_record: str = 'raise'  # raise | skip
+  workers: int = 0  # processes that tokenize; 0: one a core, for much data
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowOptions:
+  """How pairs are laid into rows, and rows into steps."""
+
+  rows: int  # of a step
+  tokens: int  # of a row
+  pairs_per_row: int = 0  # slots; 0: the largest number the first epoch needs
+  layout: str = 'shared'  # shared | separate
+  pack: bool = True  # False: one pair a row
+  shuffle: bool = True
+  too_long: str = 'raise'  # raise | drop | truncate_prompt
+  seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +53,7 @@ class PreparedData:
   train_rows: Epochs
   once: dict[str, Epochs]  # side -> rows that hold each of its pairs once: an evaluation
   pairs_per_row: int  # slots of every batch, train and validation
+  rows: RowOptions
   fingerprint: str  # SHA-256 of data, tokenizer, template and all settings that decide the order
   report: dict[str, dict[str, Any]]  # for 'train' and 'validation': counts, places, padding
 
@@ -46,127 +70,121 @@ class PreparedData:
     return cache.where(pair)
 
 
-def prepare(config: ConfigDict, *, vocab_size: int) -> PreparedData:
+def prepare(
+  source: RecordSource,
+  tokenizer: Tokenizer,
+  *,
+  validation: RecordSource | None = None,  # None: held out of the source
+  validation_split_fraction: float = 0.0,  # of the pairs; 0: none
+  reading: ReadOptions,
+  rows: RowOptions,
+  vocab_size: int,
+) -> PreparedData:
   """Tokenizes the data or opens its cache, holds out the validation pairs and plans the rows.
 
   Args:
-    config: the whole schema, validated.
+    source: the training pairs.
+    tokenizer: of the model.
+    validation: the validation pairs, where they have files of their own.
+    validation_split_fraction: what is held out of the source, where they have none.
+    reading: how records are read.
+    rows: how pairs are laid into rows.
     vocab_size: rows of the model's embedding.
 
   Raises:
     ValueError: for all that is wrong with the data, naming file and line.
   """
-  tokenizer = _load_tokenizer(config)
-  source = RecordSource(config.data.train)
-  cache = _open(source, tokenizer, config, vocab_size)
+  cache = _open(source, tokenizer, reading, vocab_size)
   held_out, chosen = cache, None
   pairs = np.arange(len(cache), dtype=np.int32)
   held = np.zeros(len(cache), bool)
-  if config.data.validation:
-    held_out = _open(_validation_source(config), tokenizer, config, vocab_size)
+  if validation is not None:
+    held_out = _open(validation, tokenizer, reading, vocab_size)
     chosen = np.arange(len(held_out), dtype=np.int32)
-  elif config.data.validation_split_fraction:
-    held = split.hold_out(cache.prompts, config.data.validation_split_fraction, config.seed)
+  elif validation_split_fraction:
+    held = split.hold_out(cache.prompts, validation_split_fraction, rows.seed)
     chosen = pairs[held]
-  train = _fit(cache, pairs[~held], tokenizer, config)
-  validation = None if chosen is None else _fit(held_out, chosen, tokenizer, config)
-  train_rows = Epochs(
-    train.lengths,
-    train.mixture(source.weights, source.parts),
-    config,
-    shuffle=config.data.shuffle,
-    pairs_per_row=config.batch.pairs_per_row if config.data.pack else 1,
+  train_side = _fit(cache, pairs[~held], tokenizer, rows)
+  held_side = None if chosen is None else _fit(held_out, chosen, tokenizer, rows)
+  train_rows = _epochs(
+    train_side,
+    train_side.mixture(source.weights, source.parts),
+    rows,
+    shuffle=rows.shuffle,
+    slots=rows.pairs_per_row if rows.pack else 1,
   )
   slots = train_rows.pairs_per_row
-  report = {'train': _report(train, train_rows.plan(0), config)}
-  once = {'train': _once(train, config, slots)}
-  if validation:
-    once['validation'] = _once(validation, config, slots)
-    report['validation'] = _report(validation, once['validation'].plan(0), config)
+  report = {'train': _report(train_side, train_rows.plan(0), rows)}
+  once = {'train': _once(train_side, rows, slots)}
+  if held_side:
+    once['validation'] = _once(held_side, rows, slots)
+    report['validation'] = _report(held_side, once['validation'].plan(0), rows)
   return PreparedData(
     tokenizer,
-    train,
-    validation,
+    train_side,
+    held_side,
     train_rows,
     once,
     pairs_per_row=slots,
-    fingerprint=_fingerprint(source, cache, validation and held_out, config),
+    rows=rows,
+    fingerprint=_fingerprint(
+      source, cache, held_side and held_out, rows, validation_split_fraction
+    ),
     report=report,
   )
 
 
-def _load_tokenizer(config: ConfigDict) -> Tokenizer:
-  path = config.data.tokenizer or config.initialize_from_hf
-  if not path:
-    raise ValueError('no tokenizer given: set data.tokenizer, or initialize_from_hf to have one.')
-  return load_tokenizer(
-    path,
-    config.data.chat_template,
-    variables=_mapping(config, 'template_variables'),
-    history=config.data.history,
+def _epochs(
+  pairs: split.Split, mixture: Mixture, rows: RowOptions, *, shuffle: bool, slots: int
+) -> Epochs:
+  return Epochs(
+    pairs.lengths,
+    mixture,
+    tokens=rows.tokens,
+    layout=rows.layout,
+    seed=rows.seed,
+    pack=rows.pack,
+    shuffle=shuffle,
+    pairs_per_row=slots,
   )
 
 
-def _once(pairs: split.Split, config: ConfigDict, slots: int) -> Epochs:
+def _once(pairs: split.Split, rows: RowOptions, slots: int) -> Epochs:
   """The rows in which each pair stands once, in order."""
   whole = pairs.mixture((1.0,), [0] * len(pairs.cache.files))
-  return Epochs(pairs.lengths, whole, config, shuffle=False, pairs_per_row=slots)
-
-
-def _validation_source(config: ConfigDict) -> RecordSource:
-  if named_values(config.data.validation) is not None:
-    raise ValueError(
-      'data.validation gives weights, but every validation pair counts once: give a path or a list '
-      'of them.'
-    )
-  return RecordSource(config.data.validation)
+  return _epochs(pairs, whole, rows, shuffle=False, slots=slots)
 
 
 def _open(
-  source: RecordSource, tokenizer: Tokenizer, config: ConfigDict, vocab_size: int
+  source: RecordSource, tokenizer: Tokenizer, reading: ReadOptions, vocab_size: int
 ) -> TokenCache:
-  directory = config.data.cache_dir or (config.workdir and f'{config.workdir}/token_cache')
-  if not directory:
-    raise ValueError('no place for the token cache: set workdir or data.cache_dir.')
   cache = open_or_build(
     source,
     tokenizer,
-    directory=directory,
-    options=FormatOptions(config.data.format, _fields(config), config.data.completions),
-    bad_record=config.data.bad_record,
-    workers=config.data.cache_workers,
+    directory=reading.cache_dir,
+    options=reading.format,
+    bad_record=reading.bad_record,
+    workers=reading.workers,
   )
   cache.check_ids(vocab_size)
   return cache
 
 
-def _mapping(config: ConfigDict, field: str) -> dict[str, Any]:
-  return named_field(config, f'data.{field}', of='names', example=('a', 'b'))
-
-
-def _fields(config: ConfigDict) -> dict[str, str]:
-  fields = _mapping(config, 'fields')
-  for ours, theirs in fields.items():
-    if not isinstance(theirs, str):
-      raise ValueError(f'data.fields takes {ours!r} from {theirs!r}: expected the name of a key.')
-  return fields
-
-
 def _fit(
-  cache: TokenCache, pairs: np.ndarray, tokenizer: Tokenizer, config: ConfigDict
+  cache: TokenCache, pairs: np.ndarray, tokenizer: Tokenizer, rows: RowOptions
 ) -> split.Split:
   return split.fit(
     cache,
     pairs,
-    tokens=config.batch.tokens,
-    layout=config.data.layout,
-    too_long=config.data.too_long,
+    tokens=rows.tokens,
+    layout=rows.layout,
+    too_long=rows.too_long,
     bos_id=tokenizer.bos_id,
   )
 
 
-def _report(pairs: split.Split, plan: pack.RowPlan, config: ConfigDict) -> dict[str, Any]:
-  tokens = int(pack.row_lengths(pairs.lengths, config.data.layout)[plan.pairs].sum())
+def _report(pairs: split.Split, plan: pack.RowPlan, rows: RowOptions) -> dict[str, Any]:
+  tokens = int(pack.row_lengths(pairs.lengths, rows.layout)[plan.pairs].sum())
   return {
     **dataclasses.asdict(pairs.cache.report),  # of the files, before they are divided
     'pairs': len(pairs),
@@ -176,20 +194,23 @@ def _report(pairs: split.Split, plan: pack.RowPlan, config: ConfigDict) -> dict[
     'truncated_examples': list(pairs.truncated[:_SHOWN]),
     'rows': len(plan),
     'tokens': tokens,
-    'padding_fraction': 1 - tokens / (len(plan) * config.batch.tokens),
+    'padding_fraction': 1 - tokens / (len(plan) * rows.tokens),
     'pairs_per_row': plan.pairs_per_row,
   }
 
 
 def _fingerprint(
-  source: RecordSource, train: TokenCache, validation: TokenCache | None, config: ConfigDict
+  source: RecordSource,
+  train: TokenCache,
+  validation: TokenCache | None,
+  rows: RowOptions,
+  validation_split_fraction: float,
 ) -> str:
-  data = config.data
   parts = [
     train.fingerprint,
     [source.weights, source.parts],
     validation and validation.fingerprint,
-    [config.seed, data.validation_split_fraction, data.shuffle, data.layout, data.pack],
-    [data.too_long, config.batch.rows, config.batch.tokens, config.batch.pairs_per_row],
+    [rows.seed, validation_split_fraction, rows.shuffle, rows.layout, rows.pack],
+    [rows.too_long, rows.rows, rows.tokens, rows.pairs_per_row],
   ]
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,14 +1,13 @@
 """A trained policy -> the directories that other programs load, each checked before it is there."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from dpo_flax.exports import model_card
 from dpo_flax.exports.model_card import Facts
@@ -29,35 +28,37 @@ from dpo_flax.model.transformer import Transformer
 from dpo_flax.runtime import hosts
 from dpo_flax.training.scoring import score_pairs
 
-_SOURCES = (
-  *('initialize_from_hf', 'merge_adapter_path', 'initialize_from_adapter'),
-  *('reference_model_path', 'reference_adapter_path'),
-)
 # What a run writes to its workdir, beside its exports.
 _OWN = ('checkpoints', 'token_cache', 'tensorboard', 'metrics.jsonl', 'run.json', 'lock')
 
 
-def output_paths(config: ConfigDict) -> dict[str, epath.Path]:
-  """Returns format -> where a run of this config writes it.
+def output_paths(
+  workdir: str, *, method: str, peft: str | None = None, merged: str | None = None
+) -> dict[str, epath.Path]:
+  """Returns format -> where a run writes it.
 
-  Of a policy that learns whole there is no adapter, and always the merged model.
+  Of a policy that learns whole (method full) there is no adapter, and always the merged model.
   """
-  whole = config.tuning.method == 'full'
+  whole = method == 'full'
   paths = {
-    'peft': None if whole else config.peft_save_path or f'{config.workdir}/peft',
-    'merged': config.merged_hf_save_path or (f'{config.workdir}/merged' if whole else None),
+    'peft': None if whole else peft or f'{workdir}/peft',
+    'merged': merged or (f'{workdir}/merged' if whole else None),
   }
   return {name: epath.Path(path) for name, path in paths.items() if path}
 
 
-def check_outputs(config: ConfigDict, outputs: dict[str, epath.Path]):
+def check_outputs(
+  outputs: Mapping[str, epath.Path],  # by format
+  *,
+  workdir: str,
+  sources: Mapping[str, str],  # what the policy is made of, by the field that names it
+):
   """Checks, before there is anything to export, that it will find its place.
 
   Raises:
     ValueError: an output would replace something else, or what it is made of, or cannot be written.
   """
-  sources = {name: config[name] for name in _SOURCES if config[name]}
-  own = {f"the run's {name}": f'{config.workdir}/{name}' for name in _OWN}
+  own = {f"the run's {name}": f'{workdir}/{name}' for name in _OWN}
   for name, output in outputs.items():
     for other, path in sources.items():
       if same_place(output, path):
@@ -81,13 +82,13 @@ def export_adapter(
   Raises:
     ValueError: `output` holds something else, or what was written is not what was trained.
   """
-  config = facts.record.config
+  settings = facts.record.settings
 
   def write(directory):
-    save_adapter(policy, lora, config.initialize_from_hf or '', directory)
+    save_adapter(policy, lora, settings.initialize_from_hf or '', directory)
     return reload_adapter(policy, directory, mesh)
 
-  _export(write, policy, facts, output, mesh, dtypes={config.model.dtype}, merged=False)
+  _export(write, policy, facts, output, mesh, dtypes={settings.model.dtype}, merged=False)
 
 
 def export_merged(
@@ -120,11 +121,16 @@ def _export(
   merged: bool,
 ):
   """Writes a directory, compares what is in it with the policy, and puts it in its place."""
-  pairs, config = facts.record.checks, facts.record.config
-  live = score_pairs(policy, pairs, config, mesh)
+  pairs, settings = facts.record.checks, facts.record.settings
+
+  def score(model):
+    layout, chunk = settings.data.layout, settings.model.logits_chunk
+    return score_pairs(model, pairs, layout=layout, logits_chunk=chunk, mesh=mesh)
+
+  live = score(policy)
   with _staged(output) as directory:
     model = write(directory)
-    reloaded = None if model is None else score_pairs(model, pairs, config, mesh)
+    reloaded = None if model is None else score(model)
     verdict = compare(live, reloaded, pairs, dtypes=dtypes, where=output)
     if jax.process_index() == 0:
       (directory / 'README.md').write_text(model_card.render(facts, verdict, merged=merged))

@@ -7,8 +7,8 @@ import dataclasses
 import json
 from collections.abc import Mapping
 
-from dpo_flax import config as config_lib
 from dpo_flax.assembly.run_record import RunRecord
+from dpo_flax.config.identity import identity_of
 from dpo_flax.exports.verification import Verdict
 
 _METRICS = (
@@ -47,7 +47,7 @@ class Facts:
 def render(facts: Facts, verdict: Verdict, *, merged: bool) -> str:
   """Returns the card of a merged model, or of an adapter."""
   record = facts.record
-  base = record.config.initialize_from_hf
+  base = record.settings.initialize_from_hf
   front = {
     **({'base_model': base} if base else {}),
     'library_name': 'transformers' if merged else 'peft',
@@ -58,9 +58,9 @@ def render(facts: Facts, verdict: Verdict, *, merged: bool) -> str:
   lines = ['---', *(f'{name}: {json.dumps(value)}' for name, value in front.items()), '---', '']
   kind = 'A model' if merged else 'An adapter'
   load = _LOAD_MERGED if merged else _LOAD_ADAPTER.format(base=repr(base or 'BASE'))
-  if record.config.merge_adapter_path and not merged:
-    load = f'# base is to have {record.config.merge_adapter_path!r} merged into it\n{load}'
-  config = json.dumps(config_lib.identity_of(record.config), indent=1, sort_keys=True)
+  if record.settings.merge_adapter_path and not merged:
+    load = f'# base is to have {record.settings.merge_adapter_path!r} merged into it\n{load}'
+  config = json.dumps(identity_of(record.settings), indent=1, sort_keys=True)
   lines += [
     f'# {kind} aligned to preferences with dpo_flax',
     '',
@@ -85,23 +85,23 @@ def render(facts: Facts, verdict: Verdict, *, merged: bool) -> str:
 
 def _origins(facts: Facts) -> dict[str, str]:
   record = facts.record
-  config, prints = record.config, record.fingerprints
-  base = config.initialize_from_hf or f'random weights ({config.model.preset})'
-  weights = prints.get('initialize_from_hf')
+  settings, prints = record.settings, record.fingerprints
+  base = settings.initialize_from_hf or f'random weights ({settings.model.preset})'
+  loss = settings.objective.options()['loss']
   pairs = ', '.join(f'{count} for {side}' for side, count in record.pairs.items())
   found = {
     'base model': f'`{base}`',
     **(
       {'its fingerprint': f'`{weights}`'} if (weights := prints.get('initialize_from_hf')) else {}
     ),
-    'what learned': f'{config.tuning.method}',
+    'what learned': f'{settings.tuning.method}',
     'pairs': pairs,
     'fingerprint of data and order': f'`{prints["data"]}`',
-    'loss': f'`{config.objective.loss}`, beta {config.objective.beta:g}',
+    'loss': f'`{loss}`, beta {settings.objective.beta:g}',
     'steps': f'{facts.step} of {record.num_steps}',
   }
-  others = {name: config[field] for field, name in _OTHER_SOURCES.items() if config[field]}
-  return found | {name: f'`{path}`' for name, path in others.items()}
+  others = {name: getattr(settings, field) for field, name in _OTHER_SOURCES.items()}
+  return found | {name: f'`{path}`' for name, path in others.items() if path}
 
 
 def _shown_metrics(metrics: Mapping[str, float | None]) -> dict[str, str]:

@@ -9,14 +9,12 @@ import time
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
-from dpo_flax.huggingface.weights import BaseCheckpoint
+from dpo_flax.assembly.blueprint import Blueprint
 from dpo_flax.planning.aot import abstract_train_step
 from dpo_flax.planning.chips import Slice
 from dpo_flax.planning.compiled import hlo, memory, work
 from dpo_flax.runtime.memory import is_out_of_memory
-from dpo_flax.sharding import make_mesh
 
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 _SHOWN = 8  # sources of temporaries
@@ -56,26 +54,18 @@ class Estimate:
   message: str | None = None  # the compiler's, of a step that does not fit
 
 
-def estimate(
-  config: ConfigDict,
-  slice_: Slice,
-  *,
-  base: BaseCheckpoint | None,  # None: config.model.preset
-  reference: BaseCheckpoint | None,
-  pairs: Pairs,
-) -> Estimate:
+def estimate(blueprint: Blueprint, slice_: Slice, *, pairs: Pairs) -> Estimate:
   """Compiles the step that training would run on a slice and reads its cost.
 
-  Raises:
-    ValueError: the config is unfit.
+  Args:
+    blueprint: of a run on the slice's devices.
+    slice_: the chips.
+    pairs: of a packed row.
   """
-  mesh = make_mesh(config.mesh, slice_.devices)
-  step, arguments = abstract_train_step(
-    config, mesh, base=base, reference=reference, pairs_per_row=pairs.slots
-  )
+  step, arguments = abstract_train_step(blueprint, pairs_per_row=pairs.slots)
   start = time.perf_counter()
   try:
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(blueprint.mesh):
       compiled, text = compile_with_text(step.lower(*arguments))
   except jax.errors.JaxRuntimeError as error:
     if not is_out_of_memory(error):
@@ -83,7 +73,7 @@ def estimate(
     return refused(str(error), arguments, slice_, seconds=time.perf_counter() - start)
   seconds = time.perf_counter() - start
   program = hlo.parse(text)
-  in_step = config.batch.rows * pairs.mean
+  in_step = blueprint.settings.batch.rows * pairs.mean
   return _read(compiled.memory_analysis(), program, slice_, pairs=in_step, seconds=seconds)
 
 

@@ -1,13 +1,14 @@
 """What to lower when a step does not fit into the devices' memory."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
+from dpo_flax.config.sections import BatchSettings, MeshSettings, ModelSettings
 from dpo_flax.runtime.memory import is_out_of_memory
 from dpo_flax.sharding import make_mesh, row_parts
 
@@ -16,12 +17,22 @@ class OutOfMemoryError(ValueError):
   """The devices hold less than a step needs."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Adjustable:
+  """The settings that decide how much memory a step takes."""
+
+  batch: BatchSettings
+  model: ModelSettings
+  mesh: MeshSettings
+  method: str  # of tuning
+
+
 @contextlib.contextmanager
-def explained(config: ConfigDict, *held: Any) -> Iterator[None]:
+def explained(adjustable: Adjustable, *held: Any) -> Iterator[None]:
   """Turns the device's refusal into figures and remedies, the cheapest first.
 
   Args:
-    config: the run's.
+    adjustable: of the run.
     held: trees of what lies on the devices from the first step to the last.
 
   Raises:
@@ -37,7 +48,7 @@ def explained(config: ConfigDict, *held: Any) -> Iterator[None]:
     device = jax.local_devices()[0]
     capacity = (device.memory_stats() or {}).get('bytes_limit')
     changes = remedies(
-      config, jax.devices(), temporaries_matter=capacity is None or bytes_held < capacity
+      adjustable, jax.devices(), temporaries_matter=capacity is None or bytes_held < capacity
     )
     raise OutOfMemoryError(
       f'out of memory on {device.device_kind}: {str(error).partition(chr(10))[0]}\n'
@@ -64,7 +75,7 @@ def _bytes_on_a_device(array: jax.Array) -> int:
 
 
 def remedies(
-  config: ConfigDict, devices: Sequence[jax.Device], *, temporaries_matter: bool
+  adjustable: Adjustable, devices: Sequence[jax.Device], *, temporaries_matter: bool
 ) -> list[str]:
   """Returns what would make a step that does not fit smaller, the cheapest first.
 
@@ -72,20 +83,20 @@ def remedies(
   """
   changes = []
   if temporaries_matter:
-    changes += _smaller_temporaries(config, devices)
-  if config.tuning.method == 'full':
+    changes += _smaller_temporaries(adjustable, devices)
+  if adjustable.method == 'full':
     changes.append('config.tuning.method=lora: one frozen copy of the weights, no moments of them')
-  elif config.model.weight_dtype != 'int8':
+  elif adjustable.model.weight_dtype != 'int8':
     changes.append('config.model.weight_dtype=int8: base weights of one byte, rounded')
-  if config.mesh.data > 1:
+  if adjustable.mesh.data > 1:
     changes.append('config.mesh.data=1 and config.mesh.fsdp=-1: weights split over all chips')
   changes.append(f'more chips than {len(devices)}: each holds a smaller part of the weights')
   return changes
 
 
-def _smaller_temporaries(config: ConfigDict, devices: Sequence[jax.Device]) -> list[str]:
-  batch, model = config.batch, config.model
-  shards = row_parts(make_mesh(config.mesh, devices))
+def _smaller_temporaries(adjustable: Adjustable, devices: Sequence[jax.Device]) -> list[str]:
+  batch, model = adjustable.batch, adjustable.model
+  shards = row_parts(make_mesh(adjustable.mesh.sizes(), devices))
   per_chip = batch.rows // (shards * batch.microbatches)
   found = []
   if model.remat in {'none', 'dots'}:

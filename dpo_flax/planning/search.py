@@ -3,11 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from dpo_flax.planning.chips import Slice
 from dpo_flax.planning.estimate import Estimate
-from dpo_flax.sharding import make_mesh, row_parts
 
 _REMATS = ('none', 'dots', 'full', 'offload')  # from the least recomputed to the least kept
 _MOST_ROWS = 64  # of one chip
@@ -16,9 +12,9 @@ _GIB = 2**30
 
 def largest(
   estimate: Callable[..., Estimate],  # of the step with fields of the config changed
-  config: ConfigDict,
-  slice_: Slice,
   *,
+  shards: int,  # of a batch's rows
+  tokens: int,  # of a row, for the message
   report: Callable[[str], None],
 ) -> tuple[dict[str, Any], Estimate]:
   """Returns the changes to the config, and their cost, with the least work per row that fits.
@@ -28,7 +24,6 @@ def largest(
   Raises:
     ValueError: not even one row fits.
   """
-  shards = row_parts(make_mesh(config.mesh, slice_.devices))
   best = None
   for remat in _REMATS:
 
@@ -46,8 +41,7 @@ def largest(
       best = {'remat': remat, 'rows': rows}, found
   if best is None:
     raise ValueError(
-      f'not one row of batch.tokens={config.batch.tokens} fits a chip: plan without --search says '
-      'what to change'
+      f'not one row of batch.tokens={tokens} fits a chip: plan without --search says what to change'
     )
   changes = {
     'batch.rows': best[0]['rows'] * shards,

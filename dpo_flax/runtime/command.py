@@ -17,7 +17,7 @@ from typing import NamedTuple, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from dpo_flax import config as config_lib
+from dpo_flax.config.schema import ROWS
 from dpo_flax.files.messages import without_secrets
 from dpo_flax.files.paths import access_errors, keep_no_listings
 from dpo_flax.runtime import hosts
@@ -188,7 +188,7 @@ def _without_traceback(message: str) -> str:
 
 def _unknown_field(argv: list[str]) -> str | None:
   """Finds the override of a field that the config does not have."""
-  known = _fields(config_lib.default())
+  known = list(ROWS)
   for argument in argv:
     match = re.match(r'--(?:no)?config\.([\w.]+)', argument)
     if match and match.group(1) not in known:
@@ -197,14 +197,6 @@ def _unknown_field(argv: list[str]) -> str | None:
       beside = close or [field for field in known if field.rpartition('.')[0] == section]
       return f'the config has no field {match.group(1)}. Did you mean {", ".join(beside)}?'
   return None
-
-
-def _fields(config: ConfigDict, prefix: str = '') -> list[str]:
-  names = []
-  for name, value in config.items():
-    nested = isinstance(value, ConfigDict)
-    names += _fields(value, f'{prefix}{name}.') if nested else [prefix + name]
-  return names
 
 
 def _fail(message: str, code: int = MISTAKE) -> NoReturn:

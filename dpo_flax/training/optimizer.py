@@ -5,46 +5,49 @@ from typing import Any
 import jax
 import optax
 from flax import nnx
-from ml_collections import ConfigDict
+
+from dpo_flax.config.sections import OptimizerSettings
 
 
-def make_schedule(config: ConfigDict, num_train_steps: int) -> optax.Schedule:
-  """Returns step -> learning rate: a linear rise from 0, then `config.lr_schedule` to the end.
+def make_schedule(settings: OptimizerSettings, num_train_steps: int) -> optax.Schedule:
+  """Returns step -> learning rate: a linear rise from 0, then `settings.lr_schedule` to the end.
 
   Args:
-    config: the run's `optimizer` section.
+    settings: the run's `optimizer` section.
     num_train_steps: optimizer steps of the whole run.
   """
-  warmup_steps = round(config.warmup * num_train_steps)
+  warmup_steps = round(settings.warmup * num_train_steps)
   decay_steps = max(num_train_steps - warmup_steps, 1)
-  peak = config.learning_rate
+  peak = settings.learning_rate
   after = {
     'cosine': optax.cosine_decay_schedule(peak, decay_steps),
     'linear': optax.linear_schedule(peak, 0.0, decay_steps),
     'constant': optax.constant_schedule(peak),
-  }[config.lr_schedule]
+  }[settings.lr_schedule]
   if not warmup_steps:
     return after
   rise = optax.linear_schedule(0.0, peak, warmup_steps)
   return optax.join_schedules([rise, after], [warmup_steps])
 
 
-def make_optimizer(config: ConfigDict, num_train_steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+  settings: OptimizerSettings, num_train_steps: int
+) -> optax.GradientTransformation:
   """Returns AdamW (arXiv:1711.05101) behind a clip of the gradient's global norm.
 
   Weights decay, but for what has one number per channel: norms' scales, biases, magnitudes.
   """
   adamw = optax.adamw(
-    make_schedule(config, num_train_steps),
-    b1=config.b1,
-    b2=config.b2,
-    eps=config.eps,
-    weight_decay=config.weight_decay,
+    make_schedule(settings, num_train_steps),
+    b1=settings.b1,
+    b2=settings.b2,
+    eps=settings.eps,
+    weight_decay=settings.weight_decay,
     mask=_decays,
   )
-  if not config.max_grad_norm:
+  if not settings.max_grad_norm:
     return adamw
-  return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
+  return optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), adamw)
 
 
 def _decays(trainable: Any) -> Any:

@@ -14,7 +14,6 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from dpo_flax.data.batches.split import Split
 from dpo_flax.data.prepare import PreparedData
@@ -30,9 +29,11 @@ _DIGEST = 32  # bytes of a SHA-256
 def with_reference_logps(
   data: PreparedData,
   reference: Transformer,
-  config: ConfigDict,
   *,
+  directory: str,  # the token cache's
   fingerprint: str,  # of the reference's weights
+  dtypes: tuple[str, str],  # of activations and of weights
+  logits_chunk: int,
   mesh: Mesh,
 ) -> PreparedData:
   """Returns the data with `reference_logps` in every batch, read from disk or computed and kept.
@@ -40,16 +41,15 @@ def with_reference_logps(
   Raises:
     ValueError: a log-prob is not finite.
   """
-  directory = epath.Path(config.data.cache_dir or f'{config.workdir}/token_cache')
   sides = {'train': data.train, 'validation': data.validation}
   filled = {}
   for side, pairs in sides.items():
     if pairs is None:
       continue
-    path = directory / f'reference-{_key(pairs, fingerprint, config)}.float32'
+    path = epath.Path(directory) / f'reference-{_key(pairs, fingerprint, dtypes)}.float32'
     logps = _read(path, len(pairs))
     if _missing_anywhere(logps):
-      logps = score_side(reference, data, side, config, mesh)
+      logps = score_side(reference, data, side, logits_chunk=logits_chunk, mesh=mesh)
       _check_finite(pairs, logps)
       if jax.process_index() == 0:
         _write(path, logps)
@@ -57,11 +57,10 @@ def with_reference_logps(
   return dataclasses.replace(data, **filled)
 
 
-def _key(pairs: Split, fingerprint: str, config: ConfigDict) -> str:
+def _key(pairs: Split, fingerprint: str, dtypes: tuple[str, str]) -> str:
   """Names all that decides the numbers: weights, data, tokenizer, lengths, dtypes, this code."""
   lengths = hashlib.sha256(pairs.pairs.tobytes() + pairs.lengths.tobytes()).hexdigest()
-  model = config.model
-  parts = [_VERSION, fingerprint, pairs.cache.fingerprint, lengths, model.dtype, model.weight_dtype]
+  parts = [_VERSION, fingerprint, pairs.cache.fingerprint, lengths, *dtypes]
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

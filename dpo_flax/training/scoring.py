@@ -9,7 +9,6 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from dpo_flax.data import loader
 from dpo_flax.data.batches import pack
@@ -22,19 +21,19 @@ _LANES = 128  # rows of few pairs have a multiple of these tokens
 
 
 def score_side(
-  model: Model, data: PreparedData, side: str, config: ConfigDict, mesh: Mesh
+  model: Model, data: PreparedData, side: str, *, logits_chunk: int, mesh: Mesh
 ) -> np.ndarray:
   """Returns [n, 2] float32: the log-probs of chosen and rejected of every pair of a side, once.
 
   All processes call it together, and all get every pair.
   """
-  score = _scorer(model, config.model.logits_chunk, mesh)
+  score = _scorer(model, logits_chunk, mesh)
   index, count = row_shard(mesh)
   every_row = data.every_row(side)
   found = np.full((len(getattr(data, side)), 2), np.nan, np.float32)
-  batches = loader.every_pair(data, side, config, shard_index=index, shard_count=count)
+  batches = loader.every_pair(data, side, shard_index=index, shard_count=count)
   for step, batch in enumerate(batches):
-    for row, values in enumerate(score(batch), start=step * config.batch.rows):
+    for row, values in enumerate(score(batch), start=step * data.rows.rows):
       if row < len(every_row):
         places = every_row[row]
         found[places] = values[: len(places)]
@@ -42,10 +41,14 @@ def score_side(
 
 
 def score_pairs(
-  model: Model, pairs: Sequence[pack.PackedPair], config: ConfigDict, mesh: Mesh
+  model: Model,
+  pairs: Sequence[pack.PackedPair],
+  *,
+  layout: str,
+  logits_chunk: int,
+  mesh: Mesh,
 ) -> np.ndarray:
   """Returns [n, 2] float32 of a few pairs, each in a row of its own."""
-  layout = config.data.layout
   lengths = np.array([[len(ids) for ids in (p.prompt, p.chosen, p.rejected)] for p in pairs])
   longest = int(pack.row_lengths(lengths, layout).max())
   parts = row_parts(mesh)
@@ -56,7 +59,7 @@ def score_pairs(
   mine, count = row_shard(mesh)
   blocks = {name: np.split(values, count) for name, values in batch.items()}
   local = {name: np.concatenate([parts[i] for i in mine]) for name, parts in blocks.items()}
-  return _scorer(model, config.model.logits_chunk, mesh)(local)[: len(pairs), 0]
+  return _scorer(model, logits_chunk, mesh)(local)[: len(pairs), 0]
 
 
 def score_batch(

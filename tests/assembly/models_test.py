@@ -15,9 +15,11 @@ import transformers
 from flax import nnx
 
 from dpo_flax import config as config_lib
+from dpo_flax.assembly.blueprint import make_blueprint
 from dpo_flax.assembly.models import count_parameters, load_models
-from dpo_flax.assembly.sources import make_sources, reference_fingerprint
-from dpo_flax.assembly.tuning import make_lora_config
+from dpo_flax.assembly.sources import make_model_config, make_sources, reference_fingerprint
+from dpo_flax.config.sections import ModelSettings
+from dpo_flax.config.settings import settings_of
 from dpo_flax.huggingface.peft_adapter import save_adapter
 from dpo_flax.huggingface.weights import open_checkpoint, save_merged
 from dpo_flax.model.kernels import Trained
@@ -79,12 +81,9 @@ def start(places, set_field, tmp_path):
       is_place = field.endswith('adapter') or field.endswith('path')
       set_field(config, field.replace('__', '.'), str(places / value) if is_place else value)
     mesh = mesh or make_mesh({'data': 1, 'fsdp': 2, 'tensor': 1}, jax.devices()[:2])
-    base = open_checkpoint(config.initialize_from_hf)
-    sources = make_sources(config, base, None, mesh)
-    lora = make_lora_config(
-      config, sources.model, start=sources.adapter, reference=sources.reference_adapter
-    )
-    models = load_models(config, sources, lora, keeps_reference=keeps_reference, mesh=mesh)
+    blueprint = make_blueprint(settings_of(config), mesh, trains=False)
+    sources, lora = blueprint.sources, blueprint.lora
+    models = load_models(sources, lora, seed=0, keeps_reference=keeps_reference, mesh=mesh)
     return config, sources, lora, models
 
   return make
@@ -262,9 +261,14 @@ def test_counts_are_the_policys_and_leave_out_ranks_of_other_layers(start, place
 
 def test_reference_fingerprint_tells_every_reference_apart(start):
   names = ('on_top', 'from_one_against_another', 'merged', 'merged_dora')
-  found = [reference_fingerprint(*start(**STARTS[name][0])[:2]) for name in ('adapters', *names)]
+
+  def fingerprint(name):
+    _, sources, _, _ = start(**STARTS[name][0])
+    return reference_fingerprint(sources, preset=None, seed=0)
+
+  found = [fingerprint(name) for name in ('adapters', *names)]
   assert len(set(found)) == 5
-  same = reference_fingerprint(*start(**STARTS['from_adapter'][0])[:2])
+  same = fingerprint('from_adapter')
   assert same == found[0], 'the policy says nothing of the reference'
 
 
@@ -289,6 +293,19 @@ def write_tokenizer(directory, vocabulary, **fields):
   return directory
 
 
+def sources_of(base, reference):
+  mesh = make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, jax.devices()[:1])
+  checkpoints = [open_checkpoint(str(each)) for each in (base, reference)]
+  shape, other = (make_model_config(ModelSettings(), each, mesh, tokens=64) for each in checkpoints)
+  return make_sources(
+    shape,
+    checkpoints[0],
+    reference=checkpoints[1],
+    reference_model=other,
+    reference_model_path=str(reference),
+  )
+
+
 def test_a_reference_with_another_tokenizer_is_refused(start, places, tmp_path):
   shutil.copytree(places / 'base', tmp_path / 'base')
   vocabulary = {'a': 0, 'b': 1, 'ab': 2}
@@ -296,13 +313,9 @@ def test_a_reference_with_another_tokenizer_is_refused(start, places, tmp_path):
     write_tokenizer(tmp_path / 'base', vocabulary, **fields)
     for fields in ({}, {'added_tokens': [{'content': '<s>', 'id': 3}]})
   )
-  mesh = make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, jax.devices()[:1])
-  config = config_lib.default()
-  config.reference_model_path = str(second)
-  base = open_checkpoint(str(first))
   with pytest.raises(ValueError, match=r'another tokenizer than .*\(other added tokens\)'):
-    make_sources(config, base, open_checkpoint(str(second)), mesh)
-  make_sources(config, base, open_checkpoint(str(first)), mesh)
+    sources_of(first, second)
+  sources_of(first, first)
 
 
 @pytest.mark.parametrize(('field', 'theirs'), [('vocab_size', 96), ('num_hidden_layers', 3)])
@@ -310,9 +323,5 @@ def test_a_reference_of_another_shape_is_refused(places, tmp_path, field, theirs
   shutil.copytree(places / 'base', tmp_path / 'other')
   path = tmp_path / 'other' / 'config.json'
   path.write_text(json.dumps(json.loads(path.read_text()) | {field: theirs}))
-  config = config_lib.default()
-  config.reference_model_path = str(tmp_path / 'other')
-  base, other = (open_checkpoint(str(each)) for each in (places / 'base', tmp_path / 'other'))
-  mesh = make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, jax.devices()[:1])
   with pytest.raises(ValueError, match=f"is {theirs}, the policy's is"):
-    make_sources(config, base, other, mesh)
+    sources_of(places / 'base', tmp_path / 'other')

@@ -7,6 +7,7 @@ import pytest
 
 from dpo_flax import config
 from dpo_flax.assembly.sources import make_model_config
+from dpo_flax.config.settings import settings_of
 
 
 def make(preset, changes, *, platform='cpu'):
@@ -15,7 +16,14 @@ def make(preset, changes, *, platform='cpu'):
   settings.model.preset = preset
   settings.update_from_flattened_dict(changes)
   devices = np.array([types.SimpleNamespace(platform=platform)])
-  return make_model_config(settings, None, types.SimpleNamespace(devices=devices))
+  settings = settings_of(settings)
+  return make_model_config(
+    settings.model,
+    None,
+    types.SimpleNamespace(devices=devices),
+    tokens=settings.batch.tokens,
+    layout=settings.data.layout,
+  )
 
 
 def test_rows_beyond_the_short_factors_of_longrope_are_refused():

@@ -3,6 +3,7 @@
 import pytest
 
 from dpo_flax.assembly.tuning import make_lora_config
+from dpo_flax.config.settings import settings_of
 
 
 @pytest.fixture
@@ -13,7 +14,8 @@ def lora_of(config, make_model_config, set_field):
     for name, value in fields.items():
       set_field(config, 'tuning.method' if name == 'method' else f'lora.{name}', value)
     model = make_model_config(tie_word_embeddings=tied, weight_dtype=weight_dtype)
-    return make_lora_config(config, model)
+    settings = settings_of(config)
+    return make_lora_config(settings.lora, model, method=settings.tuning.method)
 
   return make
 

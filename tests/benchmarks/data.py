@@ -17,9 +17,11 @@ import time
 import numpy as np
 
 from dpo_flax import config as schema
+from dpo_flax.assembly.data import prepare_data
+from dpo_flax.config.settings import settings_of
 from dpo_flax.data import loader
 from dpo_flax.data.batches import pack
-from dpo_flax.data.prepare import PreparedData, prepare
+from dpo_flax.data.prepare import PreparedData
 
 CHATML = (
   "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
@@ -47,23 +49,23 @@ def measure_file(path: str, tokenizer: str, tokens: int):
   with tempfile.TemporaryDirectory() as directory:
     config = make_config(path, tokenizer, directory, tokens)
     start = time.perf_counter()
-    prepared = prepare(config, vocab_size=1 << 30)
+    prepared = prepare_data(settings_of(config), vocab_size=1 << 30)
     rate = len(prepared.train.cache) / (time.perf_counter() - start)
     print(f'{path}: {len(prepared.train.cache)} pairs, prepared at {rate:,.0f} pairs/s')
     for layout in pack.LAYOUTS:
       config.data.layout = layout
-      prepared = prepare(config, vocab_size=1 << 30)
+      prepared = prepare_data(settings_of(config), vocab_size=1 << 30)
       report = prepared.report['train']
       least = 1 - report['tokens'] / tokens / -(-report['tokens'] // tokens)
       print(
         f'  {layout}: {report["padding_fraction"]:.3%} padding in {report["rows"]} rows '
-        f'(whole rows allow {least:.3%}), {row_rate(prepared, config):,.0f} rows/s'
+        f'(whole rows allow {least:.3%}), {row_rate(prepared):,.0f} rows/s'
       )
 
 
-def row_rate(prepared: PreparedData, config) -> float:
+def row_rate(prepared: PreparedData) -> float:
   """Returns the rows a second that one process fills."""
-  batches = loader.train_batches(prepared, config, start_step=0, shard_index=0, shard_count=1)
+  batches = loader.train_batches(prepared, start_step=0, shard_index=0, shard_count=1)
   next(batches)
   start, rows = time.perf_counter(), 0
   while time.perf_counter() - start < SECONDS:

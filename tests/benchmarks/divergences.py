@@ -32,6 +32,7 @@ from flax import nnx
 
 from dpo_flax import config as config_lib
 from dpo_flax.assembly.tuning import make_lora_config
+from dpo_flax.config.sections import LoraSettings
 from dpo_flax.data.batches import pack
 from dpo_flax.huggingface.config_json import from_hf_config
 from dpo_flax.losses.metrics import summarize
@@ -72,9 +73,7 @@ def make_models() -> Models:
   }
   run = {'dtype': jnp.float32, 'weight_dtype': jnp.float32, 'remat': 'none', 'attention': 'xla'}
   config = from_hf_config(architecture, where='architecture', **run)
-  settings = config_lib.default()
-  settings.lora.r, settings.lora.alpha = 16, 32.0
-  lora = make_lora_config(settings, config)
+  lora = make_lora_config(LoraSettings(r=16, alpha=32.0), config)
   policy = Transformer(config, lora, nnx.Rngs(params=0, lora=1))
   return Models(policy, nnx.view(policy, adapted=False))
 

@@ -22,6 +22,7 @@ from flax import nnx
 
 from dpo_flax import config as config_lib
 from dpo_flax.assembly.tuning import make_lora_config
+from dpo_flax.config.sections import LoraSettings
 from dpo_flax.data.batches import pack
 from dpo_flax.huggingface.config_json import from_hf_config
 from dpo_flax.losses.objective import Objective
@@ -86,9 +87,7 @@ def make_step():
   }
   run = {'dtype': jnp.float32, 'weight_dtype': jnp.float32, 'remat': 'none', 'attention': 'xla'}
   config = from_hf_config(architecture, where='architecture', **run)
-  settings = config_lib.default()
-  settings.lora.r, settings.lora.alpha = 8, 16.0
-  lora = make_lora_config(settings, config)
+  lora = make_lora_config(LoraSettings(r=8, alpha=16.0), config)
   policy = Transformer(config, lora, nnx.Rngs(params=0, lora=1))
   graphdef, trainable, frozen = split_models(Models(policy, nnx.view(policy, adapted=False)))
   optimizer = optax.adamw(1e-4)

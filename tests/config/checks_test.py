@@ -1,5 +1,6 @@
 """Illegal values and contradictions fail first, with what was given and what was expected."""
 
+import json
 import logging as std_logging
 
 import pytest
@@ -7,6 +8,7 @@ from absl import logging as absl_logging
 
 from dpo_flax import config as config_lib
 from dpo_flax.config.checks import validate, validate_rows
+from dpo_flax.config.sections import BatchSettings
 
 
 @pytest.fixture
@@ -18,8 +20,8 @@ def warnings(caplog, monkeypatch):
 
 
 def test_the_config_is_valid_and_unchanged(config, warnings):
-  checked = validate(config)
-  assert checked == config and checked is not config
+  before = json.loads(config.to_json_best_effort())
+  assert validate(config).to_json() == before == json.loads(config.to_json_best_effort())
   assert warnings() == []
 
 
@@ -126,13 +128,13 @@ def test_epochs_may_take_the_place_of_steps(config):
   ('rows', 'microbatches', 'shards', 'fits'),
   [(32, 1, 8, True), (32, 4, 8, True), (32, 8, 8, False), (12, 1, 8, False), (8, 1, 8, True)],
 )
-def test_rows_divide_among_the_shards_of_every_microbatch(config, rows, microbatches, shards, fits):
-  config.batch.rows, config.batch.microbatches = rows, microbatches
+def test_rows_divide_among_the_shards_of_every_microbatch(rows, microbatches, shards, fits):
+  batch = BatchSettings(rows=rows, microbatches=microbatches)
   if fits:
-    validate_rows(config, shards)
+    validate_rows(batch, shards)
     return
   with pytest.raises(ValueError, match=f'batch.rows={rows} .* multiple of {microbatches * shards}'):
-    validate_rows(config, shards)
+    validate_rows(batch, shards)
 
 
 def test_zero_init_b_is_put_right_and_said(config, warnings):

@@ -6,9 +6,9 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from dpo_flax.assembly.data import prepare_data
 from dpo_flax.config.checks import validate
-from dpo_flax.config.named_values import named_values
-from dpo_flax.data.prepare import _mapping, prepare
+from dpo_flax.config.named_values import named_values, split_paths
 from dpo_flax.data.records.source import RecordSource
 
 # ml_collections loads config files by a method that Python has deprecated.
@@ -64,8 +64,8 @@ def test_weights_and_fields_are_those_that_were_given(parse, mixture, fields, by
   if by_flag and mixture == 'JSON':
     pytest.skip('a flag that is a mapping arrives as a mapping')
   config = parse(*(({}, given) if by_flag else (given, {})))
-  assert RecordSource(config.data.train).weights == [2.0, 1.0]
-  prepared = prepare(config, vocab_size=500)
+  assert RecordSource(*split_paths(config.data.train)).weights == [2.0, 1.0]
+  prepared = prepare_data(config, vocab_size=500)
   assert prepared.report['train']['formats'] == {'explicit': 8}
 
 
@@ -73,7 +73,7 @@ def test_weights_and_fields_are_those_that_were_given(parse, mixture, fields, by
 def test_a_mapping_without_dots_is_a_mixture_too(parse, by_flag):
   train = {'train': {'b': 3}}
   config = parse(*(({}, train) if by_flag else (train, {})))
-  assert RecordSource(config.data.train).weights == [3.0]
+  assert RecordSource(*split_paths(config.data.train)).weights == [3.0]
 
 
 @pytest.mark.parametrize('by_flag', [False, True], ids=['file', 'flag'])
@@ -89,7 +89,7 @@ def test_a_mapping_with_dots_is_refused_with_what_to_write(parse, field, by_flag
 def test_template_variables_reach_the_template(parse, value, by_flag):
   given = {'train': 'b', 'template_variables': value}
   config = parse(*(({}, given) if by_flag else (given, {})))
-  assert _mapping(config, 'template_variables') == {'thinking': False}
+  assert config.data.template_variables == (('thinking', False),)
 
 
 @pytest.mark.parametrize(
@@ -97,16 +97,15 @@ def test_template_variables_reach_the_template(parse, value, by_flag):
 )
 def test_what_is_no_paths_and_no_mixture_is_refused(parse, paths):
   with pytest.raises(ValueError, match='expected a path'):
-    RecordSource(parse({'train': paths}, {}).data.train)
+    parse({'train': paths}, {})
 
 
 @pytest.mark.parametrize(
   ('field', 'value'), [('fields', 'chosen'), ('fields', [('chosen', 1)]), ('fields', ['chosen'])]
 )
 def test_what_is_no_mapping_is_refused(parse, field, value):
-  config = parse({'train': 'b', field: value}, {})
   with pytest.raises(ValueError, match=r'data\.fields.*expected'):
-    prepare(config, vocab_size=500)
+    prepare_data(parse({'train': 'b', field: value}, {}), vocab_size=500)
 
 
 def test_a_name_has_one_value():

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from dpo_flax import config as schema
+from dpo_flax.assembly.data import prepare_data
+from dpo_flax.config.settings import settings_of
 from dpo_flax.data import loader
-from dpo_flax.data.prepare import prepare
 
 ROWS, TOKENS = 4, 64
 
@@ -40,13 +41,17 @@ def config(data, json_directory, tmp_path_factory):
   return config
 
 
-def _prepare(config):
-  return prepare(config, vocab_size=500)
+def _prepare(config, vocab_size=500):
+  return prepare_data(settings_of(config), vocab_size=vocab_size)
 
 
 def _take(config, prepared, n, *, start=0, shard=0, shards=1):
   batches = loader.train_batches(
-    prepared, config, start_step=start, shard_index=shard, shard_count=shards
+    prepared,
+    start_step=start,
+    shard_index=shard,
+    shard_count=shards,
+    workers=config.data.workers,
   )
   try:
     return [next(batches) for _ in range(n)]
@@ -54,8 +59,8 @@ def _take(config, prepared, n, *, start=0, shard=0, shards=1):
     batches.close()
 
 
-def _validate(config, prepared, *, shard=0, shards=1):
-  batches = loader.validation_batches(prepared, config, shard_index=shard, shard_count=shards)
+def _validate(prepared, *, shard=0, shards=1):
+  batches = loader.validation_batches(prepared, shard_index=shard, shard_count=shards)
   try:
     return list(batches)
   finally:
@@ -87,8 +92,8 @@ def test_four_hosts_read_the_batches_of_one(config):
   whole = _take(config, prepared, 12)
   parts = [_take(config, prepared, 12, shard=i, shards=4) for i in range(4)]
   _assert_same(_join(parts), whole)
-  parts = [_validate(config, prepared, shard=i, shards=4) for i in range(4)]
-  _assert_same(_join(parts), _validate(config, prepared))
+  parts = [_validate(prepared, shard=i, shards=4) for i in range(4)]
+  _assert_same(_join(parts), _validate(prepared))
 
 
 def test_a_host_may_read_parts_that_lie_apart(config):
@@ -145,7 +150,7 @@ def test_without_shuffling_unpacked_rows_follow_the_source(config):
 
 def test_validation_holds_every_pair_once_and_ends_in_empty_rows(config):
   prepared = _prepare(config)
-  batches = _validate(config, prepared)
+  batches = _validate(prepared)
   records = prepared.validation.cache.records[prepared.validation.pairs]
   assert sorted(_indices(batches)) == sorted(records)
   assert all(batch['tokens'].shape == (ROWS, TOKENS) for batch in batches)
@@ -188,7 +193,7 @@ def test_a_validation_file_leaves_train_whole(config, data, tmp_path):
   config.data.validation = str(tmp_path / 'validation.jsonl')
   prepared = _prepare(config)
   assert len(prepared.train) == 150
-  assert sorted(_indices(_validate(config, prepared))) == list(range(7))
+  assert sorted(_indices(_validate(prepared))) == list(range(7))
   assert prepared.where('validation', 3) == f'{tmp_path}/validation.jsonl:4'
 
 
@@ -231,8 +236,7 @@ def test_steps_cover_the_epochs_that_were_asked_for(config):
   prepared = _prepare(config)
   rows = [len(prepared.train_rows.plan(epoch)) for epoch in range(3)]
   for epochs, needed in ((1.0, rows[0]), (2.5, rows[0] + rows[1] + rows[2] / 2), (3.0, sum(rows))):
-    config.train.num_epochs = epochs
-    steps = loader.steps_for_epochs(prepared, config)
+    steps = loader.steps_for_epochs(prepared, epochs)
     assert (steps - 1) * ROWS < needed <= steps * ROWS
 
 
@@ -326,7 +330,7 @@ def test_without_a_place_for_the_cache_nothing_is_written(config):
 
 def test_a_small_embedding_is_refused_with_file_and_line(config):
   with pytest.raises(ValueError, match=r'pairs\.jsonl:\d+: token id \d+ is beyond'):
-    prepare(config, vocab_size=100)
+    _prepare(config, vocab_size=100)
 
 
 def test_an_epoch_has_one_plan_whenever_it_is_asked_for(config):

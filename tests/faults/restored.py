@@ -30,10 +30,9 @@ def sha256(arrays) -> str:
 
 def show(config):
   """Prints the restored step, and digests of the restored state and of the batches after it."""
-  config = validate(config)
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    run, state = assemble.build(config, mesh)
+    run, state = assemble.build(validate(config), mesh)
     checkpoints = Checkpoints(epath.Path(config.workdir) / 'checkpoints', run.identity, keep=9)
     state, step = checkpoints.resume(state)
     checkpoints.close()

@@ -6,19 +6,26 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dpo_flax.config.checks import validate
 from dpo_flax.examples import make_tiny
-from dpo_flax.planning.remedies import OutOfMemoryError, explained
+from dpo_flax.planning.remedies import Adjustable, OutOfMemoryError, explained
 from dpo_flax.train import train
 
 EXAMPLE = pathlib.Path(make_tiny.__file__).parent / 'tiny'
 GIB = 2**30
 
 
+def adjustable(config):
+  settings = validate(config)
+  method = settings.tuning.method
+  return Adjustable(settings.batch, settings.model, settings.mesh, method=method)
+
+
 def test_a_step_that_does_not_fit_says_what_to_lower(config):
   config.batch.rows = 16
   config.model.remat = 'dots'
   held = {'weights': jnp.zeros(GIB // 4, jnp.uint8)}
-  with pytest.raises(OutOfMemoryError) as error, explained(config, held, jnp.zeros(4)):
+  with pytest.raises(OutOfMemoryError) as error, explained(adjustable(config), held, jnp.zeros(4)):
     jnp.zeros(2**45, jnp.uint8).block_until_ready()  # the allocator's own refusal
   told = str(error.value)
   assert 'RESOURCE_EXHAUSTED' in told.partition('\n')[0]
@@ -43,5 +50,5 @@ def test_weights_and_exports_that_do_not_fit_say_so_too(config, monkeypatch, pha
 
 
 def test_other_errors_pass(config):
-  with pytest.raises(jax.errors.JaxRuntimeError, match='INTERNAL'), explained(config):
+  with pytest.raises(jax.errors.JaxRuntimeError, match='INTERNAL'), explained(adjustable(config)):
     raise jax.errors.JaxRuntimeError('INTERNAL: something else')

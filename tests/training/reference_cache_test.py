@@ -41,11 +41,10 @@ def config(tmp_path):
 
 
 def build(config, source):
-  config = validate(config)
-  config.reference.source = source
-  mesh = make_mesh(config.mesh)
+  settings = validate(config).replace({'reference.source': source})
+  mesh = make_mesh(settings.mesh.sizes())
   with jax.set_mesh(mesh):
-    return assemble.build(config, mesh)
+    return assemble.build(settings, mesh)
 
 
 def losses(run, state):
@@ -56,13 +55,11 @@ def losses(run, state):
   evaluate = jit_eval_step(run.graphdef, run.options)
   found = []
   with jax.set_mesh(run.mesh):
-    with contextlib.closing(
-      loader.train_batches(run.data, run.config, start_step=0, **where)
-    ) as batches:
+    with contextlib.closing(loader.train_batches(run.data, start_step=0, **where)) as batches:
       for _ in range(run.num_steps):
         state, metrics = step(state, run.frozen, shard_batch(next(batches), run.mesh))
         found.append(metrics['sums']['means']['dpo_loss'])
-    for batch in loader.validation_batches(run.data, run.config, **where):
+    for batch in loader.validation_batches(run.data, **where):
       found.append(evaluate(state, run.frozen, shard_batch(batch, run.mesh))['means']['dpo_loss'])
   return np.array(found)
 
@@ -81,7 +78,7 @@ def test_training_runs_no_reference_stream(config):
   flops = {}
   for source in ('cache', 'live'):
     run, state = build(config, source)
-    batches = loader.train_batches(run.data, run.config, start_step=0, shard_index=0, shard_count=1)
+    batches = loader.train_batches(run.data, start_step=0, shard_index=0, shard_count=1)
     with contextlib.closing(batches), jax.set_mesh(run.mesh):
       step = jit_train_step(run.graphdef, run.optimizer, run.options)
       lowered = step.lower(state, run.frozen, shard_batch(next(batches), run.mesh))

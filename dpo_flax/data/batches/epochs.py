@@ -1,10 +1,9 @@
 """The endless sequence of rows: every epoch's plan, one after the other."""
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from dpo_flax.data.batches import pack
 from dpo_flax.data.batches.mixture import Mixture, permutation
+from dpo_flax.data.batches.pack import RowPlan, plan_rows, reorder, row_lengths
 
 _WINDOW = 1 << 16  # pairs packed together
 
@@ -16,16 +15,19 @@ class Epochs:
     self,
     lengths: np.ndarray,  # [n, 3]
     mixture: Mixture,
-    config: ConfigDict,
     *,
+    tokens: int,  # of a row
+    layout: str,
+    seed: int,
+    pack: bool,  # False: one pair a row
     shuffle: bool,
-    pairs_per_row: int,
+    pairs_per_row: int,  # slots; 0: the largest number the first epoch needs
   ):
     self._lengths, self._mixture = lengths, mixture
-    self._tokens, self._layout = config.batch.tokens, config.data.layout
-    self._window = _WINDOW if config.data.pack else 0
-    self._seed, self._shuffle = config.seed, shuffle
-    self._plans: dict[int, pack.RowPlan] = {}
+    self._tokens, self._layout = tokens, layout
+    self._window = _WINDOW if pack else 0
+    self._seed, self._shuffle = seed, shuffle
+    self._plans: dict[int, RowPlan] = {}
     self._starts = {0: 0}
     self.pairs_per_row = pairs_per_row
     if not pairs_per_row:
@@ -33,7 +35,7 @@ class Epochs:
       # how rows are packed, and an epoch must have one plan, whenever it is asked for.
       self.pairs_per_row = self._make_plan(0).pairs_per_row
 
-  def plan(self, epoch: int) -> pack.RowPlan:
+  def plan(self, epoch: int) -> RowPlan:
     """Returns the rows of one epoch."""
     if epoch not in self._plans:
       plan = self._make_plan(epoch)
@@ -55,20 +57,20 @@ class Epochs:
       epoch += 1
     return self.plan(epoch)[i - self.start(epoch)]
 
-  def _make_plan(self, epoch: int) -> pack.RowPlan:
+  def _make_plan(self, epoch: int) -> RowPlan:
     order = self._mixture.epoch(epoch, seed=self._seed, shuffle=self._shuffle)
     if not len(order):
       raise ValueError(
         f'data.train: the weights of the mixture leave no pair for epoch {epoch + 1}: raise them.'
       )
-    plan = pack.plan_rows(
-      pack.row_lengths(self._lengths, self._layout),
+    plan = plan_rows(
+      row_lengths(self._lengths, self._layout),
       tokens=self._tokens,
       pairs_per_row=self.pairs_per_row,
       order=order,
       window=self._window,
     )
     if self._shuffle:
-      return pack.reorder(plan, permutation(len(plan), 'rows', self._seed, epoch))
+      return reorder(plan, permutation(len(plan), 'rows', self._seed, epoch))
     first = np.minimum.reduceat(plan.pairs, plan.starts[:-1])
-    return pack.reorder(plan, np.argsort(first, kind='stable'))
+    return reorder(plan, np.argsort(first, kind='stable'))

@@ -9,15 +9,11 @@ from typing import Any
 
 from etils import epath
 
-from dpo_flax.config.named_values import NamedValues, named_values
 from dpo_flax.data.records import readers
 from dpo_flax.data.records.raw import RecordError, parse
 from dpo_flax.files.paths import access_errors
 
 _CHUNK = 1 << 20  # bytes read at once when hashing
-_LEAST, _MOST = 0.001, 1000  # passes over a part of a mixture in an epoch
-
-Paths = str | Sequence[str] | NamedValues
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,18 +43,19 @@ class RecordSource:
   read is a record whose value is an error.
 
   Args:
-    paths: a path or a glob, several of them, or a mixture: the passes over each path in an epoch,
-      in any form of named_values.
+    paths: a path or a glob, or several of them.
+    weights: the passes over each path in an epoch, where the paths are a mixture.
 
   Raises:
-    ValueError: a path or a glob that names no file, a file named twice, a weight that is no number,
-      or something else than paths.
+    ValueError: a path or a glob that names no file, or a file named twice.
   """
 
-  def __init__(self, paths: Paths):
-    parts = _parts(paths)
-    self.weights: list[float] = [weight for weight, _ in parts]  # of each part of the mixture
-    names = [[file for p in patterns for file in _expand(p)] for _, patterns in parts]
+  def __init__(self, paths: str | Sequence[str], weights: Sequence[float] | None = None):
+    paths = [paths] if isinstance(paths, str) else paths
+    # Without weights, all is one part.
+    parts = [paths] if weights is None else [[path] for path in paths]
+    self.weights = [1.0] if weights is None else list(map(float, weights))  # of each part
+    names = [[file for path in part for file in _expand(path)] for part in parts]
     self.files: list[str] = [file for files in names for file in files]
     self.parts: list[int] = [i for i, files in enumerate(names) for _ in files]  # of each file
     if not self.files:
@@ -94,30 +91,6 @@ class RecordSource:
           content.update(chunk)
       digest.update(content.digest())
     return digest.hexdigest()
-
-
-def _parts(paths: Paths) -> list[tuple[float, list[str]]]:
-  """Returns (weight, patterns) of each part; without weights, all is one part."""
-  mixture = named_values(paths)
-  if mixture is None:
-    patterns = [paths] if isinstance(paths, str) else paths
-    if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) for p in patterns):
-      raise ValueError(
-        f'data files {paths!r}: expected a path, a list of paths, or a mixture such as '
-        "(('a.jsonl', 1), ('b.jsonl', 0.5))."
-      )
-    return [(1.0, list(patterns))]
-  for path, weight in mixture.items():
-    if (
-      isinstance(weight, bool)
-      or not isinstance(weight, int | float)
-      or not _LEAST <= weight <= _MOST
-    ):
-      raise ValueError(
-        f'data.train gives {path} the weight {weight!r}: it is the number of passes over the file '
-        f'in an epoch, such as 1, 2 or 0.5, from {_LEAST} to {_MOST}.'
-      )
-  return [(float(weight), [path]) for path, weight in mixture.items()]
 
 
 def _expand(pattern: str) -> list[str]:

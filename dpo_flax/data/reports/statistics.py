@@ -5,7 +5,6 @@ import math
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from dpo_flax.data.batches import pack
 from dpo_flax.data.batches.split import Split
@@ -16,19 +15,19 @@ _BLOCK = 4096  # pairs read at once
 _SHOWN = 5  # places named of each kind
 
 
-def describe(prepared: PreparedData, config: ConfigDict) -> dict[str, Any]:
+def describe(prepared: PreparedData) -> dict[str, Any]:
   """Returns all statistics as plain JSON values: those of the training side, and 'validation'."""
-  result = _describe_side(prepared, 'train', config)
+  result = _describe_side(prepared, 'train')
   if prepared.validation is not None:
-    result['validation'] = _describe_side(prepared, 'validation', config)
+    result['validation'] = _describe_side(prepared, 'validation')
     result['validation']['prompts_also_in_train'] = _shared_prompts(
       prepared.train, prepared.validation
     )
-  result['steps_per_epoch'] = math.ceil(result['rows'] / config.batch.rows)
+  result['steps_per_epoch'] = math.ceil(result['rows'] / prepared.rows.rows)
   return result
 
 
-def _describe_side(prepared: PreparedData, side: str, config: ConfigDict) -> dict[str, Any]:
+def _describe_side(prepared: PreparedData, side: str) -> dict[str, Any]:
   pairs: Split = getattr(prepared, side)
   report = dict(prepared.report[side])
   reasons = report.pop('dropped')
@@ -40,7 +39,7 @@ def _describe_side(prepared: PreparedData, side: str, config: ConfigDict) -> dic
     'prefix_saving': 1 - shared / separate,
     'prefix_saving_tokens': separate - shared,
     'mean_pairs_per_row': report['pairs'] / report['rows'],
-    'lengths': _lengths(pairs.lengths, config.data.layout),
+    'lengths': _lengths(pairs.lengths, prepared.rows.layout),
     'length_bias': _length_bias(pairs.lengths),
     **_repetitions(pairs),
   }

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from dpo_flax.config.named_values import data_paths, split_paths
 from dpo_flax.data.records.raw import RecordError
 from dpo_flax.data.records.source import RecordSource
 
@@ -63,14 +64,15 @@ def test_position_reaches_size(tmp_path):
 def test_weights_make_each_path_a_part_of_a_mixture(tmp_path):
   for name in ('a1', 'a2', 'b'):
     _write(tmp_path / f'{name}.jsonl', [{'n': 0}])
-  mixture = RecordSource({f'{tmp_path}/a*.jsonl': 2, f'{tmp_path}/b.jsonl': 0.5})
+  given = data_paths({f'{tmp_path}/a*.jsonl': 2, f'{tmp_path}/b.jsonl': 0.5})
+  mixture = RecordSource(*split_paths(given))
   assert (mixture.weights, mixture.parts) == ([2.0, 0.5], [0, 0, 1])
   alike = RecordSource([f'{tmp_path}/a*.jsonl', f'{tmp_path}/b.jsonl'])
   assert (alike.weights, alike.parts) == ([1.0], [0, 0, 0])
   assert mixture.fingerprint == alike.fingerprint
   for weight in (0, -1, True, 'x', float('nan'), 1e-7, 1e9):
     with pytest.raises(ValueError, match='number of passes'):
-      RecordSource({f'{tmp_path}/b.jsonl': weight})
+      data_paths({f'{tmp_path}/b.jsonl': weight})
 
 
 def test_empty_missing_and_doubled_files_are_errors(tmp_path):
