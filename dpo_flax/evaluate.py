@@ -94,7 +94,6 @@ def evaluate(config: ConfigDict, policy: Candidate, reference: Candidate | None)
       base,
       mesh,
       tokens=settings.batch.tokens,
-      layout=settings.data.layout,
     )
     for place, base in bases.items()
   }

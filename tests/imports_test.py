@@ -15,7 +15,8 @@ COMMANDS = {f'dpo_flax.{name}' for name in ('train', 'evaluate', 'export', 'insp
 IMPORT_ALL = """
 import copy, importlib, json, sys
 from absl import flags
-import absl.app, fsspec.config, grain, jax, orbax.checkpoint  # which others may have
+import absl.app, chex, grain, jax, orbax.checkpoint  # which define flags of their own
+import fsspec.config
 import ml_collections.config_flags
 sentinel = object()
 sys.modules['torch'] = sentinel

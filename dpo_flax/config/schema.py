@@ -29,7 +29,7 @@ from dpo_flax.losses.objective import OPTIONS, Objective
 _SOURCE, _FREE = Role.SOURCE, Role.FREE
 
 
-# The rows of the objective section are what the losses state of their options; Objective checks them.
+# The objective section: what the losses state of their options, whose values Objective checks.
 OBJECTIVE = {
   name: Row(
     default=option.default,

@@ -22,7 +22,6 @@ def make(preset, changes, *, platform='cpu'):
     None,
     types.SimpleNamespace(devices=devices),
     tokens=settings.batch.tokens,
-    layout=settings.data.layout,
   )
 
 
