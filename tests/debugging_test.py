@@ -9,6 +9,9 @@ import pytest
 from dpo_flax import debugging
 from dpo_flax.data.batches import pack
 from dpo_flax.debugging import as_text, pair_table, separate_and_packed_losses
+from helpers.batches import draw_pairs
+from helpers.models import make_lora, make_model_config, make_models
+from helpers.steps import make_options
 
 LOSSES = (
   {'loss': 'sigmoid'},
@@ -22,7 +25,7 @@ LOSSES = (
 
 
 @pytest.fixture(scope='module')
-def models(make_models, make_model_config, make_lora):
+def models():
   return make_models(make_model_config(), make_lora())
 
 
@@ -34,7 +37,7 @@ def tokenizer():
 
 @pytest.mark.parametrize('layout', pack.LAYOUTS)
 @pytest.mark.parametrize('objective', LOSSES, ids=str)
-def test_separate_and_packed_losses_agree(objective, layout, models, make_options, draw_pairs):
+def test_separate_and_packed_losses_agree(objective, layout, models):
   pairs = draw_pairs(7)
   table = separate_and_packed_losses(
     models, pairs, make_options(**objective), tokens=96, layout=layout
@@ -46,7 +49,7 @@ def test_separate_and_packed_losses_agree(objective, layout, models, make_option
   assert len({row['packed'] for row in table}) == len(pairs)
 
 
-def test_the_penalty_is_added_with_the_weight_of_the_objective(models, make_options, draw_pairs):
+def test_the_penalty_is_added_with_the_weight_of_the_objective(models):
   """The two extra columns differ from the first two by weight x KL; 1 x KL where it has none."""
   tables = [
     separate_and_packed_losses(models, draw_pairs(5), make_options(**options), tokens=96)
@@ -60,7 +63,7 @@ def test_the_penalty_is_added_with_the_weight_of_the_objective(models, make_opti
     np.testing.assert_allclose(quarters, 0.25 * ones, rtol=1e-3, atol=1e-5)
 
 
-def test_broken_packing_shows(models, make_options, draw_pairs, monkeypatch):
+def test_broken_packing_shows(models, monkeypatch):
   """Pairs that see their neighbours in a row have other losses than by themselves."""
   fill_batch = pack.fill_batch
 
@@ -75,19 +78,19 @@ def test_broken_packing_shows(models, make_options, draw_pairs, monkeypatch):
   assert max(abs(row['separate'] - row['packed']) for row in table) > 1e-2
 
 
-def test_a_pair_longer_than_a_row_is_refused(models, make_options, draw_pairs):
+def test_a_pair_longer_than_a_row_is_refused(models):
   with pytest.raises(ValueError, match=r'tokens=8: the longest of the pairs takes \d+'):
     separate_and_packed_losses(models, draw_pairs(7), make_options(), tokens=8)
 
 
-def test_without_a_reference_there_is_no_kl_to_compare(models, make_options, draw_pairs):
+def test_without_a_reference_there_is_no_kl_to_compare(models):
   table = separate_and_packed_losses(
     models, draw_pairs(3), make_options(reference_free=True), tokens=96
   )
   assert set(table[0]) == {'pair_index', 'separate', 'packed'}
 
 
-def test_weights_and_margins_of_the_records_are_kept(models, make_options, draw_pairs):
+def test_weights_and_margins_of_the_records_are_kept(models):
   pairs = draw_pairs(5)
   plain = separate_and_packed_losses(models, pairs, make_options(), tokens=96)
   pairs[3] = pairs[3]._replace(margin=2.0)
@@ -98,7 +101,7 @@ def test_weights_and_margins_of_the_records_are_kept(models, make_options, draw_
 
 
 @pytest.mark.parametrize('layout', pack.LAYOUTS)
-def test_table_reads_every_pair_back(layout, models, make_options, draw_pairs, tokenizer):
+def test_table_reads_every_pair_back(layout, models, tokenizer):
   pairs = draw_pairs(7)
   # What is read but not learned, such as a tool's output, belongs to the text.
   pairs[2] = pairs[2]._replace(chosen=np.array([5, ~6, ~7, 8], np.int32))
@@ -114,7 +117,7 @@ def test_table_reads_every_pair_back(layout, models, make_options, draw_pairs, t
       assert row[f'{name}_tokens'] == np.sum(getattr(pair, name) >= 0)
 
 
-def test_table_judges_as_the_loss_does(models, make_options, draw_pairs, tokenizer):
+def test_table_judges_as_the_loss_does(models, tokenizer):
   pairs = draw_pairs(7)
   batch = pack.fill_batch([pairs[:3], pairs[3:]], tokens=96, pairs_per_row=4, layout='shared')
   losses = separate_and_packed_losses(models, pairs, make_options(), tokens=96)
@@ -124,7 +127,7 @@ def test_table_judges_as_the_loss_does(models, make_options, draw_pairs, tokeniz
     assert row['loss'] == pytest.approx(loss['separate'], rel=1e-4)
 
 
-def test_an_empty_batch_has_an_empty_table(models, make_options, tokenizer):
+def test_an_empty_batch_has_an_empty_table(models, tokenizer):
   batch = pack.fill_batch([[]], tokens=16, pairs_per_row=2, layout='shared')
   assert pair_table(models, batch, make_options(), tokenizer) == []
   assert as_text([]) == ''

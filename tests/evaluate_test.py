@@ -18,6 +18,7 @@ from dpo_flax.data.records.preference import Preference
 from dpo_flax.data.tokens.tokenizer import load_tokenizer
 from dpo_flax.evaluate import Candidate, evaluate, per_pair, summarize
 from dpo_flax.examples import make_tiny
+from helpers.bases import write_example_base
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXAMPLE = pathlib.Path(make_tiny.__file__).parent / 'tiny'
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings('ignore:.*is_gradient_checkpointing.*:Fu
 
 
 @pytest.fixture(scope='module')
-def places(tmp_path_factory, write_example_base):
+def places(tmp_path_factory):
   """Two bases, two adapters on the first, and some pairs."""
   root = tmp_path_factory.mktemp('models')
   base = write_example_base(root / 'base', initializer_range=0.1)

@@ -30,6 +30,7 @@ from dpo_flax.exports import exporting, verification
 from dpo_flax.sharding import make_mesh, shard_batch
 from dpo_flax.train import train
 from dpo_flax.training.logps import pair_logps
+from helpers.bases import write_example_base
 
 EXAMPLE = pathlib.Path(make_tiny.__file__).parent / 'tiny'
 
@@ -38,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings('ignore:.*is_gradient_checkpointing.*:Fu
 
 
 @pytest.fixture(scope='module')
-def base(tmp_path_factory, write_example_base):
+def base(tmp_path_factory):
   """A random Llama in Hugging Face layout, its weights in several files."""
   directory = write_example_base(tmp_path_factory.mktemp('base'), max_shard_size='200KB')
   (directory / 'tokenizer_config.json').write_text(

@@ -23,6 +23,7 @@ from dpo_flax.planning import aot, chips, estimate, search
 from dpo_flax.planning.remedies import Adjustable, remedies
 from dpo_flax.sharding import make_mesh, shard_batch
 from dpo_flax.train import train_batches
+from helpers.configs import set_field
 
 TINY = pathlib.Path(plan.__file__).parent / 'examples' / 'tiny'
 
@@ -80,7 +81,7 @@ def describe(tree):
   ],
   ids=['lora', 'dora', 'full_without_reference', 'full'],
 )
-def test_planned_arguments_are_those_of_training(tiny, set_field, changes):
+def test_planned_arguments_are_those_of_training(tiny, changes):
   for field, value in changes.items():
     set_field(tiny, field, value)
   mesh = make_mesh({'data': 1, 'fsdp': 4, 'tensor': 2})

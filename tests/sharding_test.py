@@ -17,6 +17,9 @@ from dpo_flax.planning.compiled import hlo
 from dpo_flax.sharding import AXES, make_mesh, named_shardings, row_parts, row_shard, shard_batch
 from dpo_flax.training.state import init_train_state, split_models
 from dpo_flax.training.step import jit_train_step
+from helpers.batches import draw_pairs, fill_batch
+from helpers.models import make_lora, make_mesh_of, make_model_config, make_models
+from helpers.steps import make_options
 
 
 def sizes(data, fsdp, tensor):
@@ -89,14 +92,14 @@ def test_a_slice_holds_whole_copies_of_the_weights(asked, monkeypatch):
 
 
 @pytest.fixture(scope='module')
-def abstract(make_model_config, make_lora):
+def abstract():
   """A model without arrays whose axes eight devices divide."""
   config = make_model_config(vocab_size=96)
   lora = make_lora(targets=frozenset(['q_proj', 'v_proj', 'down_proj', 'lm_head']))
   return nnx.eval_shape(lambda: Transformer(config, lora, nnx.Rngs(0, lora=1)))
 
 
-def test_weights_lie_as_their_axes_say(abstract, make_mesh_of):
+def test_weights_lie_as_their_axes_say(abstract):
   placed = named_shardings(nnx.state(abstract), make_mesh_of(fsdp=4, tensor=2))
   specs = {
     jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value'): tuple(leaf.spec)
@@ -121,7 +124,7 @@ def test_weights_lie_as_their_axes_say(abstract, make_mesh_of):
   assert {name: specs[name] for name in expected} == expected
 
 
-def test_an_axis_that_the_mesh_does_not_divide_is_refused(make_model_config, make_mesh_of):
+def test_an_axis_that_the_mesh_does_not_divide_is_refused():
   """97 tokens on two devices: named before the compiler would say it."""
   model = nnx.eval_shape(lambda: Transformer(make_model_config(), None, nnx.Rngs(0)))
   with pytest.raises(
@@ -130,13 +133,13 @@ def test_an_axis_that_the_mesh_does_not_divide_is_refused(make_model_config, mak
     named_shardings(nnx.state(model), make_mesh_of(fsdp=4, tensor=2))
 
 
-def test_arrays_without_axes_are_replicated(make_mesh_of):
+def test_arrays_without_axes_are_replicated():
   mesh = make_mesh_of(fsdp=8)
   placed = named_shardings({'count': jax.ShapeDtypeStruct((3,), jnp.float32)}, mesh)
   assert placed['count'].is_fully_replicated and placed['count'].mesh == mesh
 
 
-def test_rows_of_a_batch_are_split_over_data_and_fsdp(make_mesh_of):
+def test_rows_of_a_batch_are_split_over_data_and_fsdp():
   mesh = make_mesh_of(data=2, fsdp=2, tensor=2)
   batch = {'tokens': np.arange(24).reshape(8, 3), 'pair_mask': np.ones((8, 1), np.float32)}
   sharded = shard_batch(batch, mesh)
@@ -181,7 +184,7 @@ def fake_mesh(shape, owners):
   )
 
 
-def test_activations_are_constrained_on_a_mesh_and_left_alone_without(make_mesh_of):
+def test_activations_are_constrained_on_a_mesh_and_left_alone_without():
   array = jnp.zeros((8, 4, 32))
 
   @jax.jit
@@ -195,7 +198,7 @@ def test_activations_are_constrained_on_a_mesh_and_left_alone_without(make_mesh_
 
 
 @pytest.fixture(scope='module')
-def train(make_models, make_model_config, make_lora, make_options, draw_pairs, fill_batch):
+def train():
   """Returns what trains three steps on a mesh: losses, adapters, whether they stayed in place."""
   pairs = draw_pairs(18, vocab=96)
   batches = [
@@ -230,7 +233,7 @@ def train(make_models, make_model_config, make_lora, make_options, draw_pairs, f
 
 
 @pytest.fixture(scope='module')
-def on_one_device(train, make_mesh_of):
+def on_one_device(train):
   return train(make_mesh_of())
 
 
@@ -254,9 +257,7 @@ def test_a_run_on_eight_devices_equals_the_run_on_one(train, on_one_device, shap
 
 
 @pytest.mark.parametrize('tied', [False, True], ids=['own_head', 'tied_head'])
-def test_no_device_ever_holds_the_whole_vocabulary(
-  tied, make_models, make_model_config, make_options, make_lora, fill_batch, draw_pairs
-):
+def test_no_device_ever_holds_the_whole_vocabulary(tied):
   """Split over `tensor`, it is never gathered: not the weights, not the logits of one token."""
   vocab, mesh = 1006, make_mesh(sizes(1, 4, 2))
   config = make_model_config(vocab_size=vocab, tie_word_embeddings=tied)
@@ -283,7 +284,7 @@ def test_the_order_of_devices_does_not_matter(train, on_one_device):
   assert_same_run(train(make_mesh(sizes(1, 4, 2), devices)), on_one_device)
 
 
-def test_dropout_is_the_same_on_any_mesh(train, make_mesh_of, on_one_device):
+def test_dropout_is_the_same_on_any_mesh(train, on_one_device):
   alone = train(make_mesh_of(), dropout=0.3)
   assert alone[0][0] != pytest.approx(on_one_device[0][0], rel=1e-4)
   assert_same_run(train(make_mesh(sizes(1, 4, 2)), dropout=0.3), alone)

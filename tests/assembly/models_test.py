@@ -27,6 +27,9 @@ from dpo_flax.model.transformer import run_streams
 from dpo_flax.sharding import make_mesh
 from dpo_flax.training.state import init_train_state, split_models
 from dpo_flax.training.step import jit_eval_step, jit_train_step
+from helpers.batches import draw_pairs, fill_batch
+from helpers.configs import set_field
+from helpers.steps import make_options
 
 pytestmark = [
   # transformers' own save_pretrained calls a name that transformers has deprecated.
@@ -69,7 +72,7 @@ def places(tmp_path_factory):
 
 
 @pytest.fixture
-def start(places, set_field, tmp_path):
+def start(places, tmp_path):
   """Makes (config, sources, lora, models) of a config with fields changed."""
 
   def make(keeps_reference=True, mesh=None, **fields):
@@ -90,7 +93,7 @@ def start(places, set_field, tmp_path):
 
 
 @pytest.fixture
-def batch(draw_pairs, fill_batch):
+def batch():
   pairs = draw_pairs(6)
   return fill_batch([pairs[:3], pairs[3:]])
 
@@ -186,7 +189,7 @@ def test_policy_and_reference_start_as_pefts_models(
 
 @pytest.mark.parametrize('name', ['dora', 'saved', 'full', 'on_top', 'merged'])
 def test_training_moves_the_policy_alone_and_its_export_is_it(
-  start, batch, make_options, places, tokens, tmp_path, name
+  start, batch, places, tokens, tmp_path, name
 ):
   """From ln 2 on; the reference keeps every bit, and PEFT or transformers load the result."""
   fields, *_ = STARTS[name]

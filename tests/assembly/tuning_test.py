@@ -4,10 +4,12 @@ import pytest
 
 from dpo_flax.assembly.tuning import make_lora_config
 from dpo_flax.config.settings import settings_of
+from helpers.configs import set_field
+from helpers.models import make_model_config
 
 
 @pytest.fixture
-def lora_of(config, make_model_config, set_field):
+def lora_of(config):
   """Makes the LoraConfig of a config with fields changed, for a small model."""
 
   def make(*, tied=False, weight_dtype='float32', **fields):

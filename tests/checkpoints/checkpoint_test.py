@@ -24,13 +24,14 @@ from dpo_flax.checkpoints.checkpoint import Checkpoints
 from dpo_flax.config.identity import RunIdentity
 from dpo_flax.training.state import RewardMean, init_train_state, split_models
 from helpers import checkpoint_arrays
+from helpers.models import make_lora, make_mesh_of, make_model_config, make_models
 
 IDENTITY = RunIdentity({'lora.r': 4, 'batch.rows': 8}, {'data': 'ab12'})
 OPTIMIZER = optax.adamw(1e-3)
 
 
 @pytest.fixture(scope='module')
-def make_state(make_models, make_model_config, make_lora, make_mesh_of):
+def make_state():
   """Makes a TrainState on a mesh; its every array is random, from a seed."""
 
   def make(seed, *, fsdp=4, tensor=2, **lora):

@@ -9,6 +9,7 @@ from absl import logging as absl_logging
 from dpo_flax import config as config_lib
 from dpo_flax.config.checks import validate, validate_rows
 from dpo_flax.config.sections import BatchSettings
+from helpers.configs import set_field
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ OUT_OF_RANGE = [
 
 
 @pytest.mark.parametrize('field', CHOICES)
-def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(config, set_field, field):
+def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(config, field):
   value = config_lib.get(config, field)
   set_field(config, field, 'nonsense')
   with pytest.raises(ValueError, match=rf"{field}='nonsense': expected one of .*{value}"):
@@ -82,7 +83,7 @@ def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(config, set_
 
 
 @pytest.mark.parametrize(('field', 'value', 'bounds'), OUT_OF_RANGE)
-def test_a_number_out_of_range_is_refused(config, set_field, field, value, bounds):
+def test_a_number_out_of_range_is_refused(config, field, value, bounds):
   set_field(config, field, value)
   with pytest.raises(ValueError, match=rf'{field}={value}: must be {bounds}'):
     validate(config)
@@ -104,14 +105,14 @@ def test_a_number_out_of_range_is_refused(config, set_field, field, value, bound
     ({'batch.rows': 6, 'batch.microbatches': 4}, 'batch.rows=6 is not a multiple .*microbatches=4'),
   ],
 )
-def test_fields_that_contradict_each_other_are_refused(config, set_field, changes, message):
+def test_fields_that_contradict_each_other_are_refused(config, changes, message):
   for field, value in changes.items():
     set_field(config, field, value)
   with pytest.raises(ValueError, match=message):
     validate(config)
 
 
-def test_a_checkpoint_brings_its_own_tokenizer_and_architecture(config, set_field):
+def test_a_checkpoint_brings_its_own_tokenizer_and_architecture(config):
   set_field(config, 'model.preset', None)
   set_field(config, 'data.tokenizer', None)
   config.initialize_from_hf = 'llama'
@@ -169,7 +170,7 @@ def test_a_high_learning_rate_is_allowed_and_said(config, warnings):
     ({'lora.rank_pattern': {'layers.0': 3}}, 'give pairs'),
   ],
 )
-def test_what_a_way_of_tuning_would_ignore_is_refused(config, set_field, fields, message):
+def test_what_a_way_of_tuning_would_ignore_is_refused(config, fields, message):
   for field, value in fields.items():
     set_field(config, field, value)
   with pytest.raises(ValueError, match=message):
@@ -202,7 +203,7 @@ def test_what_looks_like_a_secret_is_refused_and_not_repeated(config, field, val
   ('field', 'value'),
   [('lora.target_modules', 5), ('lora.modules_to_save', (3,)), ('objective.loss', 5)],
 )
-def test_names_must_be_texts(config, set_field, field, value):
+def test_names_must_be_texts(config, field, value):
   set_field(config, field, value)
   with pytest.raises(ValueError, match=f'{field}=.*: expected a name, or a list of names'):
     validate(config)

@@ -15,6 +15,8 @@ from dpo_flax.huggingface.peft_targets import block_projections
 from dpo_flax.huggingface.weights import open_checkpoint, save_merged
 from dpo_flax.model.transformer import run_streams
 from dpo_flax.sharding import make_mesh
+from helpers import llama
+from helpers.batches import fill_batch
 
 # transformers' own save_pretrained calls a name that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings('ignore:.is_gradient_checkpointing. is:FutureWarning')
@@ -80,18 +82,16 @@ VARIANTS = {'mistral_without_window', 'qwen2_with_windows', 'phi3_long'}
 ONE_OF_EACH = [case for case in CASES if case not in VARIANTS]
 
 
-def make_config(llama, case):
+def make_config(case):
   """Returns transformers' configuration of a case."""
   family, changes = CASES[case]
-  return getattr(transformers, f'{family}Config')(**llama.small | changes)
+  return getattr(transformers, f'{family}Config')(**llama.SMALL | changes)
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_pairs_packed_in_a_row_score_as_each_response_does_in_transformers(
-  llama, fill_batch, tmp_path, case
-):
+def test_pairs_packed_in_a_row_score_as_each_response_does_in_transformers(tmp_path, case):
   """In the shared layout, where a window reaches back over the other branch to the prompt."""
-  theirs = llama.write_model(tmp_path, make_config(llama, case))
+  theirs = llama.write_model(tmp_path, make_config(case))
   random = np.random.default_rng(0)
   lengths = [(12, 10, 14), (5, 9, 16)]
   pairs = [pack.PackedPair(0, *(random.integers(1, 96, n) for n in each)) for each in lengths]
@@ -107,12 +107,12 @@ def test_pairs_packed_in_a_row_score_as_each_response_does_in_transformers(
 
 
 @pytest.mark.parametrize('case', ONE_OF_EACH)
-def test_adapters_give_our_logits_through_peft_and_merged(llama, tokens, tmp_path, case):
-  base = llama.write_model(tmp_path / 'base', make_config(llama, case))
+def test_adapters_give_our_logits_through_peft_and_merged(tokens, tmp_path, case):
+  base = llama.write_model(tmp_path / 'base', make_config(case))
   plain = llama.their_logits(base, tokens)
   checkpoint = open_checkpoint(str(tmp_path / 'base'))
   config = from_hf_config(checkpoint.config, where='config.json', **RUN)
-  lora = llama.lora(block_projections(config), dora=case in {'qwen2', 'gemma2', 'phi3'})
+  lora = llama.make_lora(block_projections(config), dora=case in {'qwen2', 'gemma2', 'phi3'})
   model = llama.read(tmp_path / 'base', lora)
   ours = llama.our_logits(model, tokens)
 
@@ -132,16 +132,16 @@ def test_adapters_give_our_logits_through_peft_and_merged(llama, tokens, tmp_pat
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_config_made_for_a_model_that_had_none_means_the_same(llama, tokens, tmp_path, case):
-  theirs = llama.write_model(tmp_path / 'base', make_config(llama, case))
+def test_config_made_for_a_model_that_had_none_means_the_same(tokens, tmp_path, case):
+  theirs = llama.write_model(tmp_path / 'base', make_config(case))
   save_merged(llama.read(tmp_path / 'base'), None, tmp_path / 'model')
   written = llama.their_logits(load(tmp_path / 'model'), tokens)
   np.testing.assert_allclose(written, llama.their_logits(theirs, tokens), atol=1e-5)
 
 
-def test_language_model_beside_one_of_images_is_read_and_written_alone(llama, tokens, tmp_path):
+def test_language_model_beside_one_of_images_is_read_and_written_alone(tokens, tmp_path):
   """As Gemma 3 is published from 4B on: `language_model.` before every name."""
-  text = make_config(llama, 'gemma3').to_dict()
+  text = make_config('gemma3').to_dict()
   images = {'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 1}
   images |= {'num_attention_heads': 2, 'image_size': 28, 'patch_size': 14}
   config = transformers.Gemma3Config(text_config=text, vision_config=images, image_token_index=95)
@@ -157,8 +157,8 @@ def test_language_model_beside_one_of_images_is_read_and_written_alone(llama, to
 
 
 @pytest.mark.parametrize('case', ['qwen2', 'gemma3', 'phi3', 'olmo2'])
-def test_int8_weights_change_the_logits_little(llama, tokens, tmp_path, case):
-  theirs = llama.write_model(tmp_path, make_config(llama, case))
+def test_int8_weights_change_the_logits_little(tokens, tmp_path, case):
+  theirs = llama.write_model(tmp_path, make_config(case))
   model = llama.read(tmp_path, mesh=make_mesh(MESH), weight_dtype=jnp.int8)
   exact, rounded = llama.their_logits(theirs, tokens), llama.our_logits(model, tokens)
   assert 1e-3 < (rounded - exact).std() / exact.std() < 0.05

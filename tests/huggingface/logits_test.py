@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from helpers import llama
+
 # transformers' own save_pretrained calls a name that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings('ignore:.is_gradient_checkpointing. is:FutureWarning')
 
@@ -18,15 +20,15 @@ SHAPES = {
 
 
 @pytest.mark.parametrize('changes', SHAPES.values(), ids=SHAPES)
-def test_logits_equal_transformers(llama, tokens, tmp_path, changes):
+def test_logits_equal_transformers(tokens, tmp_path, changes):
   theirs = llama.their_logits(llama.write(tmp_path, **changes), tokens)
   ours = llama.our_logits(llama.read(tmp_path), tokens)
   assert theirs.std() > 1
   np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def test_logits_equal_transformers_with_stretched_positions(llama, tokens, tmp_path):
-  theirs = llama.their_logits(llama.write(tmp_path, rope_parameters=llama.rope_llama3), tokens)
+def test_logits_equal_transformers_with_stretched_positions(tokens, tmp_path):
+  theirs = llama.their_logits(llama.write(tmp_path, rope_parameters=llama.ROPE_LLAMA3), tokens)
   ours = llama.our_logits(llama.read(tmp_path), tokens)
   np.testing.assert_allclose(ours, theirs, atol=1e-4)
 

@@ -16,6 +16,7 @@ from dpo_flax.huggingface.peft_adapter import load_adapter, open_adapter, save_a
 from dpo_flax.huggingface.weights import open_checkpoint, save_merged
 from dpo_flax.model.lora import TRAINABLE, LowRank, train_weights
 from dpo_flax.sharding import make_mesh
+from helpers import llama
 
 pytestmark = [
   # transformers' own save_pretrained calls a name that transformers has deprecated.
@@ -67,7 +68,7 @@ CASES = {name: (False, settings) for name, settings in SETTINGS.items()}
 CASES |= {name: (True, settings) for name, settings in TIED.items()}
 
 
-def write_adapted(llama, directory, tied, settings):
+def write_adapted(directory, tied, settings):
   """Writes a random base and a random PEFT adapter; returns the torch model with both."""
   base = llama.write(directory / 'base', tie_word_embeddings=tied)
   # init_lora_weights=False: B is random.
@@ -84,28 +85,28 @@ def write_adapted(llama, directory, tied, settings):
   return model.eval()
 
 
-def load_into(llama, base, adapter, mesh):
+def load_into(base, adapter, mesh):
   """Returns our model of `base` with the adapter in it."""
   checkpoint = open_checkpoint(str(base))
-  config = llama.config(checkpoint)
+  config = llama.model_config(checkpoint)
   model = load_model(config, adapter.lora, checkpoint=checkpoint, mesh=mesh, seed=0)
   train_weights(model, adapter.lora.saved)
   nnx.update(model, load_adapter(adapter, nnx.state(model, TRAINABLE), mesh))
   return model
 
 
-def open_written(llama, directory):
-  config = llama.config(open_checkpoint(str(directory / 'base')))
+def open_written(directory):
+  config = llama.model_config(open_checkpoint(str(directory / 'base')))
   return open_adapter(directory / 'adapter', config)
 
 
 @pytest.mark.parametrize(('tied', 'settings'), CASES.values(), ids=CASES)
-def test_adapters_of_peft_and_ours_are_one(llama, tokens, tmp_path, tied, settings):
+def test_adapters_of_peft_and_ours_are_one(tokens, tmp_path, tied, settings):
   """PEFT's adapter gives its logits here; saved by us, alone or merged, it gives them again."""
-  theirs = write_adapted(llama, tmp_path, tied, settings)
+  theirs = write_adapted(tmp_path, tied, settings)
   expected = llama.their_logits(theirs, tokens)
-  adapter = open_written(llama, tmp_path)
-  model = load_into(llama, tmp_path / 'base', adapter, make_mesh(MESH))
+  adapter = open_written(tmp_path)
+  model = load_into(tmp_path / 'base', adapter, make_mesh(MESH))
   ours = llama.our_logits(model, tokens)
   np.testing.assert_allclose(ours, expected, atol=2e-4)
   plain = llama.our_logits(nnx.view(model, adapted=False), tokens)
@@ -128,24 +129,24 @@ def test_adapters_of_peft_and_ours_are_one(llama, tokens, tmp_path, tied, settin
 
 
 @pytest.mark.parametrize('name', ['all_linear', 'layers_dora', 'ranks', 'shared'])
-def test_adapter_survives_the_round_trip_bit_for_bit(llama, tmp_path, name):
-  write_adapted(llama, tmp_path, *CASES[name])
-  adapter = open_written(llama, tmp_path)
-  model = load_into(llama, tmp_path / 'base', adapter, make_mesh(MESH))
+def test_adapter_survives_the_round_trip_bit_for_bit(tmp_path, name):
+  write_adapted(tmp_path, *CASES[name])
+  adapter = open_written(tmp_path)
+  model = load_into(tmp_path / 'base', adapter, make_mesh(MESH))
   (tmp_path / 'adapter').rename(tmp_path / 'first')
   save_adapter(model, adapter.lora, 'some/base', tmp_path / 'adapter')
-  again = open_written(llama, tmp_path)
+  again = open_written(tmp_path)
   assert (again.lora, again.base_name) == (adapter.lora, 'some/base')
-  other = load_into(llama, tmp_path / 'base', again, make_mesh(MESH))
+  other = load_into(tmp_path / 'base', again, make_mesh(MESH))
   before, after = (nnx.state(each, TRAINABLE) for each in (model, other))
   jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
-def test_ranks_that_a_layer_lacks_are_zeros_and_in_no_file(llama, tmp_path):
-  write_adapted(llama, tmp_path, *CASES['ranks'])
-  adapter = open_written(llama, tmp_path)
+def test_ranks_that_a_layer_lacks_are_zeros_and_in_no_file(tmp_path):
+  write_adapted(tmp_path, *CASES['ranks'])
+  adapter = open_written(tmp_path)
   assert adapter.lora.modules['q_proj'] == LowRank((4, 2, 4), (10.0, 10.0, 7.0))
-  model = load_into(llama, tmp_path / 'base', adapter, make_mesh(MESH))
+  model = load_into(tmp_path / 'base', adapter, make_mesh(MESH))
   q_proj = model.blocks.attention.q_proj.adapters.learned
   assert q_proj.lora_a.shape == (3, 32, 4)
   assert not np.any(q_proj.lora_a[...][1, :, 2:]) and not np.any(q_proj.lora_b[...][1, 2:])
@@ -155,17 +156,17 @@ def test_ranks_that_a_layer_lacks_are_zeros_and_in_no_file(llama, tmp_path):
   assert saved['base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight'].shape == (2, 32)
 
 
-def test_adapters_that_are_not_the_models_are_refused(llama, tmp_path):
+def test_adapters_that_are_not_the_models_are_refused(tmp_path):
   llama.write(tmp_path / 'base')
-  model = llama.read(tmp_path / 'base', llama.lora({'q_proj'}))
+  model = llama.read(tmp_path / 'base', llama.make_lora({'q_proj'}))
   with pytest.raises(ValueError, match='the model has adapters on'):
-    save_adapter(model, llama.lora({'q_proj', 'lm_head'}), None, tmp_path / 'adapter')
+    save_adapter(model, llama.make_lora({'q_proj', 'lm_head'}), None, tmp_path / 'adapter')
   assert not (tmp_path / 'adapter').exists()
 
 
-def test_every_tensor_that_does_not_fit_is_named_in_one_error(llama, tmp_path):
+def test_every_tensor_that_does_not_fit_is_named_in_one_error(tmp_path):
   llama.write(tmp_path / 'base')
-  lora = llama.lora()
+  lora = llama.make_lora()
   save_adapter(llama.read(tmp_path / 'base', lora), lora, None, tmp_path / 'adapter')
   path = tmp_path / 'adapter' / 'adapter_model.safetensors'
   tensors = safetensors.numpy.load_file(path)
@@ -175,21 +176,21 @@ def test_every_tensor_that_does_not_fit_is_named_in_one_error(llama, tmp_path):
   tensors[stem.format(2, 'v_proj.lora_A')] = np.ones((5, 32), np.float32)
   safetensors.numpy.save_file(tensors, path)
   with pytest.raises(ValueError) as error:
-    load_into(llama, tmp_path / 'base', open_written(llama, tmp_path), make_mesh(MESH))
+    load_into(tmp_path / 'base', open_written(tmp_path), make_mesh(MESH))
   assert f'{stem.format(0, "q_proj.lora_B")}: missing' in str(error.value)
   assert 'wrong.prefix.lora_B.weight: unexpected' in str(error.value)
   assert f'{stem.format(1, "k_proj.lora_B")}: shape [16, 3], expected [16, 4]' in str(error.value)
   assert f'{stem.format(2, "v_proj.lora_A")}: shape [5, 32], expected [4, 32]' in str(error.value)
 
 
-def test_a_head_that_does_not_share_the_tables_adapter_is_refused(llama, tmp_path):
-  write_adapted(llama, tmp_path, *CASES['shared'])
+def test_a_head_that_does_not_share_the_tables_adapter_is_refused(tmp_path):
+  write_adapted(tmp_path, *CASES['shared'])
   path = tmp_path / 'adapter' / 'adapter_model.safetensors'
   tensors = safetensors.numpy.load_file(path)
   tensors['base_model.model.lm_head.lora_A.weight'] += 1
   safetensors.numpy.save_file(tensors, path)
   with pytest.raises(ValueError, match=r'ensure_weight_tying, but .*lm_head\.lora_A'):
-    load_into(llama, tmp_path / 'base', open_written(llama, tmp_path), make_mesh(MESH))
+    load_into(tmp_path / 'base', open_written(tmp_path), make_mesh(MESH))
 
 
 @pytest.mark.parametrize(
@@ -210,18 +211,18 @@ def test_a_head_that_does_not_share_the_tables_adapter_is_refused(llama, tmp_pat
     ('lora_dropout', 1.0),
   ],
 )
-def test_adapters_of_another_kind_are_refused_by_name(llama, tmp_path, field, value):
+def test_adapters_of_another_kind_are_refused_by_name(tmp_path, field, value):
   llama.write(tmp_path / 'base')
-  lora = llama.lora()
+  lora = llama.make_lora()
   save_adapter(llama.read(tmp_path / 'base', lora), lora, None, tmp_path / 'adapter')
   path = tmp_path / 'adapter' / 'adapter_config.json'
   path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
   with pytest.raises(ValueError, match=rf'adapter_config\.json.*{field}'):
-    open_written(llama, tmp_path)
+    open_written(tmp_path)
 
 
-def test_directory_without_adapter_is_refused(llama, tmp_path):
+def test_directory_without_adapter_is_refused(tmp_path):
   llama.write(tmp_path / 'base')
   (tmp_path / 'adapter').mkdir()
   with pytest.raises(ValueError, match=r'no adapter_config\.json'):
-    open_written(llama, tmp_path)
+    open_written(tmp_path)

@@ -6,6 +6,7 @@ import transformers
 
 from dpo_flax.huggingface.peft_targets import BLOCK_PROJECTIONS, module_names, resolve
 from dpo_flax.model.lora import Lora, LowRank
+from helpers.models import make_model_config
 
 # peft asks transformers by a name that transformers has deprecated.
 pytestmark = [
@@ -22,7 +23,7 @@ def ask(target_modules=None, **changes):
 
 
 @pytest.fixture(scope='module')
-def config(make_model_config):
+def config():
   return make_model_config(num_layers=LAYERS)
 
 

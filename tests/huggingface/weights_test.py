@@ -17,6 +17,7 @@ from dpo_flax.huggingface.presets import from_preset
 from dpo_flax.huggingface.weights import open_checkpoint, save_merged
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.sharding import make_mesh
+from helpers import llama
 
 # transformers' own save_pretrained calls a name that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings('ignore:.is_gradient_checkpointing. is:FutureWarning')
@@ -30,7 +31,7 @@ def rewrite(directory, change):
   safetensors.numpy.save_file(tensors, path)
 
 
-def load(llama, directory, mesh=None, dtype=jnp.float32):
+def load(directory, mesh=None, dtype=jnp.float32):
   """Loads the base alone."""
   model = llama.read(directory, mesh=mesh, dtype=dtype)
   return dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
@@ -43,7 +44,7 @@ def assert_same_weights(left, right):
 
 
 @pytest.mark.parametrize('place', [0, 1 / 3, 2 / 3, 1])
-def test_a_fingerprint_samples_each_tensor_from_end_to_end(llama, tmp_path, place):
+def test_a_fingerprint_samples_each_tensor_from_end_to_end(tmp_path, place):
   llama.write(tmp_path)
   large = np.zeros(100_000, np.float32)
   rewrite(tmp_path, lambda tensors: tensors.update(large=large))
@@ -55,26 +56,26 @@ def test_a_fingerprint_samples_each_tensor_from_end_to_end(llama, tmp_path, plac
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
-def test_sharded_load_equals_whole_load(llama, tmp_path, monkeypatch, dtype):
+def test_sharded_load_equals_whole_load(tmp_path, monkeypatch, dtype):
   llama.write(tmp_path, dtype=dtype, max_shard_size='20KB')
   assert len(list(tmp_path.glob('*.safetensors'))) > 3
-  whole = load(llama, tmp_path)
+  whole = load(tmp_path)
   monkeypatch.setattr(placement, 'READ_BYTES', 1000)  # several reads per tensor
-  sharded = load(llama, tmp_path, make_mesh({'data': 1, 'fsdp': 4, 'tensor': 2}))
+  sharded = load(tmp_path, make_mesh({'data': 1, 'fsdp': 4, 'tensor': 2}))
   assert_same_weights(whole, sharded)
   kernel = sharded['blocks', 'mlp', 'down_proj', 'kernel'][...]
   assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 24, 8)}
 
 
-def test_loaded_weights_are_rounded_once_to_the_dtype_in_memory(llama, tmp_path):
+def test_loaded_weights_are_rounded_once_to_the_dtype_in_memory(tmp_path):
   model = llama.write(tmp_path)
-  embedding = load(llama, tmp_path, dtype=jnp.bfloat16)['embed_tokens', 'embedding'][...]
+  embedding = load(tmp_path, dtype=jnp.bfloat16)['embed_tokens', 'embedding'][...]
   rounded = model.model.embed_tokens.weight.to(torch.bfloat16).float().detach().numpy()
   assert embedding.dtype == jnp.bfloat16
   np.testing.assert_array_equal(np.asarray(embedding, np.float32), rounded)
 
 
-def test_every_tensor_that_does_not_fit_is_named_in_one_error(llama, tmp_path):
+def test_every_tensor_that_does_not_fit_is_named_in_one_error(tmp_path):
   llama.write(tmp_path)
 
   def change(tensors):
@@ -85,7 +86,7 @@ def test_every_tensor_that_does_not_fit_is_named_in_one_error(llama, tmp_path):
 
   rewrite(tmp_path, change)
   with pytest.raises(ValueError) as error:
-    load(llama, tmp_path)
+    load(tmp_path)
   for fault in (
     'model.layers.1.mlp.up_proj.weight: missing',
     'model.norm.weight: shape [31], expected [32]',
@@ -95,31 +96,31 @@ def test_every_tensor_that_does_not_fit_is_named_in_one_error(llama, tmp_path):
     assert fault in str(error.value)
 
 
-def test_layers_beyond_the_config_are_refused(llama, tmp_path):
+def test_layers_beyond_the_config_are_refused(tmp_path):
   llama.write(tmp_path)
   config = json.loads((tmp_path / 'config.json').read_text()) | {'num_hidden_layers': 2}
   (tmp_path / 'config.json').write_text(json.dumps(config))
   with pytest.raises(ValueError, match=r'model\.layers\.2\.mlp\.up_proj\.weight: unexpected'):
-    load(llama, tmp_path)
+    load(tmp_path)
 
 
-def test_stored_rotary_frequencies_are_harmless(llama, tmp_path):
+def test_stored_rotary_frequencies_are_harmless(tmp_path):
   llama.write(tmp_path)
-  before = load(llama, tmp_path)
+  before = load(tmp_path)
   name = 'model.layers.0.self_attn.rotary_emb.inv_freq'
   rewrite(tmp_path, lambda tensors: tensors.update({name: np.ones(4, np.float32)}))
-  assert_same_weights(before, load(llama, tmp_path))
+  assert_same_weights(before, load(tmp_path))
 
 
-def test_second_copy_of_a_tied_head_must_be_equal(llama, tmp_path):
+def test_second_copy_of_a_tied_head_must_be_equal(tmp_path):
   llama.write(tmp_path, tie_word_embeddings=True)
-  before = load(llama, tmp_path)
+  before = load(tmp_path)
   embedding = before['embed_tokens', 'embedding']
   rewrite(tmp_path, lambda t: t.update({'lm_head.weight': np.array(embedding[...])}))
-  assert_same_weights(before, load(llama, tmp_path))
+  assert_same_weights(before, load(tmp_path))
   rewrite(tmp_path, lambda t: t.update({'lm_head.weight': np.array(embedding[...]) + 1}))
   with pytest.raises(ValueError, match=r'lm_head\.weight differs from model\.embed_tokens'):
-    load(llama, tmp_path)
+    load(tmp_path)
 
 
 def change_index(directory, change):
@@ -132,14 +133,14 @@ def change_index(directory, change):
 @pytest.mark.parametrize(
   'file', ['../model.safetensors', '/etc/passwd', 'a/b.safetensors', '..', 'model.bin', '']
 )
-def test_index_may_only_list_plain_names(llama, tmp_path, file):
+def test_index_may_only_list_plain_names(tmp_path, file):
   llama.write(tmp_path, max_shard_size='20KB')
   change_index(tmp_path, lambda listed: listed.update({'model.norm.weight': file}))
   with pytest.raises(ValueError, match='no plain name'):
     open_checkpoint(str(tmp_path))
 
 
-def test_index_and_files_must_agree(llama, tmp_path):
+def test_index_and_files_must_agree(tmp_path):
   llama.write(tmp_path, max_shard_size='20KB')
 
   def change(listed):
@@ -157,7 +158,7 @@ def test_index_and_files_must_agree(llama, tmp_path):
   assert 'but the index says nothing of it' in str(error.value)
 
 
-def test_index_may_not_list_a_tensor_twice(llama, tmp_path):
+def test_index_may_not_list_a_tensor_twice(tmp_path):
   llama.write(tmp_path, max_shard_size='20KB')
   path = tmp_path / 'model.safetensors.index.json'
   path.write_text(path.read_text().replace('"model.norm.weight"', '"lm_head.weight"'))
@@ -165,7 +166,7 @@ def test_index_may_not_list_a_tensor_twice(llama, tmp_path):
     open_checkpoint(str(tmp_path))
 
 
-def test_incomplete_directories_are_refused(llama, tmp_path):
+def test_incomplete_directories_are_refused(tmp_path):
   with pytest.raises(ValueError, match='no such directory'):
     open_checkpoint(str(tmp_path / 'nothing'))
   with pytest.raises(ValueError, match=r'no config\.json'):
@@ -180,7 +181,7 @@ def test_incomplete_directories_are_refused(llama, tmp_path):
     open_checkpoint(str(tmp_path))
 
 
-def test_hub_id_is_opened_from_the_download(llama, tmp_path, monkeypatch):
+def test_hub_id_is_opened_from_the_download(tmp_path, monkeypatch):
   huggingface_hub = pytest.importorskip('huggingface_hub')
   llama.write(tmp_path)
   asked = []
@@ -201,11 +202,11 @@ def test_unreachable_hub_id_is_explained():
 
 @pytest.mark.parametrize('tied', [False, True])
 @pytest.mark.parametrize('rslora', [False, True])
-def test_merged_export_equals_adapted_forward(llama, tokens, tmp_path, tied, rslora):
+def test_merged_export_equals_adapted_forward(tokens, tmp_path, tied, rslora):
   base, merged = tmp_path / 'base', tmp_path / 'merged'
   theirs = llama.write(base, tie_word_embeddings=tied)
-  targets = llama.linear if tied else llama.linear | {'lm_head'}
-  model = llama.read(base, llama.lora(targets, rslora=rslora))
+  targets = llama.LINEAR if tied else llama.LINEAR | {'lm_head'}
+  model = llama.read(base, llama.make_lora(targets, rslora=rslora))
   save_merged(model, open_checkpoint(str(base)), merged, shard_bytes=20_000)
   assert len(list(merged.glob('model-*.safetensors'))) > 3
 
@@ -217,14 +218,14 @@ def test_merged_export_equals_adapted_forward(llama, tokens, tmp_path, tied, rsl
   np.testing.assert_allclose(llama.our_logits(llama.read(merged), tokens), ours, atol=1e-4)
 
 
-def test_merged_export_keeps_dtypes_untouched_tensors_and_files(llama, tmp_path):
+def test_merged_export_keeps_dtypes_untouched_tensors_and_files(tmp_path):
   base, merged = tmp_path / 'base', tmp_path / 'merged'
   llama.write(base, dtype=torch.bfloat16)
   (base / 'tokenizer.model').write_bytes(b'\x00\xffany bytes')
   (base / 'notes.txt').write_text('not ours to copy')
   # Float32 in memory on 8 devices, an adapter on one projection only.
   mesh = make_mesh({'data': 1, 'fsdp': 4, 'tensor': 2})
-  model = llama.read(base, llama.lora({'v_proj'}), mesh=mesh)
+  model = llama.read(base, llama.make_lora({'v_proj'}), mesh=mesh)
   save_merged(model, open_checkpoint(str(base)), merged)
 
   for name in ('tokenizer.model', 'config.json', 'generation_config.json'):
@@ -241,7 +242,7 @@ def test_merged_export_keeps_dtypes_untouched_tensors_and_files(llama, tmp_path)
       assert same == ('v_proj' not in name), name
 
 
-def test_random_model_exports_without_a_checkpoint(llama, tokens, tmp_path):
+def test_random_model_exports_without_a_checkpoint(tokens, tmp_path):
   run = {'dtype': jnp.float32, 'weight_dtype': jnp.float32, 'remat': 'none', 'attention': 'xla'}
   config = from_preset('tiny', **run)
   model = Transformer(config, None, nnx.Rngs(0))
@@ -252,9 +253,9 @@ def test_random_model_exports_without_a_checkpoint(llama, tokens, tmp_path):
   )
 
 
-def test_view_without_adapters_exports_the_base(llama, tmp_path):
+def test_view_without_adapters_exports_the_base(tmp_path):
   llama.write(tmp_path / 'base')
-  model = llama.read(tmp_path / 'base', llama.lora())
+  model = llama.read(tmp_path / 'base', llama.make_lora())
   save_merged(nnx.view(model, adapted=False), None, tmp_path / 'copy')
   left, right = (
     safetensors.numpy.load_file(tmp_path / name / 'model.safetensors') for name in ('base', 'copy')
@@ -262,7 +263,7 @@ def test_view_without_adapters_exports_the_base(llama, tmp_path):
   assert_same_weights(left, right)
 
 
-def test_export_of_another_model_is_refused(llama, tmp_path):
+def test_export_of_another_model_is_refused(tmp_path):
   llama.write(tmp_path / 'base')
   llama.write(tmp_path / 'other', num_hidden_layers=2)
   model = llama.read(tmp_path / 'base')
@@ -270,7 +271,7 @@ def test_export_of_another_model_is_refused(llama, tmp_path):
     save_merged(model, open_checkpoint(str(tmp_path / 'other')), tmp_path / 'merged')
 
 
-def test_host_reads_each_byte_once_for_all_its_devices(llama, tmp_path, monkeypatch):
+def test_host_reads_each_byte_once_for_all_its_devices(tmp_path, monkeypatch):
   llama.write(tmp_path)
   read = []
   original = weights.TensorFile.read
@@ -281,5 +282,5 @@ def test_host_reads_each_byte_once_for_all_its_devices(llama, tmp_path, monkeypa
     return block
 
   monkeypatch.setattr(weights.TensorFile, 'read', counted)
-  loaded = load(llama, tmp_path, make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2}))
+  loaded = load(tmp_path, make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2}))
   assert sum(read) == sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))

@@ -72,7 +72,7 @@ class SumByAnswer(chex.TestCase):
     np.testing.assert_array_equal(sums, [[3, 3, 0, 0], [1, 2, 7, 11]])
 
 
-def test_neither_direction_scatters(arrays_in):
+def test_neither_direction_scatters():
   """A scatter serialises on TPU: both the sums and their gradients are comparisons and sums."""
   batch = draw_batch()
   answers = draw_answers(batch)

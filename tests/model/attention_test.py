@@ -8,6 +8,8 @@ import pytest
 from dpo_flax.model import attention
 from dpo_flax.model.attention import QUERY_BLOCK
 from dpo_flax.model.mask import Mask, make_mask
+from helpers.batches import draw_pairs, fill_batch
+from helpers.models import arrays_in, make_model_config
 
 LAYOUTS = ('shared', 'separate')
 
@@ -59,9 +61,7 @@ def random_heads(rows, tokens, heads, kv_heads, head_dim=8):
 
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('block', [16, QUERY_BLOCK])
-def test_each_token_sees_its_own_branch_and_prompt_alone(
-  monkeypatch, draw_pairs, fill_batch, layout, block
-):
+def test_each_token_sees_its_own_branch_and_prompt_alone(monkeypatch, layout, block):
   monkeypatch.setattr(attention, 'QUERY_BLOCK', block)
   pairs = draw_pairs(5)
   rows, tokens = [pairs[:3], pairs[3:], []], 100
@@ -77,18 +77,16 @@ def test_each_token_sees_its_own_branch_and_prompt_alone(
 
 @pytest.mark.parametrize('tokens', [1, 15, 32, 41])
 @pytest.mark.parametrize(('heads', 'kv_heads'), [(4, 2), (3, 1), (2, 2)])
-def test_attention_in_blocks_equals_plain_softmax(
-  monkeypatch, draw_pairs, fill_batch, tokens, heads, kv_heads
-):
+def test_attention_in_blocks_equals_plain_softmax(monkeypatch, tokens, heads, kv_heads):
   monkeypatch.setattr(attention, 'QUERY_BLOCK', 16)
-  check_against_plain(fill_batch, draw_pairs(2), tokens, heads, kv_heads)
+  check_against_plain(draw_pairs(2), tokens, heads, kv_heads)
 
 
-def test_attention_equals_plain_softmax_past_the_real_block_size(draw_pairs, fill_batch):
-  check_against_plain(fill_batch, draw_pairs(20), 2 * QUERY_BLOCK + 37, 4, 2)
+def test_attention_equals_plain_softmax_past_the_real_block_size():
+  check_against_plain(draw_pairs(20), 2 * QUERY_BLOCK + 37, 4, 2)
 
 
-def check_against_plain(fill_batch, pairs, tokens, heads, kv_heads):
+def check_against_plain(pairs, tokens, heads, kv_heads):
   """Compares values and all three gradients, under a weighting that tells outputs apart."""
   fits = tokens > 100
   batch = fill_batch([pairs if fits else [], []], tokens=tokens, pairs_per_row=len(pairs))
@@ -139,7 +137,7 @@ def test_scores_of_bfloat16_heads_are_float32():
   np.testing.assert_allclose(float(outputs[0, 1, 0, 0]), expected, rtol=2**-8)
 
 
-def test_scores_of_all_queries_never_exist_at_once(arrays_in):
+def test_scores_of_all_queries_never_exist_at_once():
   heads, tokens = 4, 4 * QUERY_BLOCK
   inputs = random_heads(1, tokens, heads, 2)
   visible_until = jnp.full((1, tokens), tokens)
@@ -151,7 +149,7 @@ def test_scores_of_all_queries_never_exist_at_once(arrays_in):
   assert largest == heads * QUERY_BLOCK * tokens
 
 
-def test_the_kernel_needs_no_mesh_on_one_device(make_model_config):
+def test_the_kernel_needs_no_mesh_on_one_device():
   """On several, each device runs it on its own rows and heads."""
   queries, keys, values = random_heads(2, 256, 4, 2, head_dim=128)
   config = make_model_config(attention='pallas', head_dim=128)

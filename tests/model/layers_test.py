@@ -14,6 +14,7 @@ from transformers.models.llama import modeling_llama
 from dpo_flax.model.config import Llama3Scaling, Rope
 from dpo_flax.model.layers import MLP, RMSNorm
 from dpo_flax.model.rotary import make_rotation, rotate
+from helpers.models import make_model_config
 
 SCALING = Llama3Scaling(
   factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
@@ -25,7 +26,7 @@ def normal(*shape, seed=0):
 
 
 @pytest.mark.parametrize('epsilon', [1e-6, 0.1])
-def test_rms_norm_equals_transformers(make_model_config, epsilon):
+def test_rms_norm_equals_transformers(epsilon):
   hidden, scale = normal(2, 5, 32), normal(32, seed=1)
   ours = RMSNorm(make_model_config(rms_norm_eps=epsilon), 32)
   ours.scale[...] = jnp.asarray(scale)
@@ -35,7 +36,7 @@ def test_rms_norm_equals_transformers(make_model_config, epsilon):
   np.testing.assert_allclose(ours(jnp.asarray(hidden)), expected, atol=1e-6)
 
 
-def test_rms_norm_of_bfloat16_is_taken_in_float32(make_model_config):
+def test_rms_norm_of_bfloat16_is_taken_in_float32():
   """Rounded once, at the end: nearly every number is the float32 one's nearest."""
   config = make_model_config(dtype=jnp.bfloat16, weight_dtype=jnp.bfloat16)
   hidden = jnp.asarray(normal(1, 1, 4096), jnp.bfloat16)
@@ -101,7 +102,7 @@ def test_what_is_not_rotated_stays():
   np.testing.assert_array_equal(rotate(heads, make_rotation(positions, None, 16)), heads)
 
 
-def test_mlp_equals_its_formula(make_model_config):
+def test_mlp_equals_its_formula():
   config = make_model_config()
   mlp = MLP(config, None, nnx.Rngs(0))
   hidden = normal(2, 3, config.embed_dim)

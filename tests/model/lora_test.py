@@ -11,6 +11,7 @@ from flax import nnx
 from dpo_flax.model.layers import make_linear
 from dpo_flax.model.linear import fit_magnitudes
 from dpo_flax.model.lora import train_weights
+from helpers.models import make_lora, make_model_config
 
 
 def make_projection(config, lora, *, name='q_proj', features=(32, 24), b=0.3, seed=0):
@@ -33,9 +34,7 @@ def inputs():
 @pytest.mark.parametrize(
   ('rslora', 'scale'), [(False, 10 / 4), (True, 10 / 2)], ids=['alpha_over_r', 'over_sqrt_r']
 )
-def test_output_is_base_plus_scaled_low_rank_product(
-  make_model_config, make_lora, inputs, rslora, scale
-):
+def test_output_is_base_plus_scaled_low_rank_product(inputs, rslora, scale):
   projection = make_projection(make_model_config(), make_lora(rslora=rslora))
   x, w, a, b = (
     np.asarray(array, np.float64)
@@ -51,7 +50,7 @@ def test_output_is_base_plus_scaled_low_rank_product(
 
 @pytest.mark.parametrize('rslora', [False, True])
 @pytest.mark.parametrize(('r', 'alpha'), [(8, 16.0), (64, 64.0), (2, 1.0)])
-def test_scale_equals_peft(make_lora, r, alpha, rslora):
+def test_scale_equals_peft(r, alpha, rslora):
   config = peft.LoraConfig(r=r, lora_alpha=alpha, use_rslora=rslora, target_modules=['q_proj'])
   theirs = peft.get_peft_model(torch.nn.ModuleDict({'q_proj': torch.nn.Linear(3, 2)}), config)
   expected = theirs.base_model.model['q_proj'].scaling['default']
@@ -59,7 +58,7 @@ def test_scale_equals_peft(make_lora, r, alpha, rslora):
   assert scales == (pytest.approx(expected),)
 
 
-def test_adapter_taken_off_equals_the_base_bit_for_bit(make_model_config, make_lora, inputs):
+def test_adapter_taken_off_equals_the_base_bit_for_bit(inputs):
   adapted = make_projection(make_model_config(), make_lora(dropout=0.5))
   plain = make_projection(make_model_config(), None)
   taken_off = nnx.view(adapted, adapted=False)
@@ -69,18 +68,18 @@ def test_adapter_taken_off_equals_the_base_bit_for_bit(make_model_config, make_l
   assert taken_off.kernel is adapted.kernel, 'a copy of the base would double its memory'
 
 
-def test_a_projection_without_adapter_stays_plain_in_either_view(make_model_config):
+def test_a_projection_without_adapter_stays_plain_in_either_view():
   projection = make_projection(make_model_config(), None)
   assert nnx.view(projection, adapted=True).adapters.active == []
 
 
-def test_fresh_adapter_changes_no_bit(make_model_config, make_lora, inputs):
+def test_fresh_adapter_changes_no_bit(inputs):
   projection = make_projection(make_model_config(), make_lora(), b=0.0)
   off = nnx.view(projection, adapted=False)
   np.testing.assert_array_equal(projection(inputs), off(inputs))
 
 
-def test_a_starts_uniform_within_pefts_bound(make_model_config, make_lora):
+def test_a_starts_uniform_within_pefts_bound():
   lora = make_lora(r=64)
   projection = make_projection(make_model_config(), lora, features=(400, 16))
   a = np.asarray(projection.adapters.learned.lora_a[...])
@@ -89,9 +88,7 @@ def test_a_starts_uniform_within_pefts_bound(make_model_config, make_lora):
   assert a.std() == pytest.approx(bound / np.sqrt(3), rel=0.02)
 
 
-def test_adapters_are_float32_and_products_of_the_models_dtype(
-  make_model_config, make_lora, inputs
-):
+def test_adapters_are_float32_and_products_of_the_models_dtype(inputs):
   config = make_model_config(dtype=jnp.bfloat16, weight_dtype=jnp.bfloat16)
   projection = make_projection(config, make_lora())
   assert projection.kernel.dtype == jnp.bfloat16
@@ -103,7 +100,7 @@ def test_adapters_are_float32_and_products_of_the_models_dtype(
   assert projection(inputs.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-def test_dropout_keeps_the_mean_and_touches_the_adapter_alone(make_model_config, make_lora, inputs):
+def test_dropout_keeps_the_mean_and_touches_the_adapter_alone(inputs):
   config = make_model_config()
   lora = make_lora(dropout=0.25)
   projection = make_projection(config, lora)
@@ -119,7 +116,7 @@ def test_dropout_keeps_the_mean_and_touches_the_adapter_alone(make_model_config,
   np.testing.assert_array_equal(projection(inputs, keys[0]), off(inputs))
 
 
-def test_dropout_zeroes_its_share_of_inputs(make_model_config, make_lora):
+def test_dropout_zeroes_its_share_of_inputs():
   """With W = 0, A = I and B = I the output is the dropped input itself."""
   config = make_model_config()
   lora = make_lora(r=32, alpha=32.0, dropout=0.25)
@@ -131,7 +128,7 @@ def test_dropout_zeroes_its_share_of_inputs(make_model_config, make_lora):
   assert (outputs == 0).mean() == pytest.approx(0.25, abs=0.01)
 
 
-def test_dropout_follows_its_key_and_differs_by_projection(make_model_config, make_lora, inputs):
+def test_dropout_follows_its_key_and_differs_by_projection(inputs):
   lora = make_lora(dropout=0.5)
   q, k = (make_projection(make_model_config(), lora, name=name) for name in ('q_proj', 'k_proj'))
   first, second = jax.random.split(jax.random.key(0))
@@ -142,7 +139,7 @@ def test_dropout_follows_its_key_and_differs_by_projection(make_model_config, ma
   assert not np.array_equal(q(inputs, first), q(inputs))
 
 
-def dora(make_model_config, make_lora, **changes):
+def dora(**changes):
   """Returns a DoRA projection whose every array is random, and its W, A, B, m in float64."""
   config = make_model_config(**changes)
   projection = make_projection(config, make_lora(dora=True))
@@ -154,11 +151,9 @@ def dora(make_model_config, make_lora, **changes):
 
 
 @pytest.mark.parametrize('weight_dtype', ['float32', 'int8'])
-def test_dora_gives_each_channel_its_length(make_model_config, make_lora, inputs, weight_dtype):
+def test_dora_gives_each_channel_its_length(inputs, weight_dtype):
   """Y = x m (W + scale A B) / ||W + scale A B||, the norm over a channel's inputs."""
-  projection, (w, a, b, m) = dora(
-    make_model_config, make_lora, weight_dtype=jnp.dtype(weight_dtype)
-  )
+  projection, (w, a, b, m) = dora(weight_dtype=jnp.dtype(weight_dtype))
   whole = w + 10 / 4 * a @ b
   expected = np.asarray(inputs, np.float64) @ (whole * m / np.linalg.norm(whole, axis=0))
   np.testing.assert_allclose(projection(inputs), expected, atol=2e-5)
@@ -166,9 +161,9 @@ def test_dora_gives_each_channel_its_length(make_model_config, make_lora, inputs
   np.testing.assert_allclose(off(inputs), np.asarray(inputs, np.float64) @ w, atol=1e-5)
 
 
-def test_doras_gradient_is_that_of_its_closed_form(make_model_config, make_lora, inputs):
+def test_doras_gradient_is_that_of_its_closed_form(inputs):
   """Through the norm too, in float64; a norm taken as a constant fails by far."""
-  projection, (w, a, b, m) = dora(make_model_config, make_lora)
+  projection, (w, a, b, m) = dora()
   cotangent = np.random.default_rng(7).standard_normal((2, 6, 24))
   graphdef, parts, rest = nnx.split(projection, nnx.LoRAParam, ...)
 
@@ -194,7 +189,7 @@ def test_doras_gradient_is_that_of_its_closed_form(make_model_config, make_lora,
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('weight_dtype', ['bfloat16', 'int8'])
-def test_fresh_dora_changes_nothing(make_model_config, make_lora, dtype, weight_dtype):
+def test_fresh_dora_changes_nothing(dtype, weight_dtype):
   """In bfloat16 not one bit, though the norms are computed twice, in different programs."""
   config = make_model_config(dtype=jnp.dtype(dtype), weight_dtype=jnp.dtype(weight_dtype))
   projection = make_projection(config, make_lora(dora=True), features=(256, 512), b=0.0)
@@ -205,9 +200,7 @@ def test_fresh_dora_changes_nothing(make_model_config, make_lora, dtype, weight_
   np.testing.assert_allclose(on(x), off(x), rtol=1e-6, atol=1e-6)
 
 
-def test_a_kernel_that_learns_whole_is_used_in_bfloat16_and_has_a_float32_gradient(
-  make_model_config, inputs
-):
+def test_a_kernel_that_learns_whole_is_used_in_bfloat16_and_has_a_float32_gradient(inputs):
   config = make_model_config(dtype=jnp.bfloat16, weight_dtype=jnp.bfloat16)
   projection = make_projection(config, None)
   before = projection(inputs.astype(jnp.bfloat16))
@@ -223,7 +216,7 @@ def test_a_kernel_that_learns_whole_is_used_in_bfloat16_and_has_a_float32_gradie
   assert np.any(gradient != gradient.astype(jnp.bfloat16).astype(jnp.float32))
 
 
-def test_a_channel_of_zeros_stays_zero_under_dora(make_model_config, make_lora, inputs):
+def test_a_channel_of_zeros_stays_zero_under_dora(inputs):
   projection = make_projection(make_model_config(), make_lora(dora=True), b=0.0)
   projection.kernel[...] = projection.kernel[...].at[:, 3].set(0)
   fit_magnitudes(projection)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_flax.model.mask import block_size, make_block_plan, make_window
+from helpers.packings import draw_packing
 
 TOKENS = 384  # three blocks of 128
 
@@ -19,7 +20,7 @@ PACKINGS = {
 
 
 @pytest.fixture(scope='session')
-def draw_row(draw_packing):
+def draw_row():
   """Draws visible_until and positions [TOKENS] of one row."""
 
   def draw(seed, **options):

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dpo_flax.model.attention import xla_attention
 from dpo_flax.model.mask import make_mask, make_window
 from dpo_flax.model.pallas_attention import pallas_attention
+from helpers.packings import draw_packing
 
 TOKENS = 384  # three blocks of 128
 
@@ -63,7 +64,7 @@ def outputs_and_gradients(queries, keys, values, cotangent, packing, window, sof
 )
 @hypothesis.settings(max_examples=8)
 def test_kernel_equals_xla_attention_forward_and_backward(
-  draw_packing, head_dim, window, softcap, seed, **packing
+  head_dim, window, softcap, seed, **packing
 ):
   packing = draw_packing(seed, rows=2, tokens=TOKENS, **packing)
   heads = random_heads(head_dim)

@@ -14,6 +14,9 @@ from dpo_flax.model.quantization import LARGEST, SMALLEST, ChannelScale, quantiz
 from dpo_flax.model.transformer import run_streams
 from dpo_flax.training.logps import pair_logps
 from dpo_flax.training.state import Models, split_models
+from helpers.batches import draw_pairs, fill_batch
+from helpers.models import make_lora, make_model_config, make_models
+from helpers.steps import make_options
 
 MATRICES = hypothesis.extra.numpy.arrays(
   np.float32,
@@ -72,7 +75,7 @@ def dequantized(model):
 
 
 @pytest.fixture(scope='module', params=[False, True], ids=['head', 'tied'])
-def models(request, make_models, make_model_config, make_lora):
+def models(request):
   """An int8 policy and its reference, and the same in floats."""
   config = make_model_config(tie_word_embeddings=request.param, weight_dtype=jnp.dtype('int8'))
   ours = make_models(config, make_lora())
@@ -89,12 +92,12 @@ def test_matrices_are_int8_and_everything_else_is_float(models):
 
 
 @pytest.fixture(scope='module')
-def batch(draw_pairs, fill_batch):
+def batch():
   pairs = draw_pairs(6)
   return fill_batch([pairs[:2], pairs[2:3], pairs[3:]])
 
 
-def test_log_probs_and_gradients_are_those_of_the_dequantized_floats(models, batch, make_options):
+def test_log_probs_and_gradients_are_those_of_the_dequantized_floats(models, batch):
   """So rounding weights is all that int8 changes; adapters and their gradients are exact."""
 
   def run(models):
@@ -114,7 +117,7 @@ def test_log_probs_and_gradients_are_those_of_the_dequantized_floats(models, bat
     np.testing.assert_allclose(left, right, rtol=1e-3, atol=1e-4 * float(jnp.abs(right).max()))
 
 
-def test_log_probs_are_as_near_as_half_a_step_of_each_weight(make_models, make_model_config, batch):
+def test_log_probs_are_as_near_as_half_a_step_of_each_weight(batch):
   """To first order |change| <= sum over weights of |d logp / d weight| * step / 2."""
   config = make_model_config(initializer_range=0.05)  # second-order terms are then small
   floats = make_models(config, None).policy
@@ -147,9 +150,7 @@ def test_log_probs_are_as_near_as_half_a_step_of_each_weight(make_models, make_m
   assert bound < 0.2 * abs(float(total(state)))
 
 
-def test_policy_equals_reference_while_b_is_zero(
-  make_models, make_model_config, make_lora, make_options, batch
-):
+def test_policy_equals_reference_while_b_is_zero(batch):
   for dtype in ('float32', 'bfloat16'):
     config = make_model_config(dtype=jnp.dtype(dtype), weight_dtype=jnp.dtype('int8'))
     models = make_models(config, make_lora(), zero_b=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dpo_flax.model.token_logps import Stream, TokenStatistics, Wanted, token_statistics
+from helpers.models import arrays_in
 
 ROWS, TOKENS, EMBED, VOCAB = 4, 37, 8, 53
 ALL = Wanted(kl=True, kl_gradient=True, entropy=True, alignments=True)
@@ -229,7 +230,7 @@ def test_bfloat16_hidden_states_give_float32_statistics_and_bfloat16_gradients(i
 
 
 @pytest.mark.parametrize('head_is_trained', [False, True], ids=['frozen_head', 'trained_head'])
-def test_no_array_of_tokens_by_vocabulary_exists(inputs, arrays_in, head_is_trained):
+def test_no_array_of_tokens_by_vocabulary_exists(inputs, head_is_trained):
   """Neither forward nor backward, not even for a single row."""
   assert any(array.size >= TOKENS * VOCAB for array in arrays_in(plain, inputs)), 'a blind test'
 

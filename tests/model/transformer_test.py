@@ -12,16 +12,18 @@ from dpo_flax.huggingface.peft_targets import BLOCK_PROJECTIONS
 from dpo_flax.model.attention import make_attention_inputs
 from dpo_flax.model.config import AttentionKind, Rope
 from dpo_flax.model.transformer import Transformer, run_streams
+from helpers.batches import draw_pairs, fill_batch
+from helpers.models import make_lora, make_model_config, make_models
 
 
 @pytest.fixture(scope='module')
-def models(make_models, make_model_config, make_lora):
+def models():
   """Policy and reference whose adapters differ from zero; remat full."""
   return make_models(make_model_config(), make_lora())
 
 
 @pytest.fixture(scope='module')
-def batch(draw_pairs, fill_batch):
+def batch():
   """Two rows of pairs and an empty one."""
   pairs = draw_pairs(5)
   return fill_batch([pairs[:3], pairs[3:], []])
@@ -48,9 +50,7 @@ KINDS = (
 @pytest.mark.parametrize(
   ('dropout', 'kinds'), [(0.0, {}), (0.5, {}), (0.0, {'attention_kinds': KINDS, 'num_layers': 5})]
 )
-def test_scan_over_stacked_blocks_equals_the_blocks_one_by_one(
-  make_models, make_model_config, make_lora, batch, dropout, kinds
-):
+def test_scan_over_stacked_blocks_equals_the_blocks_one_by_one(batch, dropout, kinds):
   """Each layer has its own weights, its own dropout and its own kind of attention."""
   models = make_models(make_model_config(**kinds), make_lora(dropout=dropout))
   policy, key = models.policy, jax.random.key(0)
@@ -70,7 +70,7 @@ def test_scan_over_stacked_blocks_equals_the_blocks_one_by_one(
   np.testing.assert_allclose(outputs, expected, atol=1e-5)
 
 
-def test_kinds_that_differ_in_nothing_a_row_can_show_share_their_inputs(make_model_config, batch):
+def test_kinds_that_differ_in_nothing_a_row_can_show_share_their_inputs(batch):
   """Rows shorter than a window know of none, and select nothing."""
   rope = Rope(10_000.0, dim=8, scaling=None)
   kinds = (AttentionKind(96, rope), AttentionKind(None, rope))
@@ -84,7 +84,7 @@ def test_kinds_that_differ_in_nothing_a_row_can_show_share_their_inputs(make_mod
   assert all(each.mask.window is not None for each in inputs)
 
 
-def test_layers_start_different(make_model_config, make_lora):
+def test_layers_start_different():
   model = Transformer(make_model_config(), make_lora(), nnx.Rngs(0, lora=1))
   q_proj = model.blocks.attention.q_proj
   for first, second in (q_proj.kernel[...], q_proj.adapters.learned.lora_a[...]):
@@ -100,7 +100,7 @@ def test_two_streams_equal_each_model_alone(models, batch):
   assert np.abs(policy - reference).max() > 0.1
 
 
-def test_adapters_off_equals_the_base_bit_for_bit(models, make_model_config, batch):
+def test_adapters_off_equals_the_base_bit_for_bit(models, batch):
   base = nnx.eval_shape(lambda: Transformer(make_model_config(), None, nnx.Rngs(0)))
   _, weights = nnx.split_state(nnx.state(models.policy), nnx.LoRAParam, ...)
   base = nnx.merge(nnx.graphdef(base), weights)
@@ -108,9 +108,7 @@ def test_adapters_off_equals_the_base_bit_for_bit(models, make_model_config, bat
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_policy_equals_reference_bit_for_bit_while_b_is_zero(
-  make_models, make_model_config, make_lora, batch, dtype
-):
+def test_policy_equals_reference_bit_for_bit_while_b_is_zero(batch, dtype):
   config = make_model_config(dtype=jnp.dtype(dtype))
   lora = make_lora(targets=frozenset([*BLOCK_PROJECTIONS, 'lm_head']))
   fresh = make_models(config, lora, zero_b=True)
@@ -165,7 +163,7 @@ def gradient(models, batch, *, key=None):
   return function(state)
 
 
-def test_remat_changes_no_gradient(make_models, make_model_config, make_lora, batch):
+def test_remat_changes_no_gradient(batch):
   gradients = [
     gradient(
       make_models(
@@ -197,9 +195,7 @@ def test_nothing_is_learned_through_the_reference(models, batch):
     assert not np.any(leaf)
 
 
-def test_dropout_is_on_the_policy_alone_and_follows_its_key(
-  make_models, make_model_config, make_lora, batch
-):
+def test_dropout_is_on_the_policy_alone_and_follows_its_key(batch):
   models = make_models(make_model_config(), make_lora(dropout=0.5))
   first, second = jax.random.key(0), jax.random.key(1)
   policy, reference = streams(models, batch, first)
@@ -212,7 +208,7 @@ def test_dropout_is_on_the_policy_alone_and_follows_its_key(
   assert len({float(jnp.sum(each)) for each in (policy, other, without)}) == 3
 
 
-def test_tied_head_is_the_embedding(make_models, make_model_config, make_lora, batch):
+def test_tied_head_is_the_embedding(batch):
   models = make_models(make_model_config(tie_word_embeddings=True), make_lora())
   policy = models.policy
   hidden = stream(policy, batch)
@@ -222,7 +218,7 @@ def test_tied_head_is_the_embedding(make_models, make_model_config, make_lora, b
 
 
 @pytest.mark.parametrize('tied', [False, True])
-def test_logits_of_bfloat16_leave_the_head_in_float32(make_model_config, make_lora, tied):
+def test_logits_of_bfloat16_leave_the_head_in_float32(tied):
   """Rounded to bfloat16 they would take few distinct values."""
   config = make_model_config(
     dtype=jnp.bfloat16, weight_dtype=jnp.bfloat16, tie_word_embeddings=tied

@@ -18,6 +18,9 @@ from dpo_flax.model.token_logps import Wanted
 from dpo_flax.training.logps import answer_logps, pair_logps
 from dpo_flax.training.state import Models, init_state, split_models
 from dpo_flax.training.step import jit_train_step, make_train_step
+from helpers.batches import draw_pairs
+from helpers.models import make_lora, make_mesh_of, make_model_config, make_models
+from helpers.steps import make_options
 
 VOCAB, EMBED, TOKENS = 97, 16, 64
 ALL = Wanted(kl=True, entropy=True, alignments=True)
@@ -101,7 +104,7 @@ def whole_logps(model, batch):
 
 
 @pytest.fixture(scope='module')
-def pairs(draw_pairs):
+def pairs():
   return draw_pairs(7)
 
 
@@ -190,9 +193,7 @@ def test_training_lowers_the_loss_and_changes_lora_params_alone(batch, shares):
   assert all(leaf > 1e-3 for leaf in jax.tree.leaves(moved))
 
 
-def test_two_models_apart_give_what_one_scan_gives(
-  batch, make_models, make_model_config, make_lora, make_options
-):
+def test_two_models_apart_give_what_one_scan_gives(batch):
   ours = make_models(make_model_config(), make_lora())
   theirs = Models(*map(Wrapped, ours))
   objective = make_options(token_statistics=True, wpo=True, ld_alpha=0.5).objective
@@ -203,9 +204,7 @@ def test_two_models_apart_give_what_one_scan_gives(
   chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_policy_and_reference_may_be_of_two_kinds_and_depths(
-  batch, make_models, make_model_config, make_lora
-):
+def test_policy_and_reference_may_be_of_two_kinds_and_depths(batch):
   policy = make_models(make_model_config(), make_lora()).policy
   other = make_models(make_model_config(num_layers=1), None).policy
   for reference in (other, make_theirs().policy):
@@ -216,9 +215,7 @@ def test_policy_and_reference_may_be_of_two_kinds_and_depths(
 
 
 @pytest.mark.parametrize('microbatches', [1, 2])
-def test_statistics_of_the_policy_add_up_in_the_metrics(
-  batch, make_models, make_model_config, make_lora, microbatches
-):
+def test_statistics_of_the_policy_add_up_in_the_metrics(batch, microbatches):
   models = Models(*map(Wrapped, make_models(make_model_config(), make_lora())))
   step = make_train_step(models, optax.sgd(0.1), 'sigmoid', microbatches=microbatches)
   _, metrics = step(init_state(models, optax.sgd(0.1)), batch)
@@ -227,9 +224,7 @@ def test_statistics_of_the_policy_add_up_in_the_metrics(
   chex.assert_trees_all_close(metrics['sums']['statistics'], expected, rtol=1e-5)
 
 
-def test_the_step_of_models_is_the_step_of_their_graphdef(
-  batch, make_models, make_model_config, make_lora, make_options
-):
+def test_the_step_of_models_is_the_step_of_their_graphdef(batch):
   models, optimizer = make_models(make_model_config(), make_lora()), optax.sgd(0.1)
   state = init_state(models, optimizer)
   graphdef, _, frozen = split_models(models)
@@ -242,9 +237,7 @@ def test_the_step_of_models_is_the_step_of_their_graphdef(
   chex.assert_trees_all_equal(step(state, batch), expected)
 
 
-def test_models_on_a_mesh_need_no_ambient_mesh(
-  batch, make_models, make_model_config, make_lora, make_mesh_of
-):
+def test_models_on_a_mesh_need_no_ambient_mesh(batch):
   """The step spreads the rows over the devices itself."""
   results, optimizer = [], optax.sgd(0.1)
   for sizes in ({}, {'fsdp': 2, 'tensor': 2}):
@@ -258,9 +251,7 @@ def test_models_on_a_mesh_need_no_ambient_mesh(
   chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-6)
 
 
-def test_rows_that_devices_cannot_share_are_refused(
-  batch, make_models, make_model_config, make_lora, make_mesh_of
-):
+def test_rows_that_devices_cannot_share_are_refused(batch):
   mesh = make_mesh_of(data=2)
   step = make_train_step(
     make_models(make_model_config(), make_lora(), mesh=mesh), optax.sgd(0.1), 'sigmoid'
@@ -300,7 +291,7 @@ def test_a_model_that_is_no_module_is_differentiated_whole(batch):
   assert all(np.any(gradient) for gradient in found)
 
 
-def test_what_does_not_go_together_is_refused(batch, make_options):
+def test_what_does_not_go_together_is_refused(batch):
   policy, reference = make_theirs()
   objective = make_options().objective
   with pytest.raises(ValueError, match='needs a reference'):

@@ -14,6 +14,7 @@ from flax import nnx
 from dpo_flax import config as config_lib
 from dpo_flax.model.lora import TRAINABLE, train_weights
 from dpo_flax.training.optimizer import make_optimizer, make_schedule
+from helpers.models import make_lora, make_model_config, make_models
 
 
 def settings(**changes):
@@ -121,7 +122,7 @@ def test_clipping_bounds_the_norm_over_all_parameters_together():
   assert float(moments['b'][0]) == pytest.approx(0.1 * 0.8)
 
 
-def test_what_has_one_number_per_channel_does_not_decay(make_models, make_model_config, make_lora):
+def test_what_has_one_number_per_channel_does_not_decay():
   """Without gradients, weight decay alone moves: no norm and no magnitude, in no layer."""
   lora = make_lora(dora=True, saved=frozenset(['blocks.attention_norm', 'final_norm', 'lm_head']))
   policy = make_models(make_model_config(), lora).policy

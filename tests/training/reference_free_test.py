@@ -9,6 +9,9 @@ from flax import nnx
 from dpo_flax.training.scoring import score_batch
 from dpo_flax.training.state import Models, init_train_state, split_models
 from dpo_flax.training.step import jit_train_step
+from helpers.batches import draw_pairs, fill_batch
+from helpers.models import make_lora, make_mesh_of, make_model_config, make_models
+from helpers.steps import make_options
 
 FREE = ('simpo', 'cpo', 'orpo', 'sft')
 TOKENS = 96
@@ -16,12 +19,12 @@ OPTIMIZER = optax.sgd(0.1)
 
 
 @pytest.fixture(scope='module')
-def batch(draw_pairs, fill_batch):
+def batch():
   return fill_batch([draw_pairs(4), draw_pairs(4, seed=1)], tokens=TOKENS)
 
 
 @pytest.fixture(scope='module')
-def models(make_models, make_model_config, make_lora):
+def models():
   """Of one layer: the compiler counts the body of a loop once, however often it runs.
 
   And wide, so that nearly all of its FLOPs are matrix products.
@@ -48,7 +51,7 @@ def reference_flops(models, batch):
 
 
 @pytest.fixture(scope='module')
-def flops(models, batch, make_options, make_mesh_of):
+def flops(models, batch):
   """FLOPs of a step with each loss."""
   return {
     loss: step_flops(models, batch, make_options(loss=loss, logits_chunk=TOKENS), make_mesh_of())
@@ -72,9 +75,7 @@ def test_a_loss_without_reference_saves_its_forward_pass(loss, flops, models, ba
   ),
   ids=str,
 )
-def test_weights_of_the_reference_are_not_read(
-  options, batch, make_models, make_model_config, make_lora, make_options, make_mesh_of
-):
+def test_weights_of_the_reference_are_not_read(options, batch):
   """A reference that is not a number leaves no trace; under DPO it ruins the step."""
   policy = make_models(make_model_config(), make_lora()).policy
   graphdef, state = nnx.split(make_models(make_model_config(), None).policy)
@@ -90,14 +91,12 @@ def test_weights_of_the_reference_are_not_read(
   assert not is_finite(loss='sigmoid')
 
 
-def test_known_log_probs_of_the_reference_save_its_forward_pass(
-  models, batch, flops, make_options, make_mesh_of
-):
+def test_known_log_probs_of_the_reference_save_its_forward_pass(models, batch, flops):
   known = batch | {'reference_logps': jnp.zeros(batch['answer_mask'].shape)}
   cached = step_flops(models, known, make_options(logits_chunk=TOKENS), make_mesh_of())
   assert cached == pytest.approx(flops['simpo'], rel=0.01)
 
 
-def test_a_kl_penalty_brings_the_reference_back(models, batch, flops, make_options, make_mesh_of):
+def test_a_kl_penalty_brings_the_reference_back(models, batch, flops):
   options = make_options(loss='simpo', logits_chunk=TOKENS, kl_penalty_weight=0.1)
   assert step_flops(models, batch, options, make_mesh_of()) > flops['sigmoid']

@@ -20,6 +20,7 @@ from dpo_flax.training import monitor as monitor_module
 from dpo_flax.training import reporter as reporting
 from dpo_flax.training.monitor import Monitor
 from dpo_flax.training.reporter import Reporter, read_metrics, summarize
+from helpers.steps import make_options
 
 METRICS = {'dpo_loss': 0.5, 'dpo_accuracy': 0.75, 'pairs': 8}
 
@@ -260,7 +261,7 @@ def clock(monkeypatch):
 
 
 @pytest.fixture(scope='module')
-def make_step(make_options):
+def make_step():
   """Makes the metrics of a step of `pairs` pairs, [2, 4] slots, and its mean loss."""
   objective = make_options().objective
 

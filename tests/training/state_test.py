@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from dpo_flax.assembly.models import load_model
 from dpo_flax.training.state import Models, RecentNorms, RewardMean, init_train_state, split_models
+from helpers.models import make_lora, make_mesh_of, make_model_config, make_models
 
 
 def names(tree):
@@ -20,7 +21,7 @@ def names(tree):
 
 
 @pytest.fixture(scope='module')
-def models(make_models, make_model_config, make_lora):
+def models():
   config = make_model_config(dtype=jnp.dtype('bfloat16'), weight_dtype=jnp.dtype('bfloat16'))
   return make_models(config, make_lora(targets=frozenset(['q_proj', 'down_proj'])))
 
@@ -42,7 +43,7 @@ def test_the_base_of_both_views_is_held_once(models):
   assert len(jax.tree.leaves(frozen)) == len(jax.tree.leaves(base))
 
 
-def test_a_reference_of_its_own_is_frozen_whole(models, make_model_config, make_mesh_of):
+def test_a_reference_of_its_own_is_frozen_whole(models):
   config = make_model_config(num_layers=2)
   other = load_model(config, None, checkpoint=None, mesh=make_mesh_of(), seed=5)
   _, trainable, frozen = split_models(Models(models.policy, other))
@@ -57,9 +58,7 @@ def test_merged_models_are_the_same_two_views_of_one_base(models):
   assert policy.blocks.attention.q_proj.kernel is reference.blocks.attention.q_proj.kernel
 
 
-def test_moments_lie_where_their_parameters_lie(
-  make_models, make_model_config, make_lora, make_mesh_of
-):
+def test_moments_lie_where_their_parameters_lie():
   mesh = make_mesh_of(fsdp=4, tensor=2)
   models = make_models(make_model_config(vocab_size=96), make_lora(), mesh=mesh)
   _, trainable, _ = split_models(models)

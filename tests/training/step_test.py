@@ -15,6 +15,10 @@ from dpo_flax.huggingface.peft_targets import BLOCK_PROJECTIONS
 from dpo_flax.training.logps import pair_logps
 from dpo_flax.training.state import Models, init_train_state, split_models
 from dpo_flax.training.step import jit_eval_step, jit_train_step
+from helpers import plain_dpo as plain
+from helpers.batches import draw_pairs, fill_batch
+from helpers.models import arrays_in, make_lora, make_mesh_of, make_model_config, make_models
+from helpers.steps import make_options
 
 SCALE = 10 / 4  # of make_lora's adapters
 
@@ -58,29 +62,29 @@ def assert_trees_equal(ours, expected):
 
 
 @pytest.fixture(scope='module')
-def mesh(make_mesh_of):
+def mesh():
   return make_mesh_of()
 
 
 @pytest.fixture(scope='module')
-def lora(make_lora):
+def lora():
   return make_lora(targets=WITH_HEAD)
 
 
 @pytest.fixture(scope='module')
-def models(make_models, make_model_config, lora):
+def models(lora):
   """Adapters everywhere, the head too, none of them zero."""
   return make_models(make_model_config(), lora)
 
 
 @pytest.fixture(scope='module')
-def fresh(make_models, make_model_config, make_lora):
+def fresh():
   """The models before the first step: B is zero."""
   return make_models(make_model_config(), make_lora(), zero_b=True)
 
 
 @pytest.fixture(scope='module')
-def pairs(draw_pairs):
+def pairs():
   return draw_pairs(7)
 
 
@@ -91,12 +95,12 @@ def rows(pairs):
 
 
 @pytest.fixture(scope='module')
-def options(make_options):
+def options():
   return make_options()
 
 
 @pytest.fixture(scope='module')
-def plain_logps(plain, models, pairs, lora):
+def plain_logps(models, pairs, lora):
   """Returns name -> [N] log-probs of both models, from the plain implementation."""
   policy, reference, targets, mask = plain.token_log_softmax(models, pairs, SCALE)
   found = {}
@@ -109,7 +113,7 @@ def plain_logps(plain, models, pairs, lora):
 @pytest.mark.parametrize('layout', ['shared', 'separate'])
 @pytest.mark.parametrize('packing', ['alone', 'together', 'reversed'])
 def test_log_probs_of_a_pair_do_not_depend_on_its_packing(
-  models, pairs, rows, fill_batch, options, plain_logps, layout, packing
+  models, pairs, rows, options, plain_logps, layout, packing
 ):
   if packing == 'alone':
     rows = [[pair] for pair in pairs]
@@ -131,9 +135,7 @@ def test_log_probs_of_a_pair_do_not_depend_on_its_packing(
   np.testing.assert_array_equal(np.asarray(logps.rejected_lengths)[is_real], lengths[:, 1])
 
 
-def test_token_means_and_tails_of_a_pair_equal_plain_ones(
-  plain, models, pairs, rows, fill_batch, make_options, lora
-):
+def test_token_means_and_tails_of_a_pair_equal_plain_ones(models, pairs, rows, lora):
   options = make_options(wpo=True, token_statistics=True, kl_penalty_weight=0.1, ld_alpha=0.5)
   batch = fill_batch(rows)
   logps = jax.jit(lambda batch: pair_logps(models, batch, options.objective))(batch)
@@ -157,7 +159,7 @@ def test_token_means_and_tails_of_a_pair_equal_plain_ones(
       assert not np.asarray(ours)[~is_real].any()
 
 
-def test_reference_runs_only_for_losses_that_use_it(models, rows, fill_batch, make_options):
+def test_reference_runs_only_for_losses_that_use_it(models, rows):
   batch = fill_batch(rows)
   for loss, needed in (('sigmoid', True), ('simpo', False)):
     options = make_options(loss=loss)
@@ -169,7 +171,7 @@ def test_reference_runs_only_for_losses_that_use_it(models, rows, fill_batch, ma
   ('layout', 'microbatches'), [('shared', 1), ('separate', 1), ('shared', 2), ('shared', 4)]
 )
 def test_gradient_equals_plain_implementation(
-  plain, models, pairs, rows, fill_batch, make_options, mesh, lora, layout, microbatches
+  models, pairs, rows, mesh, lora, layout, microbatches
 ):
   """However the batch is cut, with rows that hold three pairs, one and none."""
   options = make_options(microbatches=microbatches, beta=0.5)
@@ -186,18 +188,7 @@ def test_gradient_equals_plain_implementation(
 
 
 @pytest.mark.parametrize('tied', [False, True], ids=['untied', 'tied'])
-def test_gradient_under_a_frozen_head_equals_plain_implementation(
-  plain,
-  make_models,
-  make_model_config,
-  make_lora,
-  pairs,
-  rows,
-  fill_batch,
-  make_options,
-  mesh,
-  tied,
-):
+def test_gradient_under_a_frozen_head_equals_plain_implementation(pairs, rows, mesh, tied):
   models = make_models(make_model_config(tie_word_embeddings=tied), make_lora())
   state, _ = run_step(models, fill_batch(rows), make_options(beta=0.5), mesh)
   weights = np.ones(len(pairs))
@@ -206,9 +197,7 @@ def test_gradient_under_a_frozen_head_equals_plain_implementation(
 
 
 @pytest.mark.parametrize('microbatches', [1, 2])
-def test_a_pairs_weight_counts_it_that_many_times(
-  plain, models, pairs, fill_batch, make_options, mesh, lora, microbatches
-):
+def test_a_pairs_weight_counts_it_that_many_times(models, pairs, mesh, lora, microbatches):
   weights = np.array([2.0, 1.0, 0.5, 3.0, 0.25, 1.0, 0.0])
   weighted = [
     pair._replace(pair_weight=weight) for pair, weight in zip(pairs, weights, strict=True)
@@ -223,9 +212,7 @@ def test_a_pairs_weight_counts_it_that_many_times(
   assert_trees_close(gradient_of(state), expected, relative=2e-5)
 
 
-def test_metrics_of_microbatches_add_up_to_those_of_the_batch(
-  models, pairs, rows, fill_batch, make_options, mesh
-):
+def test_metrics_of_microbatches_add_up_to_those_of_the_batch(models, pairs, rows, mesh):
   batch = fill_batch(rows)
   whole, parts, evaluated = (
     run_step(models, batch, make_options(microbatches=n), mesh)[1]['sums'] for n in (1, 2, 4)
@@ -243,9 +230,7 @@ def test_metrics_of_microbatches_add_up_to_those_of_the_batch(
 
 
 @pytest.mark.parametrize('layout', ['shared', 'separate'])
-def test_tokens_are_counted_for_the_shortest_pairs_too(
-  fresh, fill_batch, make_options, mesh, draw_pairs, layout
-):
+def test_tokens_are_counted_for_the_shortest_pairs_too(fresh, mesh, layout):
   """A prompt and responses of one token each are mostly ends of sequences, not padding."""
   (pair,) = draw_pairs(1)
   pair = pair._replace(prompt=pair.prompt[:1], chosen=pair.chosen[:1], rejected=pair.rejected[:1])
@@ -255,16 +240,14 @@ def test_tokens_are_counted_for_the_shortest_pairs_too(
   assert int(counts['tokens']) == 8
 
 
-def test_an_empty_batch_has_no_gradient_and_no_loss(fresh, fill_batch, make_options, mesh):
+def test_an_empty_batch_has_no_gradient_and_no_loss(fresh, mesh):
   state, metrics = run_step(fresh, fill_batch([[], []]), make_options(), mesh)
   assert bool(metrics['finite'])
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient_of(state)))
   np.testing.assert_array_equal(metrics['sums']['means']['dpo_loss'], [0.0, 0.0])
 
 
-def test_loss_is_log_two_and_only_b_learns_while_policy_equals_reference(
-  fresh, rows, fill_batch, make_options, mesh
-):
+def test_loss_is_log_two_and_only_b_learns_while_policy_equals_reference(fresh, rows, mesh):
   state, metrics = run_step(fresh, fill_batch(rows), make_options(), mesh)
   means = metrics['sums']['means']
   assert float(means['dpo_loss'][0] / 7) == pytest.approx(math.log(2), abs=1e-6)
@@ -274,7 +257,7 @@ def test_loss_is_log_two_and_only_b_learns_while_policy_equals_reference(
     assert np.any(leaf) == ('lora_b' in str(path)), path
 
 
-def test_step_reaches_only_adapters(models, rows, fill_batch, options, mesh):
+def test_step_reaches_only_adapters(models, rows, options, mesh):
   """The optimizer knows of nothing else, and no bit of the base moves."""
   optimizer = optax.adamw(1e-2, weight_decay=0.1)
   graphdef, state, frozen = start(models, optimizer, mesh)
@@ -297,7 +280,7 @@ def test_step_reaches_only_adapters(models, rows, fill_batch, options, mesh):
   assert int(state.step) == 1
 
 
-def test_reference_never_moves(models, rows, fill_batch, options, mesh):
+def test_reference_never_moves(models, rows, options, mesh):
   """After a step of the policy, the reference still gives the log-probs it gave."""
   optimizer, batch = optax.sgd(1.0), fill_batch(rows)
   graphdef, state, frozen = start(models, optimizer, mesh)
@@ -311,7 +294,7 @@ def test_reference_never_moves(models, rows, fill_batch, options, mesh):
 
 
 @pytest.fixture(scope='module')
-def dropped(make_models, make_model_config, make_lora, rows, fill_batch, make_options, mesh):
+def dropped(rows, mesh):
   """Returns run(seed, step) -> (metric sums, gradient) of a step under dropout, and without it."""
   models = make_models(make_model_config(), make_lora(dropout=0.3))
   graphdef, trainable, frozen = split_models(models)
@@ -352,9 +335,7 @@ def test_dropout_spares_the_reference_and_evaluation(dropped):
   np.testing.assert_allclose(evaluated['dpo_loss'], without['dpo_loss'], rtol=1e-6)
 
 
-def test_microbatches_draw_different_dropout(
-  make_models, make_model_config, make_lora, pairs, fill_batch, make_options, mesh
-):
+def test_microbatches_draw_different_dropout(pairs, mesh):
   """Twice the same row: with the same masks, the sum of both would be twice either."""
   models = make_models(make_model_config(), make_lora(dropout=0.3))
   sums = [
@@ -383,9 +364,7 @@ def poisoned(models):
 
 
 @pytest.mark.parametrize('microbatches', [1, 2])
-def test_a_loss_that_is_not_finite_leaves_the_state_as_it_was(
-  poisoned, fill_batch, make_options, mesh, draw_pairs, microbatches
-):
+def test_a_loss_that_is_not_finite_leaves_the_state_as_it_was(poisoned, mesh, microbatches):
   healthy = draw_pairs(4, vocab=96)
   sick = healthy[0]._replace(chosen=np.array([5, 96, 7], np.int32))
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
@@ -403,9 +382,7 @@ def test_a_loss_that_is_not_finite_leaves_the_state_as_it_was(
   assert bool(metrics['finite']) and int(state.step) == 2
 
 
-def test_a_gradient_that_is_not_finite_leaves_the_state_as_it_was(
-  models, rows, fill_batch, make_options, mesh
-):
+def test_a_gradient_that_is_not_finite_leaves_the_state_as_it_was(models, rows, mesh):
   """With beta 1e25 the loss is finite; the square of its gradient is not."""
   optimizer = optax.adamw(1e-2)
   options = make_options(beta=1e25)
@@ -417,9 +394,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_state_as_it_was(
   assert_trees_equal(state, before)
 
 
-def test_a_gradient_that_spikes_leaves_the_state_as_it_was(
-  models, rows, fill_batch, make_options, mesh
-):
+def test_a_gradient_that_spikes_leaves_the_state_as_it_was(models, rows, mesh):
   optimizer = optax.sgd(0.0)  # a batch's gradient stays the same
   batches = [fill_batch([rows[0]]), fill_batch([rows[1]])]
   options = make_options()
@@ -444,9 +419,7 @@ def test_a_gradient_that_spikes_leaves_the_state_as_it_was(
 
 
 @pytest.mark.parametrize('head_is_trained', [False, True], ids=['frozen_head', 'trained_head'])
-def test_no_step_holds_the_logits_of_a_row(
-  models, fresh, rows, fill_batch, make_options, arrays_in, mesh, head_is_trained
-):
+def test_no_step_holds_the_logits_of_a_row(models, fresh, rows, mesh, head_is_trained):
   """Neither as traced nor as compiled: no array with a vocabulary axis is larger than the head."""
   chosen = models if head_is_trained else fresh
   options = make_options(logits_chunk=4, kl_penalty_weight=0.1)

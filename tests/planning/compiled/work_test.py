@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dpo_flax.planning.compiled import hlo, work
+from helpers.models import make_mesh_of
 
 # A loop of 3 that holds a loop of 5, a branch and a collective; 64 bytes make an f32[16].
 NESTED = textwrap.dedent("""\
@@ -206,7 +207,7 @@ def test_slices_and_updates_move_only_their_part():
   assert work.measure(hlo.parse(text)).hbm_bytes == 64 + 64
 
 
-def test_compiled_loop_of_products_is_2mnk_times_trips(make_mesh_of):
+def test_compiled_loop_of_products_is_2mnk_times_trips():
   mesh = make_mesh_of(fsdp=4)
   rows, width, trips = 24, 32, 7
 

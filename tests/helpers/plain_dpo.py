@@ -1,12 +1,10 @@
 """The step's oracle: DPO in plain jax, one sequence per row, causal mask, whole logits."""
 
 import math
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 
 LENGTH = 20  # of a row: above the longest prompt and response of draw_pairs
@@ -117,11 +115,3 @@ def loss_and_gradient(models, pairs, weights, *, scale, beta):
     return jnp.sum(jnp.logaddexp(0, -margins) * weights) / np.sum(weights)
 
   return jax.jit(jax.value_and_grad(loss))(adapters)
-
-
-@pytest.fixture(scope='session')
-def plain():
-  """The functions above."""
-  return types.SimpleNamespace(
-    token_log_softmax=token_log_softmax, loss_and_gradient=loss_and_gradient
-  )
