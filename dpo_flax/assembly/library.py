@@ -1,0 +1,169 @@
+"""Models from and to disk in one call each, for programs of one's own."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+
+from dpo_flax.assembly import models
+from dpo_flax.assembly.sources import make_model_config
+from dpo_flax.config.sections import ModelSettings
+from dpo_flax.data.batches.pack import PackedPair
+from dpo_flax.data.pairs import Pairs
+from dpo_flax.huggingface import peft_adapter, weights
+from dpo_flax.huggingface.peft_targets import resolve
+from dpo_flax.model.hidden import Model
+from dpo_flax.model.kernels import Trained
+from dpo_flax.model.linear import adapters_of
+from dpo_flax.model.lora import Lora, LoraConfig
+from dpo_flax.model.transformer import Transformer
+from dpo_flax.sharding import make_mesh
+from dpo_flax.training import scoring
+from dpo_flax.training.state import mesh_of
+
+
+def load_model(
+  path: str,
+  lora: Lora | None = None,
+  *,
+  mesh: Mesh | None = None,
+  dtype: str | None = None,
+  weight_dtype: str | None = None,
+  remat: str = 'full',
+  attention: str = 'auto',
+  seed: int = 0,
+) -> Transformer:
+  """Loads a model, each weight read from disk straight into its shards.
+
+      policy = load_model('path/to/hf_llama', lora=Lora(rank=16))
+
+  Args:
+    path: a directory in Hugging Face layout, local or gs://, or a hub id (needs the `hub` extra).
+    lora: the adapters that it gets; they change nothing until they have learned. None: no adapters.
+    mesh: where it lies, of `sharding.make_mesh`; None: split over all devices.
+    dtype: of activations and products; None: float32 on CPU, bfloat16 elsewhere.
+    weight_dtype: of the base weights: bfloat16, float32 or int8; None: as dtype.
+    remat: what backward recomputes: full, offload, dots or none.
+    attention: auto, xla or pallas (on TPU).
+    seed: of the adapters' initial values.
+
+  Raises:
+    ValueError: there is no such checkpoint, its architecture is not supported, or it lacks a module
+      that `lora` names.
+  """
+  mesh = mesh or make_mesh({'data': 1, 'fsdp': -1, 'tensor': 1})
+  dtype = dtype or ('float32' if mesh.devices.flat[0].platform == 'cpu' else 'bfloat16')
+  settings = ModelSettings(
+    dtype=dtype, weight_dtype=weight_dtype or dtype, remat=remat, attention=attention
+  )
+  checkpoint = weights.open_checkpoint(path)
+  config = make_model_config(settings, checkpoint, mesh, tokens=0)
+  adapters = None if lora is None else resolve(lora, config)
+  model = models.load_model(config, adapters, checkpoint=checkpoint, mesh=mesh, seed=seed)
+  if adapters is not None and adapters.saved:
+    models.train_weights(model, adapters.saved)
+  return model
+
+
+def load_adapter(model: Transformer, directory: epath.PathLike) -> Transformer:
+  """Returns a PEFT adapter on a model's base, of which no copy is made.
+
+      policy = load_adapter(load_model('path/to/hf_llama'), 'runs/mine/peft')
+
+  Raises:
+    ValueError: there is no such adapter, or it is for another architecture.
+  """
+  mesh = mesh_of(nnx.state(model))
+  return models.load_onto(model, peft_adapter.open_adapter(directory, model.config), mesh)
+
+
+def save_adapter(
+  model: nnx.Module,
+  directory: epath.PathLike,
+  *,
+  base_name: str = '',
+  names: Mapping[str, str] | None = None,
+) -> None:
+  """Writes what a model learned as a PEFT adapter in float32.
+
+      save_adapter(step.policy(state), 'out/peft', base_name='meta-llama/Llama-3.2-1B')
+
+  Args:
+    model: of `load_model`, or any module whose adapters are those of its `Linear` maps.
+    directory: made if it is missing; it gets adapter_config.json and adapter_model.safetensors.
+    base_name: the checkpoint that PEFT users load the adapter onto.
+    names: of a model of your own: path of each adapted map, `layers.0.q_proj` -> its name in the
+      torch model, `model.layers.0.self_attn.q_proj`.
+
+  Raises:
+    ValueError: the model has no adapters, or `names` lacks one.
+  """
+  peft_adapter.save_adapter(model, lora_of(model), base_name, directory, names=names)
+
+
+def save_merged(model: Transformer, directory: epath.PathLike, *, base: str | None = None) -> None:
+  """Writes base and adapters as one Hugging Face checkpoint, which serves anywhere.
+
+      save_merged(step.policy(state), 'out/merged', base='path/to/hf_llama')
+
+  Args:
+    model: of `load_model`.
+    directory: made if it is missing.
+    base: the checkpoint it was loaded from: its dtypes, tokenizer and untouched tensors are kept.
+      None: every tensor is the model's own, and there is no tokenizer.
+
+  Raises:
+    ValueError: `base` is not this model's, or the layout cannot hold the model.
+  """
+  checkpoint = None if base is None else weights.open_checkpoint(base)
+  weights.save_merged(model, checkpoint, directory)
+
+
+def score_pairs(
+  model: Model, pairs: Pairs | Sequence[PackedPair], *, logits_chunk: int = 512
+) -> np.ndarray:
+  """Returns the log-probs of chosen and rejected of every pair, [n, 2] float32.
+
+      margins = score_pairs(policy, pairs) - score_pairs(reference_of(policy), pairs)
+
+  Args:
+    model: any model (`Model`); on a mesh, its rows are split over it.
+    pairs: of `load_pairs`, or tokenized pairs.
+    logits_chunk: the scored positions of a row that meet the vocabulary at once.
+  """
+  mesh = mesh_of(nnx.state(model)) or make_mesh(
+    {'data': 1, 'fsdp': 1, 'tensor': 1}, jax.devices()[:1]
+  )
+  if isinstance(pairs, Pairs):
+    return scoring.score_side(model, pairs.prepared, 'train', logits_chunk=logits_chunk, mesh=mesh)
+  return scoring.score_pairs(
+    model, list(pairs), layout='shared', logits_chunk=logits_chunk, mesh=mesh
+  )
+
+
+def lora_of(model: nnx.Module) -> LoraConfig:
+  """Returns what the adapters of a model were made of, as the adapters themselves know it.
+
+  Raises:
+    ValueError: it has none.
+  """
+  learned = [adapter for _, adapter in adapters_of(model) if adapter.learns]
+  saved = {
+    '.'.join(map(str, path))
+    for path, module in nnx.iter_modules(model)
+    if any(isinstance(variable, Trained) for variable in vars(module).values())
+  }
+  if not learned and not saved:
+    raise ValueError('the model has no adapters: load it with lora=Lora(...)')
+  first = learned[0] if learned else None
+  return LoraConfig(
+    modules={adapter.name: adapter.low_rank for adapter in learned},
+    dropout=first.dropout if first else 0.0,
+    rslora=first is not None and first.scales != first.low_rank.scales(rslora=False),
+    dora=first is not None and first.magnitude is not None,
+    tied=bool(getattr(getattr(model, 'embed_tokens', None), 'shares_adapters', False)),
+    saved=frozenset(saved),
+  )
