@@ -36,9 +36,7 @@ class ModelSettings:
     choices=('full', 'offload', 'dots', 'none'),
   )
   attention: str = row(
-    'auto',
-    "auto: pallas on TPU, xla elsewhere. splash: JAX's kernel, for data.layout=separate on TPU.",
-    choices=('auto', 'xla', 'pallas', 'splash'),
+    'auto', 'auto: pallas on TPU, xla elsewhere.', choices=('auto', 'xla', 'pallas')
   )
   logits_chunk: int = row(
     512, 'Response tokens per row that meet the vocabulary at once.', low=1, unit='tokens'
