@@ -1,17 +1,23 @@
-"""The examples in the docstrings of the losses give what they print."""
+"""The examples in docstrings give what they print."""
 
 import doctest
 import importlib
-import pkgutil
+import pathlib
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import dpo_flax
 from dpo_flax import losses
 from dpo_flax.losses import PairLogps
 
-MODULES = [module.name for module in pkgutil.iter_modules(losses.__path__)]
+PACKAGE = pathlib.Path(dpo_flax.__file__).parent
+MODULES = sorted(
+  '.'.join(('dpo_flax', *path.relative_to(PACKAGE).with_suffix('').parts))
+  for path in PACKAGE.rglob('*.py')
+  if '>>> ' in path.read_text()
+)
 
 # The pair of losses.py's docstring.
 PAIRS = PairLogps(
@@ -25,8 +31,9 @@ PAIRS = PairLogps(
 
 
 @pytest.mark.parametrize('name', MODULES)
-def test_the_examples_of(name):
-  module = importlib.import_module(f'dpo_flax.losses.{name}')
+def test_the_examples_of(name, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  module = importlib.import_module(name)
   with np.printoptions():  # which the examples change
     failed, _ = doctest.testmod(module, extraglobs={'pairs': PAIRS, 'np': np})
   assert not failed
