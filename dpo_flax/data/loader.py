@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from dpo_flax.data.batches import pack, split
-from dpo_flax.data.batches.epochs import Epochs
+from dpo_flax.data.batches.schedule import RowSchedule
 from dpo_flax.data.prepare import PreparedData, RowOptions
 
 Shards = int | tuple[int, ...]  # one of the equal parts of a batch's rows, or several
@@ -57,7 +57,7 @@ def every_pair(
   The last batch ends in empty rows.
   """
   rows = _shard(prepared.rows.rows, shard_index, shard_count)
-  epochs = prepared.once[side]
+  epochs = prepared.one_pass[side]
   steps = math.ceil(len(epochs.plan(0)) / prepared.rows.rows)
   batches = _Batches(getattr(prepared, side), epochs, prepared.rows, rows, 0, steps)
   return _iterate(batches, workers=0)
@@ -76,8 +76,8 @@ def steps_for_epochs(prepared: PreparedData, num_epochs: float) -> int:
 class _Batches:
   """Batch after batch, by number: the source of the Grain pipeline."""
 
-  pairs: split.Split
-  epochs: Epochs
+  pairs: split.Side
+  epochs: RowSchedule
   options: RowOptions
   rows: list[int]  # of the global batch: this shard's
   start: int  # step of batch 0
@@ -86,8 +86,8 @@ class _Batches:
   def __len__(self) -> int:
     return self.steps
 
-  def __getitem__(self, i: int) -> pack.Batch:
-    first = (self.start + i) * self.options.rows
+  def __getitem__(self, index: int) -> pack.Batch:
+    first = (self.start + index) * self.options.rows
     numbers = [first + row for row in self.rows]
     end = math.inf if self.steps == _ENDLESS else len(self.epochs.plan(0))
     places = [self.epochs.row(n) if n < end else np.zeros(0, np.int32) for n in numbers]

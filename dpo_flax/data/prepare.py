@@ -1,6 +1,7 @@
 """Data files -> all that a run needs of them: tokenized, divided, planned, and counted."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from dpo_flax.data.batches import pack, split
-from dpo_flax.data.batches.epochs import Epochs
 from dpo_flax.data.batches.mixture import Mixture
+from dpo_flax.data.batches.schedule import RowSchedule
+from dpo_flax.data.batches.split import Side
 from dpo_flax.data.cache.build_cache import open_or_build
 from dpo_flax.data.cache.token_cache import TokenCache
 from dpo_flax.data.records.formats import FormatOptions
@@ -48,10 +50,10 @@ class PreparedData:
   """All that a run needs of its data."""
 
   tokenizer: Tokenizer
-  train: split.Split
-  validation: split.Split | None
-  train_rows: Epochs
-  once: dict[str, Epochs]  # side -> rows that hold each of its pairs once: an evaluation
+  train: Side
+  validation: Side | None
+  train_rows: RowSchedule
+  one_pass: dict[str, RowSchedule]  # side -> rows with each of its pairs once: an evaluation
   pairs_per_row: int  # slots of every batch, train and validation
   rows: RowOptions
   fingerprint: str  # SHA-256 of data, tokenizer, template and all settings that decide the order
@@ -59,7 +61,7 @@ class PreparedData:
 
   def every_row(self, side: str) -> pack.RowPlan:
     """Returns the rows of `every_pair`: which places of the side's split each of them holds."""
-    return self.once[side].plan(0)
+    return self.one_pass[side].plan(0)
 
   def where(self, side: str, pair_index: int) -> str:
     """Returns 'file:line' of a record of side 'train' or 'validation', by its pair_index."""
@@ -95,49 +97,62 @@ def prepare(
     ValueError: for all that is wrong with the data, naming file and line.
   """
   cache = _open(source, tokenizer, reading, vocab_size)
-  held_out, chosen = cache, None
-  pairs = np.arange(len(cache), dtype=np.int32)
   held = np.zeros(len(cache), bool)
   if validation is not None:
-    held_out = _open(validation, tokenizer, reading, vocab_size)
-    chosen = np.arange(len(held_out), dtype=np.int32)
-  elif validation_split_fraction:
-    held = split.hold_out(cache.prompts, validation_split_fraction, rows.seed)
-    chosen = pairs[held]
-  train_side = _fit(cache, pairs[~held], tokenizer, rows)
-  held_side = None if chosen is None else _fit(held_out, chosen, tokenizer, rows)
-  train_rows = _epochs(
-    train_side,
-    train_side.mixture(source.weights, source.parts),
-    rows,
-    shuffle=rows.shuffle,
-    slots=rows.pairs_per_row if rows.pack else 1,
+    held_cache = _open(validation, tokenizer, reading, vocab_size)
+    held_out = np.arange(len(held_cache), dtype=np.int32)
+  else:
+    held_cache = cache
+    if validation_split_fraction:
+      held = split.hold_out(cache.prompts, validation_split_fraction, rows.seed)
+    held_out = np.flatnonzero(held).astype(np.int32)
+  fit = functools.partial(
+    split.fit,
+    tokens=rows.tokens,
+    layout=rows.layout,
+    too_long=rows.too_long,
+    bos_id=tokenizer.bos_id,
   )
+  sides = {'train': fit(cache, np.flatnonzero(~held).astype(np.int32))}
+  if validation is not None or validation_split_fraction:
+    sides['validation'] = fit(held_cache, held_out)
+  mixture = sides['train'].mixture(source.weights, source.parts)
+  slots = rows.pairs_per_row if rows.pack else 1
+  train_rows = _schedule(sides['train'], mixture, rows, shuffle=rows.shuffle, slots=slots)
   slots = train_rows.pairs_per_row
-  report = {'train': _report(train_side, train_rows.plan(0), rows)}
-  once = {'train': _once(train_side, rows, slots)}
-  if held_side:
-    once['validation'] = _once(held_side, rows, slots)
-    report['validation'] = _report(held_side, once['validation'].plan(0), rows)
+  one_pass = {
+    name: _schedule(side, side.mixture([1.0], [0] * len(side.cache.files)), rows, slots=slots)
+    for name, side in sides.items()
+  }
+  report = {
+    name: _report(side, (train_rows if name == 'train' else one_pass[name]).plan(0), rows)
+    for name, side in sides.items()
+  }
+  validation_side = sides.get('validation')
+  parts = [
+    cache.fingerprint,
+    [source.weights, source.parts],
+    validation_side and validation_side.cache.fingerprint,
+    [rows.seed, validation_split_fraction, rows.shuffle, rows.layout, rows.pack],
+    [rows.too_long, rows.rows, rows.tokens, rows.pairs_per_row],
+  ]
   return PreparedData(
     tokenizer,
-    train_side,
-    held_side,
+    sides['train'],
+    validation_side,
     train_rows,
-    once,
+    one_pass,
     pairs_per_row=slots,
     rows=rows,
-    fingerprint=_fingerprint(
-      source, cache, held_side and held_out, rows, validation_split_fraction
-    ),
+    fingerprint=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
     report=report,
   )
 
 
-def _epochs(
-  pairs: split.Split, mixture: Mixture, rows: RowOptions, *, shuffle: bool, slots: int
-) -> Epochs:
-  return Epochs(
+def _schedule(
+  pairs: Side, mixture: Mixture, rows: RowOptions, *, slots: int, shuffle: bool = False
+) -> RowSchedule:
+  return RowSchedule(
     pairs.lengths,
     mixture,
     tokens=rows.tokens,
@@ -147,12 +162,6 @@ def _epochs(
     shuffle=shuffle,
     pairs_per_row=slots,
   )
-
-
-def _once(pairs: split.Split, rows: RowOptions, slots: int) -> Epochs:
-  """The rows in which each pair stands once, in order."""
-  whole = pairs.mixture((1.0,), [0] * len(pairs.cache.files))
-  return _epochs(pairs, whole, rows, shuffle=False, slots=slots)
 
 
 def _open(
@@ -170,20 +179,7 @@ def _open(
   return cache
 
 
-def _fit(
-  cache: TokenCache, pairs: np.ndarray, tokenizer: Tokenizer, rows: RowOptions
-) -> split.Split:
-  return split.fit(
-    cache,
-    pairs,
-    tokens=rows.tokens,
-    layout=rows.layout,
-    too_long=rows.too_long,
-    bos_id=tokenizer.bos_id,
-  )
-
-
-def _report(pairs: split.Split, plan: pack.RowPlan, rows: RowOptions) -> dict[str, Any]:
+def _report(pairs: Side, plan: pack.RowPlan, rows: RowOptions) -> dict[str, Any]:
   tokens = int(pack.row_lengths(pairs.lengths, rows.layout)[plan.pairs].sum())
   return {
     **dataclasses.asdict(pairs.cache.report),  # of the files, before they are divided
@@ -197,20 +193,3 @@ def _report(pairs: split.Split, plan: pack.RowPlan, rows: RowOptions) -> dict[st
     'padding_fraction': 1 - tokens / (len(plan) * rows.tokens),
     'pairs_per_row': plan.pairs_per_row,
   }
-
-
-def _fingerprint(
-  source: RecordSource,
-  train: TokenCache,
-  validation: TokenCache | None,
-  rows: RowOptions,
-  validation_split_fraction: float,
-) -> str:
-  parts = [
-    train.fingerprint,
-    [source.weights, source.parts],
-    validation and validation.fingerprint,
-    [rows.seed, validation_split_fraction, rows.shuffle, rows.layout, rows.pack],
-    [rows.too_long, rows.rows, rows.tokens, rows.pairs_per_row],
-  ]
-  return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -112,12 +112,8 @@ def _with_system(preference: Preference, record: dict[str, Any]) -> Preference:
     return dataclasses.replace(preference, prompt=[turn, *preference.prompt])
   if preference.chosen_context or preference.rejected_context or _ASSISTANT in preference.prompt:
     raise RecordError('system beside a transcript', 'there is no place for the key "system" in it')
-  return Preference(
-    [turn, {'role': 'user', 'content': preference.prompt}],
-    *(
-      [{'role': 'assistant', 'content': text}] for text in (preference.chosen, preference.rejected)
-    ),
-  )
+  user = {'role': 'user', 'content': preference.prompt}
+  return published.answers([turn, user], preference.chosen, preference.rejected)
 
 
 def explicit(record: dict[str, Any]) -> Preference:

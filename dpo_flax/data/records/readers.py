@@ -23,6 +23,7 @@ from dpo_flax.data.records.raw import RecordError
 from dpo_flax.files.paths import is_remote
 
 Raw = bytes | dict[str, Any] | RecordError  # JSON, a row of a table, or what is wrong
+Plain = io.BufferedReader | gzip.GzipFile  # bytes without compression
 Numbered = tuple[int, Raw]  # with its line, or its number from 1
 
 _CHUNK = 1 << 16  # bytes
@@ -51,7 +52,7 @@ def read(file: str, stream: IO[bytes]) -> Iterator[Numbered]:
     yield 1, RecordError('empty file', 'it has no records')
 
 
-def _reader(file: str, plain: IO[bytes]) -> Callable[[IO[bytes]], Iterator[Numbered]]:
+def _reader(file: str, plain: Plain) -> Callable[[Any], Iterator[Numbered]]:
   name = _stem(file)
   if name.endswith('.parquet'):
     return _parquet
@@ -76,7 +77,7 @@ def _stem(file: str) -> str:
 
 
 @contextlib.contextmanager
-def _plain(file: str, stream: IO[bytes]) -> Iterator[IO[bytes]]:
+def _plain(file: str, stream: IO[bytes]) -> Iterator[Plain]:
   """Gives the bytes without compression; damage to it is a RecordError."""
   if file.endswith('.gz'):
     try:
@@ -86,7 +87,8 @@ def _plain(file: str, stream: IO[bytes]) -> Iterator[IO[bytes]]:
   elif file.endswith('.zst'):
     yield io.BufferedReader(_Zstandard(stream), _CHUNK)
   else:
-    yield stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream)
+    raw: Any = stream  # of an object store: what BufferedReader needs, though not RawIOBase
+    yield raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw)
 
 
 class _Zstandard(io.RawIOBase):
@@ -128,7 +130,7 @@ def _lines(stream: IO[bytes]) -> Iterator[Numbered]:
       yield number, line
 
 
-def _array(stream: IO[bytes]) -> Iterator[Numbered]:
+def _array(stream: Plain) -> Iterator[Numbered]:
   with io.TextIOWrapper(stream, 'utf-8-sig') as text:
     yield from _items(text)
 

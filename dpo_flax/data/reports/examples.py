@@ -7,7 +7,7 @@ import numpy as np
 
 from dpo_flax.data.batches.mixture import permutation
 from dpo_flax.data.batches.pack import PackedPair
-from dpo_flax.data.batches.split import Split
+from dpo_flax.data.batches.split import Side
 from dpo_flax.data.tokens.tokenizer import Tokenizer
 
 
@@ -31,13 +31,12 @@ class Example:
   tokens: tuple[int, int, int]  # in prompt, chosen, rejected
 
 
-def pick(pairs: Split, tokenizer: Tokenizer, count: int, *, seed: int) -> list[Example]:
+def pick(pairs: Side, tokenizer: Tokenizer, count: int, *, seed: int) -> list[Example]:
   """Returns `count` pairs of the split, drawn at random, decoded."""
-  places = permutation(len(pairs), 'examples', seed)[:count]
-  packed = pairs.packed_pairs(places)
+  drawn = permutation(len(pairs), 'examples', seed)[:count]
+  where = map(pairs.cache.where, pairs.pairs[drawn].tolist())
   return [
-    _example(pair, pairs.cache.where(pairs.pairs[i]), tokenizer)
-    for i, pair in zip(places, packed, strict=True)
+    _example(pair, at, tokenizer) for pair, at in zip(pairs.packed_pairs(drawn), where, strict=True)
   ]
 
 
@@ -45,7 +44,8 @@ def _example(pair: PackedPair, where: str, tokenizer: Tokenizer) -> Example:
   chosen, rejected = (_pieces(pair.prompt, ids, tokenizer) for ids in (pair.chosen, pair.rejected))
   empty = np.zeros(0, np.int32)
   prompt = [dataclasses.replace(p, learned=False) for p in _pieces(empty, pair.prompt, tokenizer)]
-  return Example(where, prompt, chosen, rejected, tokens=tuple(map(len, pair[1:4])))
+  tokens = len(pair.prompt), len(pair.chosen), len(pair.rejected)
+  return Example(where, prompt, chosen, rejected, tokens)
 
 
 def _pieces(before: np.ndarray, ids: np.ndarray, tokenizer: Tokenizer) -> list[Piece]:

@@ -24,8 +24,6 @@ from dpo_flax.data.tokens.template_process import END_SPAN, SECONDS, SPAN, WALL_
 _TYPED, _END_TYPED = '\ufdd0', '\ufdd1'
 _MARKS = re.compile(f'[{_TYPED}{_END_TYPED}{SPAN}{END_SPAN}]')
 
-HISTORY = ('exact', 'rendered')
-
 
 class TemplateDied(ValueError):
   """The template did not end by itself: a fault of the run, which every other record would meet."""

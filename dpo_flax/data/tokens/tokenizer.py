@@ -65,10 +65,8 @@ class Tokenizer:
       RecordError: chat data with no template, a template that fails, nothing to predict from, or
         responses that become the same ids.
     """
-    if isinstance(preference.prompt, str):
-      pair = self._encode_text(preference)
-    else:
-      pair = self._encode_chat(preference)
+    is_text = isinstance(preference.prompt, str)
+    pair = self._encode_text(preference) if is_text else self._encode_chat(preference)
     if not pair.prompt:
       raise RecordError(
         'empty prompt', 'it has no token of its own, and the tokenizer adds no BOS to predict from'
@@ -80,27 +78,28 @@ class Tokenizer:
     return pair
 
   def _encode_text(self, preference: Preference) -> EncodedPair:
-    texts = (
-      (preference.chosen, preference.chosen_context),
-      (preference.rejected, preference.rejected_context),
-    )
-    renderings = [_join(preference.prompt, text, context) for text, context in texts]
-    pair = self._split(preference.prompt, renderings, self.backend.encode)
+    prompt, chosen, rejected = map(str, (preference.prompt, preference.chosen, preference.rejected))
+    renderings = [
+      _join(prompt, chosen, preference.chosen_context),
+      _join(prompt, rejected, preference.rejected_context),
+    ]
+    pair = self._split(prompt, renderings, self.backend.encode)
     return pair._replace(prompt=[self.bos_id, *pair.prompt]) if self.add_bos else pair
 
   def _encode_chat(self, preference: Preference) -> EncodedPair:
-    if self.template is None:
+    template = self.template
+    if template is None:
       raise RecordError(
         'chat data without a chat template',
         'the tokenizer has none; set data.chat_template to a file or to the template itself',
       )
-    renderings = self.template.render_pair(preference)
+    renderings = template.render_pair(preference)
     chosen, rejected = (r.text[: r.spans[0][0]] for r in renderings)
     if chosen != rejected:
       raise RecordError(
         'chat template rewrites the prompt', 'its text before chosen and before rejected differs'
       )
-    pair = self._split(chosen, renderings, self._ids)
+    pair = self._split(chosen, renderings, lambda text: self.backend.encode_chat(text, template))
     if pair.prompt[:2] == [self.bos_id] * 2:
       raise RecordError('BOS twice', 'the chat template writes it twice: take one out')
     return pair
@@ -122,9 +121,6 @@ class Tokenizer:
         response[first:last] = [~i for i in response[first:last]]
       responses.append(response if rendering.closed else [*response, self.eos_id])
     return EncodedPair(branches[0][:n], *responses)
-
-  def _ids(self, text: str) -> list[int]:
-    return self.backend.encode_chat(text, self.template)
 
 
 def _join(prompt: str, response: str, context: tuple[Span, ...]) -> Rendering:

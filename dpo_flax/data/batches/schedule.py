@@ -8,7 +8,7 @@ from dpo_flax.data.batches.pack import RowPlan, plan_rows, reorder, row_lengths
 _WINDOW = 1 << 16  # pairs packed together
 
 
-class Epochs:
+class RowSchedule:
   """The endless sequence of rows: every epoch's plan, one after the other."""
 
   def __init__(
