@@ -69,13 +69,11 @@ def from_hf_config(
     )
   known = HARMLESS_FIELDS.union(FIELDS, family.defaults, ROPE_FIELDS)
   check_fields(values, known=known, fixed=family.fixed, where=where)
-  given = family.defaults | {
-    name: value for name, value in values.items() if value is not None or name in _NULLABLE
-  }
+  set_here = {k: value for k, value in values.items() if value is not None or k in _NULLABLE}
+  given = {**family.defaults, **set_here}
   shape = _shape(given, where)
-  scale = typed(
-    {'query_pre_attn_scalar': shape['head_dim']} | given, 'query_pre_attn_scalar', float, where
-  )
+  scaled = {'query_pre_attn_scalar': shape['head_dim'], **given}
+  scale = typed(scaled, 'query_pre_attn_scalar', float, where)
   return ModelConfig(
     model_type=model_type,
     **shape,
@@ -96,7 +94,8 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
   values = {'architectures': [family.architecture], 'model_type': config.model_type}
   values |= {old: getattr(config, new) for old, new in FIELDS.items()}
   activation = next(name for name, ours in ACTIVATIONS.items() if ours == config.activation)
-  types = [SLIDING if kind.window else FULL for kind in _kinds_of_layers(config)]
+  kinds = [config.kinds[kind] for kind in config.kind_of_layer]
+  types = [SLIDING if kind.window else FULL for kind in kinds]
   windows = {kind.window for kind in config.kinds if kind.window}
   switches = {
     'hidden_act': activation,
@@ -105,19 +104,15 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     'use_sliding_window': bool(windows),
     'sliding_window': max(windows, default=None),
     'layer_types': types,
-    'no_rope_layers': [int(kind.rope is not None) for kind in _kinds_of_layers(config)],
+    'no_rope_layers': [int(kind.rope is not None) for kind in kinds],
   }
   switches |= {old: getattr(config, new) for old, new in SOFTCAPS.items()}
   switches |= {old: config.biases >= biased for old, biased in BIASES.items()}
-  ropes = {
-    type_: kind.rope
-    for type_, kind in zip(types, _kinds_of_layers(config), strict=True)
-    if kind.rope
-  }
+  ropes = {name: kind.rope for name, kind in zip(types, kinds, strict=True) if kind.rope}
   if 'partial_rotary_factor' in family.defaults:
     values['partial_rotary_factor'] = ropes[types[0]].dim / config.head_dim
   values |= {name: value for name, value in switches.items() if name in family.defaults}
-  values |= family.fixed | rope_fields(ropes, family.defaults)
+  values |= {**family.fixed, **rope_fields(ropes, family.defaults)}
   # Unless told so, some families take padding to be a token of the published vocabulary.
   return values | {'pad_token_id': None, 'torch_dtype': np.dtype(config.float_dtype).name}
 
@@ -204,7 +199,7 @@ def _layer_types(
 ) -> tuple[Sequence[str], int | None]:
   """Returns the type of each layer, and the window of those that slide."""
   window = given.get('sliding_window')
-  if not typed({'use_sliding_window': True} | given, 'use_sliding_window', bool, where):
+  if not typed({'use_sliding_window': True, **given}, 'use_sliding_window', bool, where):
     window = None
   if window is not None:
     window = typed(given, 'sliding_window', int, where)
@@ -228,7 +223,3 @@ def _layer_types(
   if SLIDING in types and window is None:
     raise ValueError(f'{where}: {SLIDING} in layer_types, and no sliding_window')
   return types, window
-
-
-def _kinds_of_layers(config: ModelConfig) -> list[AttentionKind]:
-  return [config.kinds[kind] for kind in config.kind_of_layer]

@@ -62,10 +62,11 @@ def names_of(config: ModelConfig) -> Table:
   """Returns the names of the parameters that a model of this architecture has."""
   weights = nnx.All(nnx.Param, nnx.Not(ChannelScale))
   state = jax.eval_shape(lambda: nnx.state(Transformer(config, None, nnx.Rngs(0)), weights))
+  present = {'.'.join(map(str, path)) for path, _ in nnx.to_flat_state(state)}
   table = name_table(config.model_type)
-  return {name: table[name] for name in map('.'.join, dict(nnx.to_flat_state(state)))}
+  return {name: theirs for name, theirs in table.items() if name in present}
 
 
 def name_table(model_type: str) -> Table:
   """Returns the names of all parameters that a model of this type may have."""
-  return NAMES | (_OUTPUT_NORMS if FAMILIES[model_type].output_norms else _INPUT_NORMS)
+  return {**NAMES, **(_OUTPUT_NORMS if FAMILIES[model_type].output_norms else _INPUT_NORMS)}

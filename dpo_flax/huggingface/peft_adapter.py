@@ -17,6 +17,7 @@ from dpo_flax.huggingface.merging import side_by_side
 from dpo_flax.huggingface.names import Table, names_of
 from dpo_flax.huggingface.peft_config import PREFIX, config_values, read_config, write_config
 from dpo_flax.huggingface.placement import (
+  Path,
   Slot,
   gather_slot,
   layer_slots,
@@ -28,6 +29,7 @@ from dpo_flax.huggingface.tensor_files import TensorFile, read_header, write_ten
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.linear import adapters_of
 from dpo_flax.model.lora import TRAINABLE, Lora, LoraConfig, LowRank
+from dpo_flax.model.transformer import Transformer
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 
@@ -124,6 +126,8 @@ def save_adapter(
   if names is not None:
     slots, values = _named_slots(model, state, lora, names, base_name)
   else:
+    if not isinstance(model, Transformer) or not isinstance(lora, LoraConfig):
+      raise ValueError('names: only a Transformer made of a LoraConfig can be saved without them')
     if lora.continues:
       state, lora = side_by_side(model, lora)
     slots = make_adapter_slots(state, lora, names_of(model.config))
@@ -160,19 +164,21 @@ def make_adapter_slots(state: nnx.State, lora: LoraConfig, names: Table) -> dict
       endings = EMBEDDING_FACTORS if name == 'embed_tokens' else FACTORS
       found = _factor_slots(path, variable.shape, theirs, lora.modules[name], endings)
       # The head maps back: its A is the table's B, neither transposed.
-      head = {'lora_a': 'lm_head.lora_B.weight', 'lora_b': 'lm_head.lora_A.weight'}.get(path[-1])
+      head = {'lora_a': 'lm_head.lora_B.weight', 'lora_b': 'lm_head.lora_A.weight'}.get(
+        str(path[-1])
+      )
     else:
       name, head = path[0], 'lm_head.weight'
-      theirs, transposed = names['.'.join(path)]
+      theirs, transposed = names['.'.join(map(str, path))]
       found = layer_slots(path, variable.shape, PREFIX + theirs, transposed=transposed)
     slots |= found
     if lora.tied and name == 'embed_tokens':
       ((first, slot),) = found.items()
-      slots[PREFIX + head] = dataclasses.replace(slot, transposed=False, repeats=first)
+      slots[f'{PREFIX}{head}'] = dataclasses.replace(slot, transposed=False, repeats=first)
   return slots
 
 
-def _adapted_module(path: tuple[str, ...], names: Table) -> tuple[str, str]:
+def _adapted_module(path: Path, names: Table) -> tuple[str, str]:
   """Returns our name of the module that an adapter's array belongs to, and theirs."""
   *module, holder, _, _ = path
   if holder == 'head_adapters':
@@ -183,7 +189,7 @@ def _adapted_module(path: tuple[str, ...], names: Table) -> tuple[str, str]:
 
 
 def _factor_slots(
-  path: tuple, shape: tuple[int, ...], module: str, low_rank: LowRank, endings: Mapping[str, str]
+  path: Path, shape: tuple[int, ...], module: str, low_rank: LowRank, endings: Mapping[str, str]
 ) -> dict[str, Slot]:
   """Returns the slots of one array: a factor or the magnitudes of a module in all layers."""
   stacked = '{}' in module

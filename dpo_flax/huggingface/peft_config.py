@@ -128,7 +128,7 @@ def config_values(
 
 def _check_numbers(values: Mapping[str, Any], where: epath.Path):
   for field, kind in (('r', int), ('lora_alpha', float)):
-    typed({field: None} | values, field, kind, str(where))
+    typed({field: None, **values}, field, kind, str(where))
   dropout = values.get('lora_dropout') or 0.0
   if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
     raise ValueError(f'{where}: lora_dropout={shown(dropout)} is not in [0, 1)')

@@ -9,39 +9,18 @@ from dpo_flax.huggingface.names import names_of
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.lora import Lora, LoraConfig, LowRank
 
-# Projection -> where Hugging Face puts it in a layer: the names that target patterns speak of.
-BLOCK_PROJECTIONS = {
-  'q_proj': 'self_attn.q_proj',
-  'k_proj': 'self_attn.k_proj',
-  'v_proj': 'self_attn.v_proj',
-  'o_proj': 'self_attn.o_proj',
-  'gate_proj': 'mlp.gate_proj',
-  'up_proj': 'mlp.up_proj',
-  'down_proj': 'mlp.down_proj',
-}
-
-FUSED_PROJECTIONS = {
-  'qkv_proj': 'self_attn.qkv_proj',
-  'o_proj': 'self_attn.o_proj',
-  'gate_up_proj': 'mlp.gate_up_proj',
-  'down_proj': 'mlp.down_proj',
-}
-
 Modules = Mapping[str, Sequence[str]]  # ours -> theirs, one for each layer or a single one
 Pattern = Sequence[str] | str | None
 
 
-def block_projections(config: ModelConfig) -> dict[str, str]:
-  """Returns the projections of a layer, and where Hugging Face puts them."""
-  return FUSED_PROJECTIONS if config.fused_projections else BLOCK_PROJECTIONS
-
-
 def module_names(config: ModelConfig) -> dict[str, list[str]]:
   """Returns what can be adapted: our names -> the module names in a Hugging Face model."""
-  layers = range(config.num_layers)
   blocks = {
-    name: [f'model.layers.{layer}.{theirs}' for layer in layers]
-    for name, theirs in block_projections(config).items()
+    ours.split('.')[-2]: [
+      theirs.removesuffix('.weight').format(layer) for layer in range(config.num_layers)
+    ]
+    for ours, (theirs, _) in names_of(config).items()
+    if ours.startswith('blocks.') and ours.endswith('.kernel')
   }
   return blocks | {'embed_tokens': ['model.embed_tokens'], 'lm_head': ['lm_head']}
 
@@ -116,10 +95,15 @@ def _adapted(lora: Lora, config: ModelConfig) -> dict[str, LowRank]:
   targets = _tied_targets(lora.target_modules) if lora.ensure_weight_tying else lora.target_modules
   matches = _target_matcher(targets, lora.layers_to_transform, modules)
   excluded = _matcher(lora.exclude_modules or (), modules, 'lora.exclude_modules')
-  saved = _saved_matcher(lora.modules_to_save)
+  field = 'lora.modules_to_save'
+  saved = [_compiled(rf'(^|.*\.){entry}($|\..*)', field) for entry in lora.modules_to_save]
+
+  def is_adapted(_, module):  # what learns as a full weight has no adapter
+    return matches(module) and not excluded(module) and not any(r.match(module) for r in saved)
+
   adapted = adapted_modules(
     modules,
-    lambda _, each: matches(each) and not excluded(each) and not saved(each),
+    is_adapted,
     pattern_lookup(dict(lora.rank_pattern), modules, 'lora.rank_pattern', lora.rank),
     pattern_lookup(dict(lora.alpha_pattern), modules, 'lora.alpha_pattern', lora.alpha),
   )
@@ -142,7 +126,13 @@ def _tied_targets(targets: Pattern) -> Pattern:
 
 
 def _saved(entries: Sequence[str], config: ModelConfig) -> frozenset[str]:
-  """Returns the modules that learn without adapters, by our paths."""
+  """Returns the modules that learn without adapters, by parameter path.
+
+  As in PEFT, an entry names every module whose name ends with it.
+
+  Raises:
+    ValueError: an entry matches nothing, or only some of the layers.
+  """
   if config.tie_word_embeddings:
     entries = ['embed_tokens' if entry == 'lm_head' else entry for entry in entries]
   # With two layers, what names single layers is seen to be partial.
@@ -150,7 +140,20 @@ def _saved(entries: Sequence[str], config: ModelConfig) -> frozenset[str]:
     ours.rpartition('.')[0]: [theirs.rpartition('.')[0].format(layer) for layer in range(2)]
     for ours, (theirs, _) in names_of(config).items()
   }
-  return _match_names(entries, modules, 'lora.modules_to_save')
+  found = set()
+  for entry in entries:
+    hits = {name: [each.endswith(entry) for each in theirs] for name, theirs in modules.items()}
+    partial = [name for name, hit in hits.items() if any(hit) and not all(hit)]
+    if partial:
+      raise ValueError(
+        f'lora.modules_to_save: {entry!r} matches only some layers of {", ".join(partial)}'
+      )
+    matching = {name for name, hit in hits.items() if all(hit)}
+    if not matching:
+      ends = sorted({theirs[0].rpartition('.')[2] for theirs in modules.values()})
+      raise ValueError(f'lora.modules_to_save: {entry!r} matches none of {", ".join(ends)}')
+    found |= matching
+  return frozenset(found)
 
 
 def adapted_modules(
@@ -176,25 +179,6 @@ def low_rank(pairs: Sequence[tuple[int, float]]) -> LowRank:
   return LowRank(ranks, alphas)
 
 
-def _match_names(entries: Sequence[str], modules: Modules, field: str) -> frozenset[str]:
-  """Returns ours of `modules` whose names end with an entry (PEFT's rule of modules_to_save).
-
-  Raises:
-    ValueError: an entry matches nothing, or only some of the layers.
-  """
-  found = set()
-  for entry in entries:
-    hits = {name: [each.endswith(entry) for each in theirs] for name, theirs in modules.items()}
-    partial = [name for name, hit in hits.items() if any(hit) and not all(hit)]
-    if partial:
-      raise ValueError(f'{field}: {entry!r} matches only some layers of {", ".join(partial)}')
-    whole = {name for name, hit in hits.items() if all(hit)}
-    if not whole:
-      raise ValueError(f'{field}: {entry!r} matches none of {_ends(modules)}')
-    found |= whole
-  return frozenset(found)
-
-
 def _target_matcher(
   asked: Pattern, layers: Sequence[int] | int | None, modules: Modules
 ) -> Callable[[str], bool]:
@@ -208,20 +192,20 @@ def _target_matcher(
   matches = _matcher(asked, modules, 'lora.target_modules')
   if layers is None:
     return matches
-  layers = {layers} if isinstance(layers, int) else set(layers)
+  chosen = {layers} if isinstance(layers, int) else set(layers)
   count = max(map(len, modules.values()))
-  if not layers <= set(range(count)):
-    raise ValueError(f'lora.layers_to_transform={sorted(layers)}: the layers are 0 to {count - 1}')
+  if not chosen <= set(range(count)):
+    raise ValueError(f'lora.layers_to_transform={sorted(chosen)}: the layers are 0 to {count - 1}')
 
   def in_layers(module: str) -> bool:
     number = re.match(r'model\.layers\.(\d+)\.', module)
     # What is named in full is meant, whatever its layer.
-    return module in asked or (number is not None and int(number[1]) in layers)
+    return module in asked or (number is not None and int(number[1]) in chosen)
 
   return lambda module: matches(module) and in_layers(module)
 
 
-def _matcher(pattern: Pattern, modules: Modules, field: str) -> Callable[[str], bool]:
+def _matcher(pattern: Sequence[str] | str, modules: Modules, field: str) -> Callable[[str], bool]:
   """Returns whether a pattern names a module; every entry of a list must name at least one."""
   if isinstance(pattern, str):
     regex = _compiled(pattern, field)
@@ -235,12 +219,6 @@ def _matcher(pattern: Pattern, modules: Modules, field: str) -> Callable[[str], 
     if not any(matches(each) for theirs in modules.values() for each in theirs):
       raise ValueError(f'{field}: {entry!r} matches none of {", ".join(modules)}')
   return lambda module: any(matches(module) for matches in entries.values())
-
-
-def _saved_matcher(entries: Sequence[str]) -> Callable[[str], bool]:
-  """Returns whether a module learns whole, and then has no adapter."""
-  regexes = [_compiled(rf'(^|.*\.){entry}($|\..*)', 'lora.modules_to_save') for entry in entries]
-  return lambda module: any(regex.match(module) for regex in regexes)
 
 
 def pattern_lookup(
@@ -264,7 +242,3 @@ def _compiled(pattern: str, field: str) -> re.Pattern:
     return re.compile(pattern)
   except re.error as error:
     raise ValueError(f'{field}={shown(pattern)} is not a regular expression: {error}') from None
-
-
-def _ends(modules: Modules) -> str:
-  return ', '.join(sorted({theirs[0].rpartition('.')[2] for theirs in modules.values()}))

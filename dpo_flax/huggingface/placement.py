@@ -9,6 +9,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,6 +25,7 @@ from dpo_flax.sharding import named_shardings
 
 Table = Mapping[str, tuple[str, bool]]  # our dotted path -> (their name, transposed)
 Span = tuple[int, int]
+Path = tuple[Any, ...]  # of a variable in a state
 
 READ_BYTES = 64 * 2**20  # of one tensor, read at once
 QUANTIZED_ROWS = 64  # at once: their float32 copies stay in the processor's cache
@@ -34,7 +36,7 @@ READERS = 8  # threads; one stream alone does not saturate a bucket
 class Slot:
   """Which part of our arrays one of their tensors is."""
 
-  path: tuple[str, ...]  # of our array
+  path: Path  # of our array
   layer: int | None  # its index there; None: the array is not stacked
   sizes: tuple[int, ...]  # of our array without its layers; a factor's rank may be less than there
   transposed: bool
@@ -52,7 +54,7 @@ class Slot:
 
 
 def layer_slots(
-  path: tuple[str, ...], shape: tuple[int, ...], theirs: str, *, transposed: bool
+  path: Path, shape: tuple[int, ...], theirs: str, *, transposed: bool
 ) -> dict[str, Slot]:
   """Returns the slots of one of our arrays, by their names: one for each layer that it has."""
   if '{}' not in theirs:
@@ -68,7 +70,7 @@ def make_slots(state: nnx.State, table: Table) -> dict[str, Slot]:
   slots = {}
   for path, variable in nnx.to_flat_state(state):
     if not isinstance(variable, ChannelScale):  # which follows from the weights
-      theirs, transposed = table['.'.join(path)]
+      theirs, transposed = table['.'.join(map(str, path))]
       slots |= layer_slots(path, variable.shape, theirs, transposed=transposed)
   return slots
 
@@ -138,7 +140,7 @@ def gather(array: jax.Array | np.ndarray) -> np.ndarray:
   return multihost_utils.process_allgather(array, tiled=True)
 
 
-def gather_slot(variables: Mapping[tuple[str, ...], nnx.Variable], slot: Slot) -> np.ndarray:
+def gather_slot(variables: Mapping[Any, nnx.Variable], slot: Slot) -> np.ndarray:
   """Gathers the tensor of one slot, in their orientation; all processes must call it together."""
   array = variables[slot.path][...]
   part = gather(array if slot.layer is None else array[slot.layer])
@@ -148,7 +150,7 @@ def gather_slot(variables: Mapping[tuple[str, ...], nnx.Variable], slot: Slot) -
 
 def write_gathered(
   directory: epath.PathLike,  # made if it is missing
-  arrays: Iterator[np.ndarray | None],  # each gathered when it is asked for
+  arrays: Iterator[Any],  # each gathered when it is asked for; None but in process 0, if so
   write: Callable[[epath.Path, Iterator[np.ndarray]], None],
 ) -> None:
   """Calls `write` in process 0; the others take part in gathering, and all wait for its end."""
@@ -175,7 +177,7 @@ def _check_repeats(tensor: TensorFile, first: TensorFile, slot: Slot, first_slot
   values = [each.read(0, each.shape[0]).astype(np.float32) for each in (tensor, first)]
   if slot.transposed != first_slot.transposed:
     values[0] = values[0].T
-  if not np.array_equal(*values):
+  if not np.array_equal(values[0], values[1]):
     raise ValueError(
       f"{tensor.path}: ensure_weight_tying, but {tensor.name} is not the token table's"
     )
@@ -216,7 +218,8 @@ class _Shards:
       self._shape, self._sharding, lambda index: self._parts[self._spans(index)]
     )
 
-  def _spans(self, index: tuple[slice, ...]) -> tuple[Span, ...]:
+  def _spans(self, index: tuple[slice, ...] | None) -> tuple[Span, ...]:
+    assert index is not None, 'of a device of another process'
     return tuple(part.indices(size)[:2] for part, size in zip(index, self._shape, strict=True))
 
 

@@ -66,13 +66,13 @@ def rope_fields(kinds: Mapping[str, Rope], family: Mapping[str, Any]) -> dict[st
     family: the fields that the family has.
   """
   rope = kinds.get(FULL) or kinds[SLIDING]
-  fields = {'rope_theta': rope.theta}
+  fields: dict[str, Any] = {'rope_theta': rope.theta}
   if 'rope_local_base_freq' in family and SLIDING in kinds:
     fields['rope_local_base_freq'] = kinds[SLIDING].theta
   if rope.scaling is None:
     return fields
   kind = next(name for name, scaling in _SCALINGS.items() if isinstance(rope.scaling, scaling))
-  scaling = {
+  scaling: dict[str, Any] = {
     name: list(value) if isinstance(value, tuple) else value
     for name, value in dataclasses.asdict(rope.scaling).items()
   }

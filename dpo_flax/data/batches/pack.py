@@ -305,13 +305,8 @@ def _fill_run(
   middle = start + prompt + chosen  # where `again` begins
   end = start + need
   one, none = np.ones_like(prompt), np.full_like(prompt, nothing)
-  answer_ids = _repeat(
-    (prompt - 1, none),
-    (chosen, answers[:, 0]),
-    (again, none),
-    (rejected, answers[:, 1]),
-    (one, none),
-  )
+  of_chosen, of_rejected = (chosen, answers[:, 0]), (rejected, answers[:, 1])
+  answer_ids = _repeat((prompt - 1, none), of_chosen, (again, none), of_rejected, (one, none))
   parts = [
     part
     for p, n in zip(pairs, again.tolist(), strict=True)
@@ -322,13 +317,12 @@ def _fill_run(
   tokens[inverted] = ~tokens[inverted]
   answer_ids[inverted - 1] = nothing
   second = before + chosen + again  # where position 0 of the rejected sequence would be
+  origins = _repeat((prompt + chosen, before), (again + rejected, second))
+  shared, last = (prompt - again, end), (again + rejected, end)
   return {
     'tokens': tokens,
-    'positions': np.arange(len(tokens))
-    - _repeat((prompt + chosen, before), (again + rejected, second)),
-    'visible_until': _repeat(
-      (prompt - again, end), (again + chosen, middle), (again + rejected, end)
-    ),
+    'positions': np.arange(len(tokens)) - origins,
+    'visible_until': _repeat(shared, (again + chosen, middle), last),
     # The next token, in either layout.
     'targets': np.append(tokens[1:], 0) * (answer_ids != nothing),
     'answer_ids': answer_ids,

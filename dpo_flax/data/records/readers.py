@@ -10,6 +10,7 @@ Text may be compressed: .gz, .zst (needs the `zst` extra).
 
 import contextlib
 import gzip
+import importlib
 import io
 import json
 import re
@@ -218,12 +219,11 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _array_record(file: str) -> Iterator[Numbered]:
-  from array_record.python import array_record_module
-
   if is_remote(file):
     raise RecordError('not a local file', 'ArrayRecord files are read from local disks only')
   try:
-    reader = array_record_module.ArrayRecordReader(file)
+    module = importlib.import_module('array_record.python.array_record_module')  # built, no .py
+    reader = module.ArrayRecordReader(file)
     for start in range(0, reader.num_records(), _RECORDS):
       end = min(start + _RECORDS, reader.num_records())
       yield from enumerate(reader.read(start, end), start=start + 1)
