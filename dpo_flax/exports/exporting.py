@@ -1,7 +1,7 @@
 """A trained policy -> the directories that other programs load, each checked before it is there."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dpo_flax.exports import model_card
-from dpo_flax.exports.model_card import Facts
+from dpo_flax.exports.model_card import CardFacts
 from dpo_flax.exports.staging import (
   check_replaceable,
   check_writable,
@@ -72,7 +72,7 @@ def check_outputs(
 
 
 def export_adapter(
-  policy: Transformer, lora: LoraConfig, facts: Facts, output: epath.Path, mesh: Mesh
+  policy: Transformer, lora: LoraConfig, facts: CardFacts, output: epath.Path, mesh: Mesh
 ):
   """Writes the adapters as a PEFT directory in float32.
 
@@ -92,7 +92,7 @@ def export_adapter(
 
 
 def export_merged(
-  policy: Transformer, base: BaseCheckpoint | None, facts: Facts, output: epath.Path, mesh: Mesh
+  policy: Transformer, base: BaseCheckpoint | None, facts: CardFacts, output: epath.Path, mesh: Mesh
 ):
   """Writes base + adapters as a Hugging Face directory, in the base's dtype.
 
@@ -113,7 +113,7 @@ def export_merged(
 def _export(
   write: Callable[[epath.Path], Transformer | None],  # returns the model that it reloads, if it can
   policy: Transformer,
-  facts: Facts,
+  facts: CardFacts,
   output: epath.Path,
   mesh: Mesh,
   *,
@@ -128,12 +128,15 @@ def _export(
     return score_pairs(model, pairs, layout=layout, logits_chunk=chunk, mesh=mesh)
 
   live = score(policy)
-  with _staged(output) as directory:
+  with contextlib.ExitStack() as stack:  # process 0 makes the directory, and puts it there
+    hosts.first_does(lambda: stack.enter_context(new_directory(output)))
+    directory = staging_path(output)
     model = write(directory)
     reloaded = None if model is None else score(model)
-    verdict = compare(live, reloaded, pairs, dtypes=dtypes, where=output)
+    check = compare(live, reloaded, pairs, dtypes=dtypes, where=output)
     if jax.process_index() == 0:
-      (directory / 'README.md').write_text(model_card.render(facts, verdict, merged=merged))
+      (directory / 'README.md').write_text(model_card.render(facts, check, merged=merged))
+  multihost_utils.sync_global_devices(f'wrote {output}')
 
 
 def _dtypes(policy: Transformer, base: BaseCheckpoint | None, mesh: Mesh) -> set[str]:
@@ -144,12 +147,3 @@ def _dtypes(policy: Transformer, base: BaseCheckpoint | None, mesh: Mesh) -> set
   if mesh.devices.flat[0].platform != 'cpu':
     found.add('bfloat16')  # accelerators round the factors of float32 products too
   return found
-
-
-@contextlib.contextmanager
-def _staged(output: epath.Path) -> Iterator[epath.Path]:
-  """Yields the directory that process 0 makes and puts in the place of `output`."""
-  with contextlib.ExitStack() as stack:
-    hosts.first_does(lambda: stack.enter_context(new_directory(output)))
-    yield staging_path(output)
-  multihost_utils.sync_global_devices(f'wrote {output}')

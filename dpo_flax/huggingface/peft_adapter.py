@@ -164,9 +164,8 @@ def make_adapter_slots(state: nnx.State, lora: LoraConfig, names: Table) -> dict
       endings = EMBEDDING_FACTORS if name == 'embed_tokens' else FACTORS
       found = _factor_slots(path, variable.shape, theirs, lora.modules[name], endings)
       # The head maps back: its A is the table's B, neither transposed.
-      head = {'lora_a': 'lm_head.lora_B.weight', 'lora_b': 'lm_head.lora_A.weight'}.get(
-        str(path[-1])
-      )
+      heads = {'lora_a': 'lm_head.lora_B.weight', 'lora_b': 'lm_head.lora_A.weight'}
+      head = heads.get(str(path[-1]))
     else:
       name, head = path[0], 'lm_head.weight'
       theirs, transposed = names['.'.join(map(str, path))]

@@ -9,6 +9,7 @@ response is predicted by its loss.
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import itertools
 import json
@@ -49,7 +50,9 @@ class Tokenizer:
   origin: tuple[Any, ...]  # what it was loaded with
 
   def __reduce__(self) -> tuple[Any, ...]:
-    return _load, self.origin
+    path, chat_template, variables, history = self.origin
+    load = functools.partial(load_tokenizer, variables=variables, history=history)
+    return load, (path, chat_template)
 
   @property
   def vocab_size(self) -> int:
@@ -184,12 +187,6 @@ def load_tokenizer(
   fingerprint = hashlib.sha256(hashlib.sha256(content).digest() + decided.encode()).hexdigest()
   origin = (path, chat_template, dict(variables or {}), history)
   return Tokenizer(backend, bos_id, eos_id, add_bos, template, fingerprint, origin)
-
-
-def _load(
-  path: str, chat_template: str | None, variables: dict[str, Any], history: str
-) -> Tokenizer:
-  return load_tokenizer(path, chat_template, variables=variables, history=history)
 
 
 def _check_date(date: Any) -> None:
