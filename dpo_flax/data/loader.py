@@ -2,7 +2,7 @@
 
 The rows of a run are the epochs' plans one after the other, each with an order and a packing of its
 own, from the seed and its number. Step s takes rows [s * B, (s + 1) * B), whatever the number of
-hosts and workers: the loader's whole state is the step, and the last incomplete batch of an epoch
+hosts and workers: the step is all of the loader's state, and the last incomplete batch of an epoch
 is completed from the next one.
 """
 
@@ -65,10 +65,10 @@ def every_pair(
 
 def steps_for_epochs(prepared: PreparedData, num_epochs: float) -> int:
   """Returns the steps in which so many epochs are seen, the last batch being full."""
-  fraction, whole = math.modf(num_epochs)
-  rows = prepared.train_rows.start(int(whole))
+  fraction, complete = math.modf(num_epochs)
+  rows = prepared.train_rows.start(int(complete))
   if fraction:
-    rows += fraction * len(prepared.train_rows.plan(int(whole)))
+    rows += fraction * len(prepared.train_rows.plan(int(complete)))
   return math.ceil(rows / prepared.rows.rows)
 
 
@@ -90,10 +90,10 @@ class _Batches:
     first = (self.start + index) * self.options.rows
     numbers = [first + row for row in self.rows]
     end = math.inf if self.steps == _ENDLESS else len(self.epochs.plan(0))
-    places = [self.epochs.row(n) if n < end else np.zeros(0, np.int32) for n in numbers]
-    pairs = iter(self.pairs.packed_pairs(np.concatenate(places)))
+    indices = [self.epochs.row(n) if n < end else np.zeros(0, np.int32) for n in numbers]
+    pairs = iter(self.pairs.packed_pairs(np.concatenate(indices)))
     batch = pack.fill_batch(
-      [list(itertools.islice(pairs, len(row))) for row in places],
+      [list(itertools.islice(pairs, len(row))) for row in indices],
       tokens=self.options.tokens,
       pairs_per_row=self.epochs.pairs_per_row,
       layout=self.options.layout,
@@ -101,7 +101,7 @@ class _Batches:
     )
     if self.pairs.reference_logps is not None:
       logps = np.zeros(batch['answer_mask'].shape, np.float32)
-      for row, answers, pairs_of_row in zip(logps, batch['pairs'], places, strict=True):
+      for row, answers, pairs_of_row in zip(logps, batch['pairs'], indices, strict=True):
         row[answers[: len(pairs_of_row)]] = self.pairs.reference_logps[pairs_of_row]
       batch['reference_logps'] = logps
     return batch

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from dpo_flax.data.batches import pack, split
-from dpo_flax.data.batches.mixture import Mixture
 from dpo_flax.data.batches.schedule import RowSchedule
 from dpo_flax.data.batches.split import Side
 from dpo_flax.data.cache.build_cache import open_or_build
@@ -18,7 +17,7 @@ from dpo_flax.data.records.formats import FormatOptions
 from dpo_flax.data.records.source import RecordSource
 from dpo_flax.data.tokens.tokenizer import Tokenizer
 
-_SHOWN = 5  # places named in the report
+_SHOWN = 5  # locations named in the report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,10 +56,10 @@ class PreparedData:
   pairs_per_row: int  # slots of every batch, train and validation
   rows: RowOptions
   fingerprint: str  # SHA-256 of data, tokenizer, template and all settings that decide the order
-  report: dict[str, dict[str, Any]]  # for 'train' and 'validation': counts, places, padding
+  report: dict[str, dict[str, Any]]  # for 'train' and 'validation': counts, locations, padding
 
   def every_row(self, side: str) -> pack.RowPlan:
-    """Returns the rows of `every_pair`: which places of the side's split each of them holds."""
+    """Returns the rows of `every_pair`: the indices of the pairs in each of them."""
     return self.one_pass[side].plan(0)
 
   def where(self, side: str, pair_index: int) -> str:
@@ -97,37 +96,24 @@ def prepare(
     ValueError: for all that is wrong with the data, naming file and line.
   """
   cache = _open(source, tokenizer, reading, vocab_size)
-  held = np.zeros(len(cache), bool)
-  if validation is not None:
-    held_cache = _open(validation, tokenizer, reading, vocab_size)
-    held_out = np.arange(len(held_cache), dtype=np.int32)
-  else:
-    held_cache = cache
-    if validation_split_fraction:
-      held = split.hold_out(cache.prompts, validation_split_fraction, rows.seed)
-    held_out = np.flatnonzero(held).astype(np.int32)
-  fit = functools.partial(
-    split.fit,
-    tokens=rows.tokens,
-    layout=rows.layout,
-    too_long=rows.too_long,
-    bos_id=tokenizer.bos_id,
+  other = None if validation is None else _open(validation, tokenizer, reading, vocab_size)
+  sides = _divide(cache, other, validation_split_fraction, rows, bos_id=tokenizer.bos_id)
+  schedule = functools.partial(
+    RowSchedule, tokens=rows.tokens, layout=rows.layout, seed=rows.seed, pack=rows.pack
   )
-  sides = {'train': fit(cache, np.flatnonzero(~held).astype(np.int32))}
-  if validation is not None or validation_split_fraction:
-    sides['validation'] = fit(held_cache, held_out)
-  mixture = sides['train'].mixture(source.weights, source.parts)
-  slots = rows.pairs_per_row if rows.pack else 1
-  train_rows = _schedule(sides['train'], mixture, rows, shuffle=rows.shuffle, slots=slots)
+  train_rows = schedule(
+    sides['train'].lengths,
+    sides['train'].mixture(source.weights, source.parts),
+    shuffle=rows.shuffle,
+    pairs_per_row=rows.pairs_per_row if rows.pack else 1,
+  )
   slots = train_rows.pairs_per_row
-  one_pass = {
-    name: _schedule(side, side.mixture([1.0], [0] * len(side.cache.files)), rows, slots=slots)
-    for name, side in sides.items()
-  }
-  report = {
-    name: _report(side, (train_rows if name == 'train' else one_pass[name]).plan(0), rows)
-    for name, side in sides.items()
-  }
+  one_pass, report = {}, {}
+  for name, side in sides.items():
+    unmixed = side.mixture([1.0], [0] * len(side.cache.files))
+    one_pass[name] = schedule(side.lengths, unmixed, shuffle=False, pairs_per_row=slots)
+    plan = (train_rows if name == 'train' else one_pass[name]).plan(0)
+    report[name] = _report(side, plan, rows)
   validation_side = sides.get('validation')
   parts = [
     cache.fingerprint,
@@ -149,19 +135,27 @@ def prepare(
   )
 
 
-def _schedule(
-  pairs: Side, mixture: Mixture, rows: RowOptions, *, slots: int, shuffle: bool = False
-) -> RowSchedule:
-  return RowSchedule(
-    pairs.lengths,
-    mixture,
-    tokens=rows.tokens,
-    layout=rows.layout,
-    seed=rows.seed,
-    pack=rows.pack,
-    shuffle=shuffle,
-    pairs_per_row=slots,
+def _divide(
+  cache: TokenCache,
+  other: TokenCache | None,  # the validation pairs, where they have files of their own
+  fraction: float,
+  rows: RowOptions,
+  *,
+  bos_id: int | None,
+) -> dict[str, Side]:
+  """Returns 'train' and, where there is one, 'validation', after deciding on long pairs."""
+  fit = functools.partial(
+    split.fit, tokens=rows.tokens, layout=rows.layout, too_long=rows.too_long, bos_id=bos_id
   )
+  pairs, held = np.arange(len(cache), dtype=np.int32), np.zeros(len(cache), bool)
+  if other is None and fraction:
+    held = split.hold_out(cache.prompts, fraction, rows.seed)
+  sides = {'train': fit(cache, pairs[~held])}
+  if other is not None:
+    sides['validation'] = fit(other, np.arange(len(other), dtype=np.int32))
+  elif fraction:
+    sides['validation'] = fit(cache, pairs[held])
+  return sides
 
 
 def _open(

@@ -9,6 +9,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from dpo_flax.assembly.models import load_onto
 from dpo_flax.exports import model_card
 from dpo_flax.exports.model_card import CardFacts
 from dpo_flax.exports.staging import (
@@ -16,11 +17,11 @@ from dpo_flax.exports.staging import (
   check_writable,
   is_inside,
   new_directory,
-  same_place,
+  same_path,
   staging_path,
 )
-from dpo_flax.exports.verification import compare, reload_adapter, reload_merged
-from dpo_flax.huggingface.peft_adapter import save_adapter
+from dpo_flax.exports.verification import compare, reload_merged
+from dpo_flax.huggingface.peft_adapter import open_adapter, save_adapter
 from dpo_flax.huggingface.tensor_files import DTYPES
 from dpo_flax.huggingface.weights import BaseCheckpoint, save_merged
 from dpo_flax.model.lora import LoraConfig
@@ -37,12 +38,12 @@ def output_paths(
 ) -> dict[str, epath.Path]:
   """Returns format -> where a run writes it.
 
-  Of a policy that learns whole (method full) there is no adapter, and always the merged model.
+  Of a policy that learns in full (method full) there is no adapter, and always the merged model.
   """
-  whole = method == 'full'
+  full = method == 'full'
   paths = {
-    'peft': None if whole else peft or f'{workdir}/peft',
-    'merged': merged or (f'{workdir}/merged' if whole else None),
+    'peft': None if full else peft or f'{workdir}/peft',
+    'merged': merged or (f'{workdir}/merged' if full else None),
   }
   return {name: epath.Path(path) for name, path in paths.items() if path}
 
@@ -53,7 +54,7 @@ def check_outputs(
   workdir: str,
   sources: Mapping[str, str],  # what the policy is made of, by the field that names it
 ):
-  """Checks, before there is anything to export, that it will find its place.
+  """Checks, before there is anything to export, that it can be written.
 
   Raises:
     ValueError: an output would replace something else, or what it is made of, or cannot be written.
@@ -61,7 +62,7 @@ def check_outputs(
   own = {f"the run's {name}": f'{workdir}/{name}' for name in _OWN}
   for name, output in outputs.items():
     for other, path in sources.items():
-      if same_place(output, path):
+      if same_path(output, path):
         raise ValueError(f'{output}: the {name} export and {other} are in the same place')
     others = {f'the export {each}': path for each, path in outputs.items() if each != name}
     for other, path in (own | others).items():
@@ -76,8 +77,8 @@ def export_adapter(
 ):
   """Writes the adapters as a PEFT directory in float32.
 
-  They are checked on the policy's own base, which is not copied. An earlier export in the same
-  place is replaced in one rename, after the check.
+  They are checked on the policy's own base, which is not copied. An earlier export at the same
+  path is replaced in one rename, after the check.
 
   Raises:
     ValueError: `output` holds something else, or what was written is not what was trained.
@@ -86,7 +87,7 @@ def export_adapter(
 
   def write(directory):
     save_adapter(policy, lora, settings.initialize_from_hf or '', directory)
-    return reload_adapter(policy, directory, mesh)
+    return load_onto(policy, open_adapter(directory, policy.config), mesh)
 
   _export(write, policy, facts, output, mesh, dtypes={settings.model.dtype}, merged=False)
 
@@ -96,8 +97,8 @@ def export_merged(
 ):
   """Writes base + adapters as a Hugging Face directory, in the base's dtype.
 
-  It is checked as a second model beside the policy, sharded like it. An earlier export in the same
-  place is replaced in one rename, after the check.
+  It is checked as a second model beside the policy, sharded like it. An earlier export at the same
+  path is replaced in one rename, after the check.
 
   Raises:
     ValueError: `output` holds something else, or what was written is not what was trained.
@@ -120,7 +121,7 @@ def _export(
   dtypes: Collection[str],
   merged: bool,
 ):
-  """Writes a directory, compares what is in it with the policy, and puts it in its place."""
+  """Writes a directory, compares what is in it with the policy, and renames it to its path."""
   pairs, settings = facts.record.checks, facts.record.settings
 
   def score(model):

@@ -56,13 +56,13 @@ def render(facts: CardFacts, check: ReloadCheck, *, merged: bool) -> str:
   }
   # JSON is YAML; and so nothing in a name can end the front matter.
   lines = ['---', *(f'{name}: {json.dumps(value)}' for name, value in front.items()), '---', '']
-  kind = 'A model' if merged else 'An adapter'
+  subject = 'A model' if merged else 'An adapter'
   load = _LOAD_MERGED if merged else _LOAD_ADAPTER.format(base=repr(base or 'BASE'))
   if record.settings.merge_adapter_path and not merged:
     load = f'# base is to have {record.settings.merge_adapter_path!r} merged into it\n{load}'
   config = json.dumps(identity_of(record.settings), indent=1, sort_keys=True)
   lines += [
-    f'# {kind} aligned to preferences with dpo_flax',
+    f'# {subject} aligned to preferences with dpo_flax',
     '',
     *_table('', '', _origins(facts)),
     *_table('held-out pairs', f'after step {facts.step}', _shown_metrics(facts.metrics)),

@@ -25,7 +25,7 @@ def staging_path(output: epath.PathLike) -> epath.Path:
 
 @contextlib.contextmanager
 def new_directory(output: epath.PathLike) -> Iterator[epath.Path]:
-  """Yields an empty sibling that takes the place of `output` when the block ends without error.
+  """Yields an empty sibling that replaces `output` when the block ends without error.
 
   A reader sees the old directory or the complete new one, except in buckets: they have no atomic
   rename, and the files appear one by one. Of a link, what it leads to is replaced.
@@ -85,10 +85,10 @@ def check_replaceable(output: epath.PathLike):
 
 
 def check_writable(output: epath.PathLike):
-  """Checks that what will take the place of `output` can be written beside it.
+  """Checks that what will replace `output` can be written beside it.
 
   Raises:
-    ValueError: it cannot; says why.
+    ValueError: it cannot, and why.
   """
   staging = staging_path(output)
   try:
@@ -105,7 +105,7 @@ def check_writable(output: epath.PathLike):
   _check_leftovers(output)
 
 
-def same_place(left: epath.PathLike, right: epath.PathLike) -> bool:
+def same_path(left: epath.PathLike, right: epath.PathLike) -> bool:
   """Whether two paths lead to one directory."""
   return str(absolute(left)) == str(absolute(right))
 

@@ -9,9 +9,8 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from dpo_flax.assembly.models import load_model, load_onto
+from dpo_flax.assembly.models import load_model
 from dpo_flax.data.batches import pack
-from dpo_flax.huggingface.peft_adapter import open_adapter
 from dpo_flax.huggingface.weights import open_checkpoint
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.runtime.memory import is_out_of_memory
@@ -29,11 +28,6 @@ class ReloadCheck:
   difference: float | None  # the largest of all responses, nats per token; None: not compared
   bound: float  # of BOUNDS
   pairs: int
-
-
-def reload_adapter(policy: Transformer, directory: epath.Path, mesh: Mesh) -> Transformer:
-  """Returns the adapter of a directory on the policy's own base."""
-  return load_onto(policy, open_adapter(directory, policy.config), mesh)
 
 
 def reload_merged(policy: Transformer, directory: epath.Path, mesh: Mesh) -> Transformer | None:

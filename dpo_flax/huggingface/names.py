@@ -1,4 +1,4 @@
-"""What Hugging Face checkpoints call our parameters."""
+"""What Hugging Face checkpoints call the parameters of a Transformer."""
 
 import functools
 import re
@@ -12,7 +12,8 @@ from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.quantization import ChannelScale
 from dpo_flax.model.transformer import Transformer
 
-# Ours -> (theirs, transposed): torch's linear layers store [out, in], our kernels are [in, out].
+# Parameter path -> (checkpoint name, transposed): torch's linear layers store [out, in], kernels
+# here are [in, out].
 NAMES: Table = {
   'embed_tokens.embedding': ('model.embed_tokens.weight', False),
   'blocks.attention.q_proj.kernel': ('model.layers.{}.self_attn.q_proj.weight', True),
@@ -64,7 +65,7 @@ def names_of(config: ModelConfig) -> Table:
   state = jax.eval_shape(lambda: nnx.state(Transformer(config, None, nnx.Rngs(0)), weights))
   present = {'.'.join(map(str, path)) for path, _ in nnx.to_flat_state(state)}
   table = name_table(config.model_type)
-  return {name: theirs for name, theirs in table.items() if name in present}
+  return {name: entry for name, entry in table.items() if name in present}
 
 
 def name_table(model_type: str) -> Table:

@@ -1,4 +1,4 @@
-"""Which modules are adapted or trained whole: PEFT's rules over Hugging Face's module names."""
+"""Which modules are adapted or trained in full: PEFT's rules over Hugging Face's module names."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -9,18 +9,19 @@ from dpo_flax.huggingface.names import names_of
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.lora import Lora, LoraConfig, LowRank
 
-Modules = Mapping[str, Sequence[str]]  # ours -> theirs, one for each layer or a single one
+# Module -> its names in a checkpoint, one for each layer or a single one.
+Modules = Mapping[str, Sequence[str]]
 Pattern = Sequence[str] | str | None
 
 
 def module_names(config: ModelConfig) -> dict[str, list[str]]:
-  """Returns what can be adapted: our names -> the module names in a Hugging Face model."""
+  """Returns what can be adapted: module -> its names in a Hugging Face model."""
   blocks = {
-    ours.split('.')[-2]: [
-      theirs.removesuffix('.weight').format(layer) for layer in range(config.num_layers)
+    parameter.split('.')[-2]: [
+      hf_name.removesuffix('.weight').format(layer) for layer in range(config.num_layers)
     ]
-    for ours, (theirs, _) in names_of(config).items()
-    if ours.startswith('blocks.') and ours.endswith('.kernel')
+    for parameter, (hf_name, _) in names_of(config).items()
+    if parameter.startswith('blocks.') and parameter.endswith('.kernel')
   }
   return blocks | {'embed_tokens': ['model.embed_tokens'], 'lm_head': ['lm_head']}
 
@@ -29,7 +30,7 @@ def resolve(lora: Lora, config: ModelConfig) -> LoraConfig:
   """Returns the adapters of a model of this architecture, by PEFT's rules.
 
   A list of target_modules holds module names or their ends (`q_proj`, `self_attn.q_proj`), a string
-  is a regex that must match a whole module name (`model.layers.0.self_attn.q_proj`), None and
+  is a regex that must match a complete module name (`model.layers.0.self_attn.q_proj`), None and
   'all-linear' mean every linear layer but the head. Patterns of ranks and alphas are regexes of
   names or their ends; the first that matches counts.
 
@@ -81,7 +82,8 @@ def check_trainable(lora: LoraConfig, config: ModelConfig) -> None:
       f'lora.dropout={lora.dropout} would not reach the adapter of lm_head: set it to 0, or take '
       'lm_head out of lora.target_modules'
     )
-  matrices = {ours.rpartition('.')[0] for ours in names_of(config) if not ours.endswith('.scale')}
+  names = [name for name in names_of(config) if not name.endswith('.scale')]
+  matrices = {name.rpartition('.')[0] for name in names}
   if config.is_quantized and lora.saved & matrices:
     raise ValueError(
       f'lora.modules_to_save: {", ".join(sorted(lora.saved & matrices))} cannot learn in int8: set '
@@ -137,12 +139,12 @@ def _saved(entries: Sequence[str], config: ModelConfig) -> frozenset[str]:
     entries = ['embed_tokens' if entry == 'lm_head' else entry for entry in entries]
   # With two layers, what names single layers is seen to be partial.
   modules = {
-    ours.rpartition('.')[0]: [theirs.rpartition('.')[0].format(layer) for layer in range(2)]
-    for ours, (theirs, _) in names_of(config).items()
+    parameter.rpartition('.')[0]: [hf_name.rpartition('.')[0].format(layer) for layer in range(2)]
+    for parameter, (hf_name, _) in names_of(config).items()
   }
   found = set()
   for entry in entries:
-    hits = {name: [each.endswith(entry) for each in theirs] for name, theirs in modules.items()}
+    hits = {name: [each.endswith(entry) for each in hf_names] for name, hf_names in modules.items()}
     partial = [name for name, hit in hits.items() if any(hit) and not all(hit)]
     if partial:
       raise ValueError(
@@ -150,7 +152,7 @@ def _saved(entries: Sequence[str], config: ModelConfig) -> frozenset[str]:
       )
     matching = {name for name, hit in hits.items() if all(hit)}
     if not matching:
-      ends = sorted({theirs[0].rpartition('.')[2] for theirs in modules.values()})
+      ends = sorted({hf_names[0].rpartition('.')[2] for hf_names in modules.values()})
       raise ValueError(f'lora.modules_to_save: {entry!r} matches none of {", ".join(ends)}')
     found |= matching
   return frozenset(found)
@@ -158,17 +160,17 @@ def _saved(entries: Sequence[str], config: ModelConfig) -> frozenset[str]:
 
 def adapted_modules(
   modules: Modules,
-  is_adapted: Callable[[str, str], bool],  # by our name and theirs
-  rank_of: Callable[[str], int],  # by their name
+  is_adapted: Callable[[str, str], bool],  # by a module and its checkpoint name
+  rank_of: Callable[[str], int],  # by checkpoint name
   alpha_of: Callable[[str], float],
 ) -> dict[str, LowRank]:
   """Returns rank and alpha of every module that is adapted in any layer."""
   found = {
     name: [
       (rank_of(each), float(alpha_of(each))) if is_adapted(name, each) else (0, 0.0)
-      for each in theirs
+      for each in hf_names
     ]
-    for name, theirs in modules.items()
+    for name, hf_names in modules.items()
   }
   return {name: low_rank(pairs) for name, pairs in found.items() if any(map(any, pairs))}
 
@@ -216,7 +218,7 @@ def _matcher(pattern: Sequence[str] | str, modules: Modules, field: str) -> Call
       for entry in pattern
     }
   for entry, matches in entries.items():
-    if not any(matches(each) for theirs in modules.values() for each in theirs):
+    if not any(matches(each) for hf_names in modules.values() for each in hf_names):
       raise ValueError(f'{field}: {entry!r} matches none of {", ".join(modules)}')
   return lambda module: any(matches(module) for matches in entries.values())
 
@@ -230,7 +232,7 @@ def pattern_lookup(
   """Returns the module -> value of rank_pattern and alpha_pattern."""
   regexes = {_compiled(rf'(.*\.)?({key})$', field): value for key, value in patterns.items()}
   for regex, key in zip(regexes, patterns, strict=True):
-    if not any(regex.match(each) for theirs in modules.values() for each in theirs):
+    if not any(regex.match(each) for hf_names in modules.values() for each in hf_names):
       raise ValueError(f'{field}: {shown(key)} matches none of {", ".join(modules)}')
   return lambda module: next(
     (value for regex, value in regexes.items() if regex.match(module)), default

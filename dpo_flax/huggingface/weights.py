@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints <-> our parameters, by one name table."""
+"""Hugging Face checkpoints <-> parameters of a Transformer, by one name table."""
 
 import dataclasses
 import functools
@@ -65,7 +65,7 @@ class BaseCheckpoint:
   """A directory in Hugging Face layout; its tensors are still on disk."""
 
   directory: epath.Path
-  config: Mapping[str, Any]  # of config.json, or what it says of the language model inside
+  config: Mapping[str, Any]  # of config.json, or of the language model inside it
   tensors: Mapping[str, TensorFile]
 
 
@@ -95,7 +95,7 @@ def open_checkpoint(path: str) -> BaseCheckpoint:
 def fingerprint(checkpoint: BaseCheckpoint) -> str:
   """Returns a SHA-256 of config.json and of every tensor's name, type, shape and samples.
 
-  It tells models apart without reading them whole.
+  It keeps models apart without reading all of them.
   """
   digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
   tensors = sorted(checkpoint.tensors.items())
@@ -195,9 +195,9 @@ def _download(path: str) -> epath.Path:
 
 def _open_tensors(directory: epath.Path) -> dict[str, TensorFile]:
   """Reads the headers of the one file, or of all that the index lists."""
-  whole, index = (find_file(directory, name) for name in (FILE, INDEX))
-  if whole is not None:
-    return read_header(whole)[1]
+  single, index = (find_file(directory, name) for name in (FILE, INDEX))
+  if single is not None:
+    return read_header(single)[1]
   if index is None:
     raise ValueError(f'{directory} has no {FILE} and no {INDEX}; .bin and .pt files are not read')
   listed = read_json(index).get('weight_map')

@@ -1,6 +1,6 @@
 """Lengths -> a plan of rows; planned rows -> the arrays of a packed batch.
 
-A row holds several pairs, each whole. Here prompt a b c, chosen X $, rejected Y Z $ ($ is EOS) of
+A row holds several complete pairs. Here prompt a b c, chosen X $, rejected Y Z $ ($ is EOS) of
 record 7 meet a row of 12 tokens and P = 1 pair slot, so S = 2 answers. In the shared layout,
 [ prompt[:-1] | p_last chosen | p_last rejected ], both answers see one copy of the prompt:
 
@@ -138,7 +138,7 @@ def _pack_window(lengths: np.ndarray, tokens: int, cap: int) -> tuple[np.ndarray
   groups = _pack_lengths(lengths, tokens, cap)
   contents = [np.tile(np.array(content, np.int32), rows) for content, rows in groups]
   sizes = np.concatenate([np.full(rows, len(content)) for content, rows in groups])
-  slots = np.argsort(np.concatenate(contents), kind='stable')  # places of a length, all together
+  slots = np.argsort(np.concatenate(contents), kind='stable')  # slots of a length, all together
   packed = np.empty(len(lengths), np.int32)
   packed[slots] = np.argsort(lengths, kind='stable')  # meet the pairs of that length
   return packed, sizes

@@ -12,7 +12,7 @@ from dpo_flax.data.cache.token_cache import TokenCache
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-  """The pairs of one side, train or validation, as places in a token cache."""
+  """The pairs of one side, train or validation, as indices into a token cache."""
 
   cache: TokenCache
   pairs: np.ndarray  # [n] int32, increasing
@@ -36,9 +36,9 @@ class Side:
     part = np.array(parts)[self.cache.file[self.pairs]]
     return Mixture(tuple(np.flatnonzero(part == i) for i in range(len(weights))), tuple(weights))
 
-  def packed_pairs(self, places: np.ndarray) -> list[pack.PackedPair]:
-    """Returns pairs of the split, their prompts cut as planned."""
-    pairs, keep = self.pairs[places], self.lengths[places, 0]
+  def packed_pairs(self, indices: np.ndarray) -> list[pack.PackedPair]:
+    """Returns pairs of the side, their prompts cut as planned."""
+    pairs, keep = self.pairs[indices], self.lengths[indices, 0]
     prompts = self.cache.lengths[pairs, 0]
     ids = self.cache.many(pairs)
     for n in np.flatnonzero(keep < prompts):
@@ -47,7 +47,7 @@ class Side:
       end = prompt[len(prompt) - keep[n] + len(first) :]
       ids[n] = np.concatenate([first, end]), chosen, rejected
     records = self.cache.records[pairs].tolist()
-    # A record without a column counts as the defaults say where others have it.
+    # A record without a column has the defaults where others have it.
     values = [
       np.nan_to_num(self.cache.columns[_column(name)][pairs], nan=missing).tolist()
       if name in self.columns
@@ -66,7 +66,7 @@ def _column(field: str) -> str:
 
 
 def hold_out(prompts: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-  """Chooses about `fraction` of the pairs for validation, whole prompts at a time.
+  """Chooses about `fraction` of the pairs for validation, all pairs of a prompt together.
 
   Args:
     prompts: [N] uint64, equal for equal prompts.
@@ -112,7 +112,7 @@ def fit(
 
   `drop` leaves them out. `truncate_prompt` cuts the beginning of the prompt, behind BOS: its end
   is what the response answers. Responses are never cut, so a pair whose responses leave no room for
-  a prompt is dropped. Either way the places are reported.
+  a prompt is dropped. Either way their locations are reported.
 
   Raises:
     ValueError: under `raise`, naming the first pair; or if no pair is left.
@@ -120,10 +120,10 @@ def fit(
   lengths = cache.lengths[pairs]
   need = pack.row_lengths(lengths, layout)
   long = np.flatnonzero(need > tokens)
-  places = [cache.where(pair) for pair in pairs[long]]
+  where = [cache.where(pair) for pair in pairs[long]]
   if len(long) and too_long == 'raise':
     raise ValueError(
-      f'{places[0]}: the pair takes {need[long[0]]} tokens in the {layout} layout, and a row has '
+      f'{where[0]}: the pair takes {need[long[0]]} tokens in the {layout} layout, and a row has '
       f'{tokens} ({len(long)} of {len(pairs)} pairs are too long; the longest takes {need.max()}). '
       'Raise batch.tokens, or set data.too_long to drop or truncate_prompt.'
     )
@@ -145,6 +145,6 @@ def fit(
     pairs[kept],
     lengths[kept],
     keep_first,
-    dropped=tuple(place for place, i in zip(places, long, strict=True) if not cut[i]),
-    truncated=tuple(place for place, i in zip(places, long, strict=True) if cut[i]),
+    dropped=tuple(at for at, i in zip(where, long, strict=True) if not cut[i]),
+    truncated=tuple(at for at, i in zip(where, long, strict=True) if cut[i]),
   )

@@ -72,14 +72,9 @@ def write_shard(
       dropped[reason] += 1
       if len(examples[reason]) < SHOWN:
         examples[reason].append((*lines[i], message))
-  arrays: dict[str, Any] = {
-    name: np.concatenate([getattr(chunk, name) for chunk in made])
-    for name in ('tokens', 'lengths', 'records', 'prompts')
-  }
+  arrays = _concatenated(made)
   tokens = arrays.pop('tokens')
   arrays['files'], arrays['lines'] = np.array(found, np.int32).reshape(-1, 2).T
-  for name in COLUMNS:
-    arrays[name] = np.concatenate([chunk.columns[name] for chunk in made])
   name = shard_name(number)
 
   def write(suffix: str, content: Any) -> str:
@@ -102,6 +97,13 @@ def write_shard(
     },
   )
   write('json', json.dumps(dataclasses.asdict(report)))
+
+
+def _concatenated(chunks: list[Chunk]) -> dict[str, Any]:
+  fields = ('tokens', 'lengths', 'records', 'prompts')
+  arrays = {name: np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in fields}
+  columns = {name: np.concatenate([chunk.columns[name] for chunk in chunks]) for name in COLUMNS}
+  return arrays | columns
 
 
 def _largest_id(tokens: np.ndarray, lengths: np.ndarray) -> tuple[int, int]:
@@ -127,7 +129,7 @@ def read_manifest(directory: epath.Path) -> dict[str, Any]:
 
 
 def read_report(directory: epath.Path, number: int) -> ShardReport:
-  """Returns what the .json of a shard says."""
+  """Returns what the .json of a shard holds."""
   return ShardReport(**json.loads((directory / f'{shard_name(number)}.json').read_text()))
 
 

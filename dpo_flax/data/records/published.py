@@ -3,7 +3,7 @@
   shp            stanfordnlp/SHP: two comments to a post, A and B
   webgpt         openai/webgpt_comparisons: two answers to a question, with scores
   binarized      HuggingFaceH4/ultrafeedback_binarized: {prompt, chosen, rejected}, the prompt a
-                 string and the answers whole chats
+                 string and the answers complete chats
   ultrafeedback  openbmb/UltraFeedback: several scored completions of an instruction
   orca           Intel/orca_dpo_pairs: {system, question, chosen, rejected} as strings
 

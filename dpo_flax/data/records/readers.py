@@ -1,4 +1,4 @@
-"""Files of every kind -> raw records one after the other, in bounded memory.
+"""Files of every format -> raw records one after the other, in bounded memory.
 
   .jsonl, .ndjson and other names   one JSON object a line
   .json                             an array of objects, or one object a line
@@ -38,7 +38,7 @@ def read(file: str, stream: IO[bytes]) -> Iterator[Numbered]:
   """Yields what a file holds; a fault is the last thing it yields.
 
   Args:
-    file: its name, which tells its kind.
+    file: its name, which decides its format.
     stream: its bytes as they are stored.
   """
   number = 0
@@ -66,8 +66,8 @@ def _reader(file: str, plain: Plain) -> Callable[[Any], Iterator[Numbered]]:
   return _lines
 
 
-def kind(file: str) -> str:
-  """Returns what decides how a file's bytes are read: equal bytes of equal kind, equal records."""
+def format_of(file: str) -> str:
+  """Returns what decides how bytes are read: equal bytes of one format hold equal records."""
   stem = _stem(file)
   suffix = re.search(r'\.(parquet|arrow|array_?record|json)$', stem)
   return (suffix[1] if suffix else 'lines') + file[len(stem) :]
@@ -95,7 +95,7 @@ def _plain(file: str, stream: IO[bytes]) -> Iterator[Plain]:
 class _Zstandard(io.RawIOBase):
   """The content of all frames of a .zst file.
 
-  The library's own stream reader takes a file that stops inside a frame for a whole one.
+  The library's own stream reader takes a file that stops inside a frame for a complete one.
   """
 
   def __init__(self, stream: IO[bytes]):
@@ -201,7 +201,7 @@ def _rows(batches: Any) -> Iterator[Numbered]:
 
 
 def _decode(rows: Any) -> list[Raw]:
-  """Returns the rows of a part of a table, or what is wrong in place of those that are damaged."""
+  """Returns the rows of a part of a table, with an error instead of each that is damaged."""
   try:
     rows.validate(full=True)  # wrong offsets would be read as addresses
     return rows.to_pylist()

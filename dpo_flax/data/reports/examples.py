@@ -1,4 +1,4 @@
-"""Pairs as the model will see them, decoded, with what is learned told from what is read."""
+"""Pairs as the model will see them, decoded, with what is learned apart from what is read."""
 
 import dataclasses
 import itertools
@@ -13,7 +13,7 @@ from dpo_flax.data.tokens.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """Consecutive tokens of one kind."""
+  """Consecutive tokens that are alike."""
 
   text: str
   learned: bool  # whether the loss counts them
@@ -51,17 +51,16 @@ def _example(pair: PackedPair, where: str, tokenizer: Tokenizer) -> Example:
 def _pieces(before: np.ndarray, ids: np.ndarray, tokenizer: Tokenizer) -> list[Piece]:
   """Decodes ids behind others: alone, they may lose the space that they begin with."""
   controls = set(tokenizer.backend.controls.values())
-  kinds = [(i >= 0, (i if i >= 0 else ~i) in controls) for i in ids.tolist()]
-  pieces, whole = [], [*before.tolist()]
-  done = tokenizer.decode(whole)
-  for (learned, special), run in itertools.groupby(zip(kinds, ids.tolist(), strict=True), _kind):
-    whole += [i for _, i in run]
-    text = tokenizer.decode(whole)
+
+  def flags(i: int) -> tuple[bool, bool]:
+    return i >= 0, (i if i >= 0 else ~i) in controls
+
+  pieces, seen = [], before.tolist()
+  done = tokenizer.decode(seen)
+  for (learned, special), run in itertools.groupby(ids.tolist(), flags):
+    seen += run
+    text = tokenizer.decode(seen)
     start = len(done) if text.startswith(done) else 0
     pieces.append(Piece(text[start:], learned, special))
     done = text
   return pieces
-
-
-def _kind(item: tuple[tuple[bool, bool], int]) -> tuple[bool, bool]:
-  return item[0]

@@ -12,7 +12,7 @@ from dpo_flax.data.prepare import PreparedData
 
 _PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 _BLOCK = 4096  # pairs read at once
-_SHOWN = 5  # places named of each kind
+_SHOWN = 5  # locations named of each fault
 
 
 def describe(prepared: PreparedData) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def _describe_side(prepared: PreparedData, side: str) -> dict[str, Any]:
 
 
 def _lengths(lengths: np.ndarray, layout: str) -> dict[str, dict[str, float]]:
-  """Returns mean and percentiles, in tokens, of the prompt, both responses and the whole pair."""
+  """Returns mean and percentiles, in tokens, of the prompt, both responses and of the pair."""
   prompt, chosen, rejected = lengths.T
   pair = pack.row_lengths(lengths, layout)
   columns = {'prompt': prompt, 'chosen': chosen, 'rejected': rejected, 'pair': pair}
@@ -72,20 +72,20 @@ def _length_bias(lengths: np.ndarray) -> dict[str, float]:
 
 
 def _repetitions(pairs: Side) -> dict[str, Any]:
-  """Counts pairs that say again what an earlier one said, and those that another one denies."""
+  """Counts pairs that repeat an earlier one, and those that another one contradicts."""
   prompt = pairs.cache.prompts[pairs.pairs]
   chosen, rejected = _response_hashes(pairs)
-  same, denied = _mix(prompt, chosen, rejected), _mix(prompt, rejected, chosen)
+  same, contradicting = _mix(prompt, chosen, rejected), _mix(prompt, rejected, chosen)
   _, first = np.unique(same, return_index=True)
   again = np.ones(len(same), bool)
   again[first] = False
-  contrary = np.isin(same, denied)
+  contrary = np.isin(same, contradicting)
   return {
     'distinct_prompts': len(np.unique(prompt)),
     'duplicates': int(again.sum()),
-    'duplicate_examples': _places(pairs, again),
+    'duplicate_examples': _locations(pairs, again),
     'contradictions': int(contrary.sum()),
-    'contradiction_examples': _places(pairs, contrary),
+    'contradiction_examples': _locations(pairs, contrary),
   }
 
 
@@ -109,5 +109,5 @@ def _mix(*hashes: np.ndarray) -> np.ndarray:
   return total
 
 
-def _places(pairs: Side, chosen: np.ndarray) -> list[str]:
+def _locations(pairs: Side, chosen: np.ndarray) -> list[str]:
   return list(map(pairs.cache.where, pairs.pairs[chosen][:_SHOWN].tolist()))

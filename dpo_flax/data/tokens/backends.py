@@ -1,4 +1,4 @@
-"""The two kinds of tokenizer files, behind one interface."""
+"""The two formats of tokenizer files, behind one interface."""
 
 import functools
 import itertools
@@ -24,9 +24,9 @@ _KNOWN, _SHORT = 1 << 18, 64  # words remembered, and the characters of the long
 
 
 class Backend(Protocol):
-  """What the two kinds of tokenizer files have in common."""
+  """What the two formats of tokenizer files have in common."""
 
-  controls: dict[str, int]  # every token that is matched whole in a rendered chat -> id
+  controls: dict[str, int]  # every token that is matched as a unit in a rendered chat -> id
   special: set[str]  # those of them that text from a record must not produce
   vocab_size: int
 

@@ -1,7 +1,8 @@
 """Chat templates: messages -> text, and where in the text the responses lie.
 
 Text from a record must never act as part of the template: control tokens typed by a user are put
-between two Unicode noncharacters before rendering, and `pieces` tells them from the template's own.
+between two Unicode noncharacters before rendering, and `pieces` keeps them apart from those of the
+template itself.
 """
 
 import dataclasses
@@ -83,12 +84,12 @@ class ChatTemplate:
   def render_pair(self, preference: Preference) -> list[Rendering]:
     """Renders the chat with either response.
 
-    A template with {% generation %} blocks says itself where the responses are. Otherwise a
+    A template with {% generation %} blocks marks the responses itself. Otherwise a
     response is what its turn adds to the rendering that ends with the assistant's header, up to the
     end-of-turn token: the white space behind that belongs to the template.
 
     Raises:
-      RecordError: the template fails, or leaves out or rewrites what a message says, so that
+      RecordError: the template fails, or leaves out or rewrites the text of a message, so that
         training would show the model another prompt than generation does.
       TemplateDied: it takes too much time or memory to go on with other records.
     """

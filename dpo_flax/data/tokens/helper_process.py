@@ -29,7 +29,7 @@ class Child:
 
   Args:
     module: the program, a module that calls `serve`.
-    quiet: whether what it says on standard error is thrown away.
+    quiet: whether its standard error is thrown away.
   """
 
   def __init__(self, module: str, *, quiet: bool = False):

@@ -1,7 +1,7 @@
 """Preference -> token ids, with SentencePiece models, tokenizer.json files and chat templates.
 
 Prompt and response are encoded together, as the model will read them, and split where the prompt
-ends. Where a token would lie on both sides of that border, the whole token is response: the prompt
+ends. Where a token would lie on both sides of that border, all of it is response: the prompt
 is then the longest beginning that the encodings of the prompt alone, of prompt + chosen and of
 prompt + rejected have in common. So both branches see the same prompt ids, and every character of a
 response is predicted by its loss.
@@ -149,7 +149,7 @@ def load_tokenizer(
       read where they exist.
     chat_template: a file, or the template itself; it wins over the tokenizer's own.
     variables: what the template is given besides, such as {'enable_thinking': False}.
-    history: exact | rendered, as ChatTemplate says.
+    history: exact | rendered, see ChatTemplate.
 
   Raises:
     ValueError: files that are missing or broken, an EOS that is nowhere defined, or a variable
@@ -164,8 +164,8 @@ def load_tokenizer(
   try:
     backend = (TokenizersBackend if json_file else SentencePieceBackend)(content, settings)
   except Exception as error:  # both libraries raise bare Exceptions
-    kind = 'tokenizers file' if json_file else 'SentencePiece model'
-    raise ValueError(f'{file} cannot be read as a {kind}: {error}') from None
+    name = 'tokenizers file' if json_file else 'SentencePiece model'
+    raise ValueError(f'{file} cannot be read as a {name}: {error}') from None
   names = _special_names(settings)
   bos_id, eos_id, add_bos = _ends(backend, names, settings)
   if eos_id is None:
