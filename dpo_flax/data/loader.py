@@ -57,9 +57,9 @@ def every_pair(
   The last batch ends in empty rows.
   """
   rows = _shard(prepared.rows.rows, shard_index, shard_count)
-  epochs = prepared.one_pass[side]
-  steps = math.ceil(len(epochs.plan(0)) / prepared.rows.rows)
-  batches = _Batches(getattr(prepared, side), epochs, prepared.rows, rows, 0, steps)
+  schedule = prepared.one_pass[side]
+  steps = math.ceil(len(schedule.plan(0)) / prepared.rows.rows)
+  batches = _Batches(getattr(prepared, side), schedule, prepared.rows, rows, 0, steps)
   return _iterate(batches, workers=0)
 
 
@@ -77,7 +77,7 @@ class _Batches:
   """Batch after batch, by number: the source of the Grain pipeline."""
 
   pairs: split.Side
-  epochs: RowSchedule
+  schedule: RowSchedule
   options: RowOptions
   rows: list[int]  # of the global batch: this shard's
   start: int  # step of batch 0
@@ -89,13 +89,13 @@ class _Batches:
   def __getitem__(self, index: int) -> pack.Batch:
     first = (self.start + index) * self.options.rows
     numbers = [first + row for row in self.rows]
-    end = math.inf if self.steps == _ENDLESS else len(self.epochs.plan(0))
-    indices = [self.epochs.row(n) if n < end else np.zeros(0, np.int32) for n in numbers]
+    end = math.inf if self.steps == _ENDLESS else len(self.schedule.plan(0))
+    indices = [self.schedule.row(n) if n < end else np.zeros(0, np.int32) for n in numbers]
     pairs = iter(self.pairs.packed_pairs(np.concatenate(indices)))
     batch = pack.fill_batch(
       [list(itertools.islice(pairs, len(row))) for row in indices],
       tokens=self.options.tokens,
-      pairs_per_row=self.epochs.pairs_per_row,
+      pairs_per_row=self.schedule.pairs_per_row,
       layout=self.options.layout,
       columns=self.pairs.columns,
     )

@@ -94,7 +94,12 @@ def write_config(lora: LoraConfig, config: ModelConfig, base_name: str | None) -
   values = config_values(
     lora, adapted, base_name, target_modules=sorted(lora.modules if in_every_layer else adapted)
   )
-  saved = [_saved_name(module, config) for module in sorted(lora.saved)]
+  # PEFT finds a module in all layers by the end of its name.
+  ends = {
+    parameter.rpartition('.')[0]: hf_name.rpartition('.')[0].rpartition('{}.')[2]
+    for parameter, (hf_name, _) in names_of(config).items()
+  }
+  saved = [ends[module] for module in sorted(lora.saved)]
   return values | {'ensure_weight_tying': lora.tied, 'modules_to_save': saved or None}
 
 
@@ -178,11 +183,3 @@ def _saved(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> frozen
     for parameter, (hf_name, _) in names_of(config).items()
     if any(PREFIX + hf_name.format(layer) in shapes for layer in range(config.num_layers))
   )
-
-
-def _saved_name(module: str, config: ModelConfig) -> str:
-  """Returns the end of a module's name that PEFT finds it by, in all layers."""
-  names = {
-    parameter.rpartition('.')[0]: hf_name for parameter, (hf_name, _) in names_of(config).items()
-  }
-  return names[module].rpartition('.')[0].rpartition('{}.')[2]

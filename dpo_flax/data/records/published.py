@@ -80,7 +80,11 @@ def ultrafeedback(record: dict[str, Any], completions: str) -> list[Preference]:
     scored.sort(key=lambda item: -item[1])  # stable: of equals, the first
     best, most = scored[0]
     worse = [text for text, score in scored if score < most]
-    pairs = [(best, worse[-1] if completions == 'best_vs_worst' else _draw(record, worse))]
+    drawn = -1
+    if completions != 'best_vs_worst':
+      content = json.dumps(record, sort_keys=True, default=str).encode()
+      drawn = int.from_bytes(hashlib.sha256(content).digest()[:8], 'little') % len(worse)
+    pairs = [(best, worse[drawn])]
   return [answers(prompt, chosen, rejected) for chosen, rejected in pairs]
 
 
@@ -88,11 +92,6 @@ def _completion(item: Any) -> tuple[str, float]:
   if not isinstance(item, dict):
     raise RecordError('wrong type', f'completions holds a {type(item).__name__}, not an object')
   return get_text(item, 'response'), get_number(item, 'overall_score')
-
-
-def _draw(record: dict[str, Any], texts: list[str]) -> str:
-  content = json.dumps(record, sort_keys=True, default=str).encode()
-  return texts[int.from_bytes(hashlib.sha256(content).digest()[:8], 'little') % len(texts)]
 
 
 def _user(text: str) -> Message:
