@@ -25,7 +25,7 @@ from dpo_flax.assembly.data import prepare_data
 from dpo_flax.assembly.models import load_model, load_onto
 from dpo_flax.assembly.sources import check_same_tokenizer, make_model_config
 from dpo_flax.config.checks import validate
-from dpo_flax.data.batches.split import Split
+from dpo_flax.data.batches.split import Side
 from dpo_flax.data.prepare import PreparedData
 from dpo_flax.huggingface.peft_adapter import AdapterFiles, open_adapter
 from dpo_flax.huggingface.weights import BaseCheckpoint, open_checkpoint
@@ -141,7 +141,7 @@ def _score_all(
   return {candidate: score(adapter) for candidate, adapter in adapters.items()}
 
 
-def _response_lengths(pairs: Split) -> np.ndarray:
+def _response_lengths(pairs: Side) -> np.ndarray:
   """Returns [n, 2] how many tokens of chosen and rejected have a log-prob."""
   places = np.array_split(np.arange(len(pairs)), len(pairs) // 4096 + 1)
   # ~id is no target.

@@ -20,7 +20,7 @@ from dpo_flax.assembly.run_record import NAME, RunRecord, read_record
 from dpo_flax.checkpoints.checkpoint import check_intact, newest_step, restore, saved_identity
 from dpo_flax.config.identity import RunIdentity, identity_of
 from dpo_flax.exports.exporting import check_outputs, export_adapter, export_merged
-from dpo_flax.exports.model_card import Facts
+from dpo_flax.exports.model_card import CardFacts
 from dpo_flax.runtime import command
 from dpo_flax.sharding import make_mesh
 from dpo_flax.training.reporter import read_metrics
@@ -53,7 +53,7 @@ def export(workdir: str, output: str, *, merged: bool, step: int | None = None):
     step = newest_step(place / 'checkpoints')
   check_intact(place / 'checkpoints', step)
   _check_record(record, place, step)
-  facts = Facts(record, step, read_metrics(place / 'metrics.jsonl', step, 'validation'))
+  facts = CardFacts(record, step, read_metrics(place / 'metrics.jsonl', step, 'validation'))
   mesh = _make_mesh(settings.mesh.sizes())
   with jax.set_mesh(mesh):
     blueprint = _open(record, mesh)

@@ -25,7 +25,7 @@ from dpo_flax.config.checks import validate
 from dpo_flax.config.identity import shared
 from dpo_flax.data import loader
 from dpo_flax.exports.exporting import check_outputs, export_adapter, export_merged, output_paths
-from dpo_flax.exports.model_card import Facts
+from dpo_flax.exports.model_card import CardFacts
 from dpo_flax.files.paths import access_errors
 from dpo_flax.losses.metrics import displacement
 from dpo_flax.planning.remedies import Adjustable, explained
@@ -282,7 +282,7 @@ def make_monitor(run: Run, reporter: Reporter) -> Monitor:
 def save_exports(run: Run, state: TrainState, step: int, session: Session):
   """Writes the policy as it is after `step` for other programs to load, and says where."""
   policy = nnx.merge(run.graphdef, state.trainable, run.frozen).policy
-  facts = Facts(run.record, step, session.reporter.written(step, 'validation'))
+  facts = CardFacts(run.record, step, session.reporter.written(step, 'validation'))
   for name, output in session.outputs.items():
     if name == 'peft':
       export_adapter(policy, run.lora, facts, output, run.mesh)

@@ -75,7 +75,7 @@ def exports(config):
   train(config)
   workdir = pathlib.Path(config.workdir)
   run, state = _restored(config)
-  pairs = [run.data.validation.packed_pair(i) for i in range(4)]
+  pairs = run.data.validation.packed_pairs(np.arange(4))
   return workdir, pairs, _our_logps(run, state, pairs)
 
 

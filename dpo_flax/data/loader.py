@@ -2,7 +2,7 @@
 
 The rows of a run are the epochs' plans one after the other, each with an order and a packing of its
 own, from the seed and its number. Step s takes rows [s * B, (s + 1) * B), whatever the number of
-hosts and workers: the loader's whole state is the step, and the last incomplete batch of an epoch
+hosts and workers: the step is all of the loader's state, and the last incomplete batch of an epoch
 is completed from the next one.
 """
 
@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from dpo_flax.data.batches import pack, split
-from dpo_flax.data.batches.epochs import Epochs
+from dpo_flax.data.batches.schedule import RowSchedule
 from dpo_flax.data.prepare import PreparedData, RowOptions
 
 Shards = int | tuple[int, ...]  # one of the equal parts of a batch's rows, or several
@@ -57,18 +57,18 @@ def every_pair(
   The last batch ends in empty rows.
   """
   rows = _shard(prepared.rows.rows, shard_index, shard_count)
-  epochs = prepared.once[side]
-  steps = math.ceil(len(epochs.plan(0)) / prepared.rows.rows)
-  batches = _Batches(getattr(prepared, side), epochs, prepared.rows, rows, 0, steps)
+  schedule = prepared.one_pass[side]
+  steps = math.ceil(len(schedule.plan(0)) / prepared.rows.rows)
+  batches = _Batches(getattr(prepared, side), schedule, prepared.rows, rows, 0, steps)
   return _iterate(batches, workers=0)
 
 
 def steps_for_epochs(prepared: PreparedData, num_epochs: float) -> int:
   """Returns the steps in which so many epochs are seen, the last batch being full."""
-  fraction, whole = math.modf(num_epochs)
-  rows = prepared.train_rows.start(int(whole))
+  fraction, complete = math.modf(num_epochs)
+  rows = prepared.train_rows.start(int(complete))
   if fraction:
-    rows += fraction * len(prepared.train_rows.plan(int(whole)))
+    rows += fraction * len(prepared.train_rows.plan(int(complete)))
   return math.ceil(rows / prepared.rows.rows)
 
 
@@ -76,8 +76,8 @@ def steps_for_epochs(prepared: PreparedData, num_epochs: float) -> int:
 class _Batches:
   """Batch after batch, by number: the source of the Grain pipeline."""
 
-  pairs: split.Split
-  epochs: Epochs
+  pairs: split.Side
+  schedule: RowSchedule
   options: RowOptions
   rows: list[int]  # of the global batch: this shard's
   start: int  # step of batch 0
@@ -86,22 +86,22 @@ class _Batches:
   def __len__(self) -> int:
     return self.steps
 
-  def __getitem__(self, i: int) -> pack.Batch:
-    first = (self.start + i) * self.options.rows
+  def __getitem__(self, index: int) -> pack.Batch:
+    first = (self.start + index) * self.options.rows
     numbers = [first + row for row in self.rows]
-    end = math.inf if self.steps == _ENDLESS else len(self.epochs.plan(0))
-    places = [self.epochs.row(n) if n < end else np.zeros(0, np.int32) for n in numbers]
-    pairs = iter(self.pairs.packed_pairs(np.concatenate(places)))
+    end = math.inf if self.steps == _ENDLESS else len(self.schedule.plan(0))
+    indices = [self.schedule.row(n) if n < end else np.zeros(0, np.int32) for n in numbers]
+    pairs = iter(self.pairs.packed_pairs(np.concatenate(indices)))
     batch = pack.fill_batch(
-      [list(itertools.islice(pairs, len(row))) for row in places],
+      [list(itertools.islice(pairs, len(row))) for row in indices],
       tokens=self.options.tokens,
-      pairs_per_row=self.epochs.pairs_per_row,
+      pairs_per_row=self.schedule.pairs_per_row,
       layout=self.options.layout,
       columns=self.pairs.columns,
     )
     if self.pairs.reference_logps is not None:
       logps = np.zeros(batch['answer_mask'].shape, np.float32)
-      for row, answers, pairs_of_row in zip(logps, batch['pairs'], places, strict=True):
+      for row, answers, pairs_of_row in zip(logps, batch['pairs'], indices, strict=True):
         row[answers[: len(pairs_of_row)]] = self.pairs.reference_logps[pairs_of_row]
       batch['reference_logps'] = logps
     return batch

@@ -1,6 +1,7 @@
 """Data files -> all that a run needs of them: tokenized, divided, planned, and counted."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from typing import Any
@@ -8,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from dpo_flax.data.batches import pack, split
-from dpo_flax.data.batches.epochs import Epochs
-from dpo_flax.data.batches.mixture import Mixture
+from dpo_flax.data.batches.schedule import RowSchedule
+from dpo_flax.data.batches.split import Side
 from dpo_flax.data.cache.build_cache import open_or_build
 from dpo_flax.data.cache.token_cache import TokenCache
 from dpo_flax.data.records.formats import FormatOptions
 from dpo_flax.data.records.source import RecordSource
 from dpo_flax.data.tokens.tokenizer import Tokenizer
 
-_SHOWN = 5  # places named in the report
+_SHOWN = 5  # locations named in the report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,18 +49,18 @@ class PreparedData:
   """All that a run needs of its data."""
 
   tokenizer: Tokenizer
-  train: split.Split
-  validation: split.Split | None
-  train_rows: Epochs
-  once: dict[str, Epochs]  # side -> rows that hold each of its pairs once: an evaluation
+  train: Side
+  validation: Side | None
+  train_rows: RowSchedule
+  one_pass: dict[str, RowSchedule]  # side -> rows with each of its pairs once: an evaluation
   pairs_per_row: int  # slots of every batch, train and validation
   rows: RowOptions
   fingerprint: str  # SHA-256 of data, tokenizer, template and all settings that decide the order
-  report: dict[str, dict[str, Any]]  # for 'train' and 'validation': counts, places, padding
+  report: dict[str, dict[str, Any]]  # for 'train' and 'validation': counts, locations, padding
 
   def every_row(self, side: str) -> pack.RowPlan:
-    """Returns the rows of `every_pair`: which places of the side's split each of them holds."""
-    return self.once[side].plan(0)
+    """Returns the rows of `every_pair`: the indices of the pairs in each of them."""
+    return self.one_pass[side].plan(0)
 
   def where(self, side: str, pair_index: int) -> str:
     """Returns 'file:line' of a record of side 'train' or 'validation', by its pair_index."""
@@ -95,64 +96,66 @@ def prepare(
     ValueError: for all that is wrong with the data, naming file and line.
   """
   cache = _open(source, tokenizer, reading, vocab_size)
-  held_out, chosen = cache, None
-  pairs = np.arange(len(cache), dtype=np.int32)
-  held = np.zeros(len(cache), bool)
-  if validation is not None:
-    held_out = _open(validation, tokenizer, reading, vocab_size)
-    chosen = np.arange(len(held_out), dtype=np.int32)
-  elif validation_split_fraction:
-    held = split.hold_out(cache.prompts, validation_split_fraction, rows.seed)
-    chosen = pairs[held]
-  train_side = _fit(cache, pairs[~held], tokenizer, rows)
-  held_side = None if chosen is None else _fit(held_out, chosen, tokenizer, rows)
-  train_rows = _epochs(
-    train_side,
-    train_side.mixture(source.weights, source.parts),
-    rows,
+  other = None if validation is None else _open(validation, tokenizer, reading, vocab_size)
+  sides = _divide(cache, other, validation_split_fraction, rows, bos_id=tokenizer.bos_id)
+  schedule = functools.partial(
+    RowSchedule, tokens=rows.tokens, layout=rows.layout, seed=rows.seed, pack=rows.pack
+  )
+  train_rows = schedule(
+    sides['train'].lengths,
+    sides['train'].mixture(source.weights, source.parts),
     shuffle=rows.shuffle,
-    slots=rows.pairs_per_row if rows.pack else 1,
+    pairs_per_row=rows.pairs_per_row if rows.pack else 1,
   )
   slots = train_rows.pairs_per_row
-  report = {'train': _report(train_side, train_rows.plan(0), rows)}
-  once = {'train': _once(train_side, rows, slots)}
-  if held_side:
-    once['validation'] = _once(held_side, rows, slots)
-    report['validation'] = _report(held_side, once['validation'].plan(0), rows)
+  one_pass, report = {}, {}
+  for name, side in sides.items():
+    unmixed = side.mixture([1.0], [0] * len(side.cache.files))
+    one_pass[name] = schedule(side.lengths, unmixed, shuffle=False, pairs_per_row=slots)
+    plan = (train_rows if name == 'train' else one_pass[name]).plan(0)
+    report[name] = _report(side, plan, rows)
+  validation_side = sides.get('validation')
+  parts = [
+    cache.fingerprint,
+    [source.weights, source.parts],
+    validation_side and validation_side.cache.fingerprint,
+    [rows.seed, validation_split_fraction, rows.shuffle, rows.layout, rows.pack],
+    [rows.too_long, rows.rows, rows.tokens, rows.pairs_per_row],
+  ]
   return PreparedData(
     tokenizer,
-    train_side,
-    held_side,
+    sides['train'],
+    validation_side,
     train_rows,
-    once,
+    one_pass,
     pairs_per_row=slots,
     rows=rows,
-    fingerprint=_fingerprint(
-      source, cache, held_side and held_out, rows, validation_split_fraction
-    ),
+    fingerprint=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
     report=report,
   )
 
 
-def _epochs(
-  pairs: split.Split, mixture: Mixture, rows: RowOptions, *, shuffle: bool, slots: int
-) -> Epochs:
-  return Epochs(
-    pairs.lengths,
-    mixture,
-    tokens=rows.tokens,
-    layout=rows.layout,
-    seed=rows.seed,
-    pack=rows.pack,
-    shuffle=shuffle,
-    pairs_per_row=slots,
+def _divide(
+  cache: TokenCache,
+  other: TokenCache | None,  # the validation pairs, where they have files of their own
+  fraction: float,
+  rows: RowOptions,
+  *,
+  bos_id: int | None,
+) -> dict[str, Side]:
+  """Returns 'train' and, where there is one, 'validation', after deciding on long pairs."""
+  fit = functools.partial(
+    split.fit, tokens=rows.tokens, layout=rows.layout, too_long=rows.too_long, bos_id=bos_id
   )
-
-
-def _once(pairs: split.Split, rows: RowOptions, slots: int) -> Epochs:
-  """The rows in which each pair stands once, in order."""
-  whole = pairs.mixture((1.0,), [0] * len(pairs.cache.files))
-  return _epochs(pairs, whole, rows, shuffle=False, slots=slots)
+  pairs, held = np.arange(len(cache), dtype=np.int32), np.zeros(len(cache), bool)
+  if other is None and fraction:
+    held = split.hold_out(cache.prompts, fraction, rows.seed)
+  sides = {'train': fit(cache, pairs[~held])}
+  if other is not None:
+    sides['validation'] = fit(other, np.arange(len(other), dtype=np.int32))
+  elif fraction:
+    sides['validation'] = fit(cache, pairs[held])
+  return sides
 
 
 def _open(
@@ -170,20 +173,7 @@ def _open(
   return cache
 
 
-def _fit(
-  cache: TokenCache, pairs: np.ndarray, tokenizer: Tokenizer, rows: RowOptions
-) -> split.Split:
-  return split.fit(
-    cache,
-    pairs,
-    tokens=rows.tokens,
-    layout=rows.layout,
-    too_long=rows.too_long,
-    bos_id=tokenizer.bos_id,
-  )
-
-
-def _report(pairs: split.Split, plan: pack.RowPlan, rows: RowOptions) -> dict[str, Any]:
+def _report(pairs: Side, plan: pack.RowPlan, rows: RowOptions) -> dict[str, Any]:
   tokens = int(pack.row_lengths(pairs.lengths, rows.layout)[plan.pairs].sum())
   return {
     **dataclasses.asdict(pairs.cache.report),  # of the files, before they are divided
@@ -197,20 +187,3 @@ def _report(pairs: split.Split, plan: pack.RowPlan, rows: RowOptions) -> dict[st
     'padding_fraction': 1 - tokens / (len(plan) * rows.tokens),
     'pairs_per_row': plan.pairs_per_row,
   }
-
-
-def _fingerprint(
-  source: RecordSource,
-  train: TokenCache,
-  validation: TokenCache | None,
-  rows: RowOptions,
-  validation_split_fraction: float,
-) -> str:
-  parts = [
-    train.fingerprint,
-    [source.weights, source.parts],
-    validation and validation.fingerprint,
-    [rows.seed, validation_split_fraction, rows.shuffle, rows.layout, rows.pack],
-    [rows.too_long, rows.rows, rows.tokens, rows.pairs_per_row],
-  ]
-  return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

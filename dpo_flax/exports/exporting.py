@@ -1,7 +1,7 @@
 """A trained policy -> the directories that other programs load, each checked before it is there."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 import numpy as np
@@ -9,18 +9,19 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from dpo_flax.assembly.models import load_onto
 from dpo_flax.exports import model_card
-from dpo_flax.exports.model_card import Facts
+from dpo_flax.exports.model_card import CardFacts
 from dpo_flax.exports.staging import (
   check_replaceable,
   check_writable,
   is_inside,
   new_directory,
-  same_place,
+  same_path,
   staging_path,
 )
-from dpo_flax.exports.verification import compare, reload_adapter, reload_merged
-from dpo_flax.huggingface.peft_adapter import save_adapter
+from dpo_flax.exports.verification import compare, reload_merged
+from dpo_flax.huggingface.peft_adapter import open_adapter, save_adapter
 from dpo_flax.huggingface.tensor_files import DTYPES
 from dpo_flax.huggingface.weights import BaseCheckpoint, save_merged
 from dpo_flax.model.lora import LoraConfig
@@ -37,12 +38,12 @@ def output_paths(
 ) -> dict[str, epath.Path]:
   """Returns format -> where a run writes it.
 
-  Of a policy that learns whole (method full) there is no adapter, and always the merged model.
+  Of a policy that learns in full (method full) there is no adapter, and always the merged model.
   """
-  whole = method == 'full'
+  full = method == 'full'
   paths = {
-    'peft': None if whole else peft or f'{workdir}/peft',
-    'merged': merged or (f'{workdir}/merged' if whole else None),
+    'peft': None if full else peft or f'{workdir}/peft',
+    'merged': merged or (f'{workdir}/merged' if full else None),
   }
   return {name: epath.Path(path) for name, path in paths.items() if path}
 
@@ -53,7 +54,7 @@ def check_outputs(
   workdir: str,
   sources: Mapping[str, str],  # what the policy is made of, by the field that names it
 ):
-  """Checks, before there is anything to export, that it will find its place.
+  """Checks, before there is anything to export, that it can be written.
 
   Raises:
     ValueError: an output would replace something else, or what it is made of, or cannot be written.
@@ -61,7 +62,7 @@ def check_outputs(
   own = {f"the run's {name}": f'{workdir}/{name}' for name in _OWN}
   for name, output in outputs.items():
     for other, path in sources.items():
-      if same_place(output, path):
+      if same_path(output, path):
         raise ValueError(f'{output}: the {name} export and {other} are in the same place')
     others = {f'the export {each}': path for each, path in outputs.items() if each != name}
     for other, path in (own | others).items():
@@ -72,12 +73,12 @@ def check_outputs(
 
 
 def export_adapter(
-  policy: Transformer, lora: LoraConfig, facts: Facts, output: epath.Path, mesh: Mesh
+  policy: Transformer, lora: LoraConfig, facts: CardFacts, output: epath.Path, mesh: Mesh
 ):
   """Writes the adapters as a PEFT directory in float32.
 
-  They are checked on the policy's own base, which is not copied. An earlier export in the same
-  place is replaced in one rename, after the check.
+  They are checked on the policy's own base, which is not copied. An earlier export at the same
+  path is replaced in one rename, after the check.
 
   Raises:
     ValueError: `output` holds something else, or what was written is not what was trained.
@@ -86,18 +87,18 @@ def export_adapter(
 
   def write(directory):
     save_adapter(policy, lora, settings.initialize_from_hf or '', directory)
-    return reload_adapter(policy, directory, mesh)
+    return load_onto(policy, open_adapter(directory, policy.config), mesh)
 
   _export(write, policy, facts, output, mesh, dtypes={settings.model.dtype}, merged=False)
 
 
 def export_merged(
-  policy: Transformer, base: BaseCheckpoint | None, facts: Facts, output: epath.Path, mesh: Mesh
+  policy: Transformer, base: BaseCheckpoint | None, facts: CardFacts, output: epath.Path, mesh: Mesh
 ):
   """Writes base + adapters as a Hugging Face directory, in the base's dtype.
 
-  It is checked as a second model beside the policy, sharded like it. An earlier export in the same
-  place is replaced in one rename, after the check.
+  It is checked as a second model beside the policy, sharded like it. An earlier export at the same
+  path is replaced in one rename, after the check.
 
   Raises:
     ValueError: `output` holds something else, or what was written is not what was trained.
@@ -113,14 +114,14 @@ def export_merged(
 def _export(
   write: Callable[[epath.Path], Transformer | None],  # returns the model that it reloads, if it can
   policy: Transformer,
-  facts: Facts,
+  facts: CardFacts,
   output: epath.Path,
   mesh: Mesh,
   *,
   dtypes: Collection[str],
   merged: bool,
 ):
-  """Writes a directory, compares what is in it with the policy, and puts it in its place."""
+  """Writes a directory, compares what is in it with the policy, and renames it to its path."""
   pairs, settings = facts.record.checks, facts.record.settings
 
   def score(model):
@@ -128,12 +129,15 @@ def _export(
     return score_pairs(model, pairs, layout=layout, logits_chunk=chunk, mesh=mesh)
 
   live = score(policy)
-  with _staged(output) as directory:
+  with contextlib.ExitStack() as stack:  # process 0 makes the directory, and puts it there
+    hosts.first_does(lambda: stack.enter_context(new_directory(output)))
+    directory = staging_path(output)
     model = write(directory)
     reloaded = None if model is None else score(model)
-    verdict = compare(live, reloaded, pairs, dtypes=dtypes, where=output)
+    check = compare(live, reloaded, pairs, dtypes=dtypes, where=output)
     if jax.process_index() == 0:
-      (directory / 'README.md').write_text(model_card.render(facts, verdict, merged=merged))
+      (directory / 'README.md').write_text(model_card.render(facts, check, merged=merged))
+  multihost_utils.sync_global_devices(f'wrote {output}')
 
 
 def _dtypes(policy: Transformer, base: BaseCheckpoint | None, mesh: Mesh) -> set[str]:
@@ -144,12 +148,3 @@ def _dtypes(policy: Transformer, base: BaseCheckpoint | None, mesh: Mesh) -> set
   if mesh.devices.flat[0].platform != 'cpu':
     found.add('bfloat16')  # accelerators round the factors of float32 products too
   return found
-
-
-@contextlib.contextmanager
-def _staged(output: epath.Path) -> Iterator[epath.Path]:
-  """Yields the directory that process 0 makes and puts in the place of `output`."""
-  with contextlib.ExitStack() as stack:
-    hosts.first_does(lambda: stack.enter_context(new_directory(output)))
-    yield staging_path(output)
-  multihost_utils.sync_global_devices(f'wrote {output}')

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from dpo_flax.assembly.run_record import RunRecord
 from dpo_flax.config.identity import identity_of
-from dpo_flax.exports.verification import Verdict
+from dpo_flax.exports.verification import ReloadCheck
 
 _METRICS = (
   *('pairs', 'dpo_loss', 'dpo_accuracy', 'dpo_margin_policy', 'dpo_margin_ref'),
@@ -36,15 +36,15 @@ model = AutoModelForCausalLM.from_pretrained('PATH')"""
 
 
 @dataclasses.dataclass(frozen=True)
-class Facts:
-  """What a card tells of the training."""
+class CardFacts:
+  """What a card states of the training."""
 
   record: RunRecord
   step: int  # whose weights these are
   metrics: Mapping[str, float | None]  # of the validation pairs at that step; {}: not evaluated
 
 
-def render(facts: Facts, verdict: Verdict, *, merged: bool) -> str:
+def render(facts: CardFacts, check: ReloadCheck, *, merged: bool) -> str:
   """Returns the card of a merged model, or of an adapter."""
   record = facts.record
   base = record.settings.initialize_from_hf
@@ -56,13 +56,13 @@ def render(facts: Facts, verdict: Verdict, *, merged: bool) -> str:
   }
   # JSON is YAML; and so nothing in a name can end the front matter.
   lines = ['---', *(f'{name}: {json.dumps(value)}' for name, value in front.items()), '---', '']
-  kind = 'A model' if merged else 'An adapter'
+  subject = 'A model' if merged else 'An adapter'
   load = _LOAD_MERGED if merged else _LOAD_ADAPTER.format(base=repr(base or 'BASE'))
   if record.settings.merge_adapter_path and not merged:
     load = f'# base is to have {record.settings.merge_adapter_path!r} merged into it\n{load}'
   config = json.dumps(identity_of(record.settings), indent=1, sort_keys=True)
   lines += [
-    f'# {kind} aligned to preferences with dpo_flax',
+    f'# {subject} aligned to preferences with dpo_flax',
     '',
     *_table('', '', _origins(facts)),
     *_table('held-out pairs', f'after step {facts.step}', _shown_metrics(facts.metrics)),
@@ -71,7 +71,7 @@ def render(facts: Facts, verdict: Verdict, *, merged: bool) -> str:
     *_block('python', load),
     '## Check',
     '',
-    _describe(verdict, facts.record.held_out),
+    _describe(check, facts.record.held_out),
     '',
     '## Config',
     '',
@@ -83,19 +83,17 @@ def render(facts: Facts, verdict: Verdict, *, merged: bool) -> str:
   return '\n'.join(lines)
 
 
-def _origins(facts: Facts) -> dict[str, str]:
+def _origins(facts: CardFacts) -> dict[str, str]:
   record = facts.record
   settings, prints = record.settings, record.fingerprints
   base = settings.initialize_from_hf or f'random weights ({settings.model.preset})'
   loss = settings.objective.options()['loss']
-  pairs = ', '.join(f'{count} for {side}' for side, count in record.pairs.items())
+  weights = prints.get('initialize_from_hf')
   found = {
     'base model': f'`{base}`',
-    **(
-      {'its fingerprint': f'`{weights}`'} if (weights := prints.get('initialize_from_hf')) else {}
-    ),
+    **({'its fingerprint': f'`{weights}`'} if weights else {}),
     'what learned': f'{settings.tuning.method}',
-    'pairs': pairs,
+    'pairs': ', '.join(f'{count} for {side}' for side, count in record.pairs.items()),
     'fingerprint of data and order': f'`{prints["data"]}`',
     'loss': f'`{loss}`, beta {settings.objective.beta:g}',
     'steps': f'{facts.step} of {record.num_steps}',
@@ -109,14 +107,14 @@ def _shown_metrics(metrics: Mapping[str, float | None]) -> dict[str, str]:
   return {name: f'{value:.6g}' for name, value in known.items()} or {'not evaluated': ''}
 
 
-def _describe(verdict: Verdict, held_out: bool) -> str:
-  if verdict.difference is None:
+def _describe(check: ReloadCheck, held_out: bool) -> str:
+  if check.difference is None:
     return 'Its log-probs were not compared: the devices had no room for a second model.'
   side = 'held-out' if held_out else 'training'
   return (
-    f'Reloaded, its log-probs of {verdict.pairs} {side} pairs differ from those of the trained '
-    f'model by at most {verdict.difference:.3g} nats per token; rounding explains '
-    f'{verdict.bound:g} for one token, and less for the mean of many.'
+    f'Reloaded, its log-probs of {check.pairs} {side} pairs differ from those of the trained '
+    f'model by at most {check.difference:.3g} nats per token; rounding explains '
+    f'{check.bound:g} for one token, and less for the mean of many.'
   )
 
 

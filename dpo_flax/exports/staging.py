@@ -1,4 +1,4 @@
-"""Directories that exports write: whole or not at all, and never over something else."""
+"""Directories that exports write: complete or not at all, and never over something else."""
 
 import contextlib
 import os
@@ -25,9 +25,9 @@ def staging_path(output: epath.PathLike) -> epath.Path:
 
 @contextlib.contextmanager
 def new_directory(output: epath.PathLike) -> Iterator[epath.Path]:
-  """Yields an empty sibling that takes the place of `output` when the block ends without error.
+  """Yields an empty sibling that replaces `output` when the block ends without error.
 
-  A reader sees the old directory or the whole new one, except in buckets: they have no atomic
+  A reader sees the old directory or the complete new one, except in buckets: they have no atomic
   rename, and the files appear one by one. Of a link, what it leads to is replaced.
 
   Raises:
@@ -37,14 +37,15 @@ def new_directory(output: epath.PathLike) -> Iterator[epath.Path]:
   output, (staging, retired) = absolute(output), _siblings(output)
   _check_leftovers(output)
   if _is_half_replaced(output):
-    output.rmtree()  # first: what lies beside it tells that it is ours
+    output.rmtree()  # first: what lies beside it shows that an export wrote it
   for leftover in (staging, retired):
     if leftover.exists():
       leftover.rmtree()
   staging.mkdir(parents=True)
   try:
     yield staging
-    _flush(staging)
+    for path in (*staging.iterdir(), staging):
+      sync(path)  # so that the rename is never on disk before the files
   except BaseException:
     staging.rmtree()
     raise
@@ -79,19 +80,19 @@ def check_replaceable(output: epath.PathLike):
     )
   if _is_half_replaced(output):
     return
-  if not all(map(_is_ours, tensors)) or (not tensors and any(output.iterdir())):
+  if not all(map(_is_export, tensors)) or (not tensors and any(output.iterdir())):
     raise ValueError(f'{output} exists and was not written by an earlier export: choose another')
 
 
 def check_writable(output: epath.PathLike):
-  """Checks that what will take the place of `output` can be written beside it.
+  """Checks that what will replace `output` can be written beside it.
 
   Raises:
-    ValueError: it cannot; says why.
+    ValueError: it cannot, and why.
   """
   staging = staging_path(output)
   try:
-    was_there = fresh(staging).exists()  # left by a kill: it tells what `output` is
+    was_there = fresh(staging).exists()  # left by a kill: it shows what `output` is
     staging.mkdir(parents=True, exist_ok=True)
     (staging / _PROBE).write_text('')
     (staging / _PROBE).unlink()
@@ -104,7 +105,7 @@ def check_writable(output: epath.PathLike):
   _check_leftovers(output)
 
 
-def same_place(left: epath.PathLike, right: epath.PathLike) -> bool:
+def same_path(left: epath.PathLike, right: epath.PathLike) -> bool:
   """Whether two paths lead to one directory."""
   return str(absolute(left)) == str(absolute(right))
 
@@ -138,14 +139,8 @@ def _is_half_replaced(output: epath.Path) -> bool:
   return bool(files) and known and any(path.exists() for path in _siblings(output))
 
 
-def _is_ours(file: epath.Path) -> bool:
+def _is_export(file: epath.Path) -> bool:
   try:
     return read_header(file)[0].get('written_by') == WRITER
   except ValueError:
     return False
-
-
-def _flush(directory: epath.Path):
-  """Puts the files on the disk itself, so that the rename is never there before them."""
-  for path in (*directory.iterdir(), directory):
-    sync(path)

@@ -9,9 +9,8 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from dpo_flax.assembly.models import load_model, load_onto
+from dpo_flax.assembly.models import load_model
 from dpo_flax.data.batches import pack
-from dpo_flax.huggingface.peft_adapter import open_adapter
 from dpo_flax.huggingface.weights import open_checkpoint
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.runtime.memory import is_out_of_memory
@@ -23,17 +22,12 @@ BOUNDS = {'float32': 1e-4, 'float16': 0.02, 'bfloat16': 0.4, 'int8': 0.6}
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
+class ReloadCheck:
   """How far the reloaded model's log-probs were from the live one's."""
 
   difference: float | None  # the largest of all responses, nats per token; None: not compared
   bound: float  # of BOUNDS
   pairs: int
-
-
-def reload_adapter(policy: Transformer, directory: epath.Path, mesh: Mesh) -> Transformer:
-  """Returns the adapter of a directory on the policy's own base."""
-  return load_onto(policy, open_adapter(directory, policy.config), mesh)
 
 
 def reload_merged(policy: Transformer, directory: epath.Path, mesh: Mesh) -> Transformer | None:
@@ -58,7 +52,7 @@ def compare(
   *,
   dtypes: Collection[str],  # those that weights and activations were rounded to
   where: epath.Path,  # for the message
-) -> Verdict:
+) -> ReloadCheck:
   """Returns how far apart two models are on the same pairs.
 
   Raises:
@@ -66,7 +60,7 @@ def compare(
   """
   bound = max(BOUNDS[dtype] for dtype in dtypes)
   if reloaded is None:
-    return Verdict(None, bound, 0)
+    return ReloadCheck(None, bound, 0)
   # ~id is no target, so it has no log-prob.
   lengths = np.array([[np.sum(ids >= 0) for ids in (p.chosen, p.rejected)] for p in pairs])
   lengths = np.maximum(lengths, 1)
@@ -78,4 +72,4 @@ def compare(
       f'{differences.max():.3g} nats per token, where rounding explains {bound:g} for one token, '
       "and less for the mean of many. It was not kept. The run's checkpoints are as they were"
     )
-  return Verdict(float(differences.max()), bound, len(pairs))
+  return ReloadCheck(float(differences.max()), bound, len(pairs))

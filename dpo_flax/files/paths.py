@@ -32,8 +32,8 @@ def keep_no_listings():
   """Lets all of this process see what other processes write to object stores.
 
   fsspec, by which epath reaches them, keeps listings, and then never sees what TensorStore and
-  other processes write. This changes fsspec for everyone: it is for commands, whose process is
-  theirs. `fresh` does it for what this library reads.
+  other processes write. This changes fsspec for everyone: it is for commands, which own their
+  process. `fresh` does it for what this library reads.
   """
   import fsspec.config
 

@@ -10,7 +10,7 @@ from dpo_flax.huggingface.fields import check_fields, typed
 from dpo_flax.huggingface.rope_json import FULL, ROPE_FIELDS, SLIDING, read_rope, rope_fields
 from dpo_flax.model.config import AttentionKind, ModelConfig
 
-# A field of config.json -> ours, in every family.
+# A field of config.json -> of ModelConfig, in every family.
 FIELDS = {
   'vocab_size': 'vocab_size',
   'hidden_size': 'embed_dim',
@@ -33,7 +33,7 @@ BIASES = {
 }
 ACTIVATIONS = {'silu': 'silu', 'gelu_pytorch_tanh': 'gelu_tanh'}
 
-# Fields of any config.json that say nothing about log-probs.
+# Fields of any config.json that do not change log-probs.
 HARMLESS_FIELDS = frozenset().union(
   ['model_type', 'architectures', '_name_or_path', 'name_or_path', 'transformers_version'],
   ['dtype', 'torch_dtype', 'use_cache', 'return_dict', 'max_position_embeddings', 'auto_map'],
@@ -69,13 +69,11 @@ def from_hf_config(
     )
   known = HARMLESS_FIELDS.union(FIELDS, family.defaults, ROPE_FIELDS)
   check_fields(values, known=known, fixed=family.fixed, where=where)
-  given = family.defaults | {
-    name: value for name, value in values.items() if value is not None or name in _NULLABLE
-  }
+  set_here = {k: value for k, value in values.items() if value is not None or k in _NULLABLE}
+  given = {**family.defaults, **set_here}
   shape = _shape(given, where)
-  scale = typed(
-    {'query_pre_attn_scalar': shape['head_dim']} | given, 'query_pre_attn_scalar', float, where
-  )
+  scaled = {'query_pre_attn_scalar': shape['head_dim'], **given}
+  scale = typed(scaled, 'query_pre_attn_scalar', float, where)
   return ModelConfig(
     model_type=model_type,
     **shape,
@@ -95,8 +93,9 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
   family = FAMILIES[config.model_type]
   values = {'architectures': [family.architecture], 'model_type': config.model_type}
   values |= {old: getattr(config, new) for old, new in FIELDS.items()}
-  activation = next(name for name, ours in ACTIVATIONS.items() if ours == config.activation)
-  types = [SLIDING if kind.window else FULL for kind in _kinds_of_layers(config)]
+  activation = next(name for name, field in ACTIVATIONS.items() if field == config.activation)
+  kinds = [config.kinds[kind] for kind in config.kind_of_layer]
+  types = [SLIDING if kind.window else FULL for kind in kinds]
   windows = {kind.window for kind in config.kinds if kind.window}
   switches = {
     'hidden_act': activation,
@@ -105,25 +104,21 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     'use_sliding_window': bool(windows),
     'sliding_window': max(windows, default=None),
     'layer_types': types,
-    'no_rope_layers': [int(kind.rope is not None) for kind in _kinds_of_layers(config)],
+    'no_rope_layers': [int(kind.rope is not None) for kind in kinds],
   }
   switches |= {old: getattr(config, new) for old, new in SOFTCAPS.items()}
   switches |= {old: config.biases >= biased for old, biased in BIASES.items()}
-  ropes = {
-    type_: kind.rope
-    for type_, kind in zip(types, _kinds_of_layers(config), strict=True)
-    if kind.rope
-  }
+  ropes = {name: kind.rope for name, kind in zip(types, kinds, strict=True) if kind.rope}
   if 'partial_rotary_factor' in family.defaults:
     values['partial_rotary_factor'] = ropes[types[0]].dim / config.head_dim
   values |= {name: value for name, value in switches.items() if name in family.defaults}
-  values |= family.fixed | rope_fields(ropes, family.defaults)
-  # Unless told so, some families take padding to be a token of the published vocabulary.
+  values |= {**family.fixed, **rope_fields(ropes, family.defaults)}
+  # Without it, some families take padding to be a token of the published vocabulary.
   return values | {'pad_token_id': None, 'torch_dtype': np.dtype(config.float_dtype).name}
 
 
 def _shape(given: Mapping[str, Any], where: str) -> dict[str, Any]:
-  """Returns our fields that stand in config.json as they are."""
+  """Returns the fields of ModelConfig that stand in config.json as they are."""
   given = dict(given)
   if given.get('num_key_value_heads') is None:
     given['num_key_value_heads'] = given.get('num_attention_heads')
@@ -134,8 +129,8 @@ def _shape(given: Mapping[str, Any], where: str) -> dict[str, Any]:
   missing = [name for name in FIELDS if given.get(name) is None]
   if missing:
     raise ValueError(f'{where}: missing {", ".join(missing)}')
-  kinds = ModelConfig.__annotations__
-  shape = {ours: typed(given, name, kinds[ours], where) for name, ours in FIELDS.items()}
+  types = ModelConfig.__annotations__
+  shape = {field: typed(given, name, types[field], where) for name, field in FIELDS.items()}
   if shape['num_heads'] % shape['num_kv_heads']:
     raise ValueError(
       f'{where}: {shape["num_heads"]} attention heads must be a multiple of '
@@ -145,7 +140,7 @@ def _shape(given: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _switches(family: Family, given: Mapping[str, Any], where: str) -> dict[str, Any]:
-  """Returns our fields that say what a block does."""
+  """Returns the fields of ModelConfig that decide what a block does."""
   (name,) = {'hidden_act', 'hidden_activation'} & set(family.defaults)
   if given[name] not in list(ACTIVATIONS):
     raise ValueError(f'{where}: {name} is {given[name]!r}; supported: {", ".join(ACTIVATIONS)}')
@@ -154,8 +149,8 @@ def _switches(family: Family, given: Mapping[str, Any], where: str) -> dict[str,
     if field in family.defaults and typed(given, field, bool, where):
       biases |= biased
   caps = {
-    ours: None if given.get(cap) is None else typed(given, cap, float, where)
-    for cap, ours in SOFTCAPS.items()
+    field: None if given.get(cap) is None else typed(given, cap, float, where)
+    for cap, field in SOFTCAPS.items()
   }
   alike = ('norm_offset', 'input_norms', 'output_norms', 'qk_norm', 'fused_projections')
   return {
@@ -169,7 +164,7 @@ def _switches(family: Family, given: Mapping[str, Any], where: str) -> dict[str,
 def _attention_kinds(
   family: Family, given: Mapping[str, Any], shape: Mapping[str, Any], where: str
 ) -> tuple[AttentionKind, ...]:
-  """Returns the kinds of attention of the layers, as often as they repeat."""
+  """Returns the attention types of the layers, one period of them."""
   types, window = _layer_types(given, shape['num_layers'], where)
   ropes = {
     kind: read_rope(given, kind, head_dim=shape['head_dim'], scalings=family.scalings, where=where)
@@ -204,7 +199,7 @@ def _layer_types(
 ) -> tuple[Sequence[str], int | None]:
   """Returns the type of each layer, and the window of those that slide."""
   window = given.get('sliding_window')
-  if not typed({'use_sliding_window': True} | given, 'use_sliding_window', bool, where):
+  if not typed({'use_sliding_window': True, **given}, 'use_sliding_window', bool, where):
     window = None
   if window is not None:
     window = typed(given, 'sliding_window', int, where)
@@ -228,7 +223,3 @@ def _layer_types(
   if SLIDING in types and window is None:
     raise ValueError(f'{where}: {SLIDING} in layer_types, and no sliding_window')
   return types, window
-
-
-def _kinds_of_layers(config: ModelConfig) -> list[AttentionKind]:
-  return [config.kinds[kind] for kind in config.kind_of_layer]

@@ -26,16 +26,16 @@ def check_fields(
     raise ValueError(f'{where}: these fields may change the result: {", ".join(refused)}')
 
 
-def typed(values: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
-  """Returns values[name], a positive number or a truth value, as `kind`.
+def typed(values: Mapping[str, Any], name: str, type_: type, where: str) -> Any:
+  """Returns values[name], a positive number or a truth value, as `type_`.
 
   Raises:
     ValueError: it is something else.
   """
   value = values[name]
-  right = isinstance(value, (int, float) if kind is float else kind)
-  limit = 10**7 if kind is int else 1e12  # no model comes near; NaN is not below it
-  if not right or (kind is not bool and (isinstance(value, bool) or not 0 < value < limit)):
-    expected = 'true or false' if kind is bool else f'a positive {kind.__name__}'
+  right = isinstance(value, (int, float) if type_ is float else type_)
+  limit = 10**7 if type_ is int else 1e12  # no model comes near; NaN is not below it
+  if not right or (type_ is not bool and (isinstance(value, bool) or not 0 < value < limit)):
+    expected = 'true or false' if type_ is bool else f'a positive {type_.__name__}'
     raise ValueError(f'{where}: {name} is {shown(value)}, not {expected}')
-  return kind(value)
+  return type_(value)

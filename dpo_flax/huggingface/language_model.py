@@ -37,7 +37,7 @@ def language_model(
   """Returns the config.json and the tensors that the language model alone would have.
 
   Raises:
-    ValueError: a field is unknown, or two tensors have one place.
+    ValueError: a field is unknown, or two tensors have one name.
   """
   check_fields(config, known=_KNOWN, fixed={'tie_word_embeddings': True}, where=where)
   inner = config.get('text_config')
@@ -52,8 +52,8 @@ def language_model(
   for name, tensor in tensors.items():
     if _OF_IMAGES.fullmatch(name):
       continue
-    place = _PREFIX.sub('', name)
-    if place in found:
+    inner_name = _PREFIX.sub('', name)
+    if inner_name in found:
       raise ValueError(f'{where}: {name} is there twice, under two prefixes')
-    found[place] = tensor
+    found[inner_name] = tensor
   return alone | dict(inner), found

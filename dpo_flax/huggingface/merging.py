@@ -61,7 +61,7 @@ def check_mergeable(model: Transformer):
   table = model.embed_tokens
   if not model.config.tie_word_embeddings or table.shares_adapters:
     return
-  if table.adapters.active or table.head_adapters.active:
+  if any(each is not None and each.active for each in (table.adapters, table.head_adapters)):
     raise ValueError(
       'the head is tied to the token table, and one of them has an adapter of its own: merged, '
       'they would be two tensors. Set lora.ensure_weight_tying=True, or leave merged_hf_save_path '

@@ -1,4 +1,4 @@
-"""What Hugging Face checkpoints call our parameters."""
+"""What Hugging Face checkpoints call the parameters of a Transformer."""
 
 import functools
 import re
@@ -12,7 +12,8 @@ from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.quantization import ChannelScale
 from dpo_flax.model.transformer import Transformer
 
-# Ours -> (theirs, transposed): torch's linear layers store [out, in], our kernels are [in, out].
+# Parameter path -> (checkpoint name, transposed): torch's linear layers store [out, in], kernels
+# here are [in, out].
 NAMES: Table = {
   'embed_tokens.embedding': ('model.embed_tokens.weight', False),
   'blocks.attention.q_proj.kernel': ('model.layers.{}.self_attn.q_proj.weight', True),
@@ -62,10 +63,11 @@ def names_of(config: ModelConfig) -> Table:
   """Returns the names of the parameters that a model of this architecture has."""
   weights = nnx.All(nnx.Param, nnx.Not(ChannelScale))
   state = jax.eval_shape(lambda: nnx.state(Transformer(config, None, nnx.Rngs(0)), weights))
+  present = {'.'.join(map(str, path)) for path, _ in nnx.to_flat_state(state)}
   table = name_table(config.model_type)
-  return {name: table[name] for name in map('.'.join, dict(nnx.to_flat_state(state)))}
+  return {name: entry for name, entry in table.items() if name in present}
 
 
 def name_table(model_type: str) -> Table:
   """Returns the names of all parameters that a model of this type may have."""
-  return NAMES | (_OUTPUT_NORMS if FAMILIES[model_type].output_norms else _INPUT_NORMS)
+  return {**NAMES, **(_OUTPUT_NORMS if FAMILIES[model_type].output_norms else _INPUT_NORMS)}

@@ -1,4 +1,4 @@
-"""PEFT adapters (adapter_config.json, adapter_model.safetensors) <-> our adapters."""
+"""PEFT adapters (adapter_config.json, adapter_model.safetensors) <-> a model's adapters."""
 
 import dataclasses
 import hashlib
@@ -17,6 +17,7 @@ from dpo_flax.huggingface.merging import side_by_side
 from dpo_flax.huggingface.names import Table, names_of
 from dpo_flax.huggingface.peft_config import PREFIX, config_values, read_config, write_config
 from dpo_flax.huggingface.placement import (
+  Path,
   Slot,
   gather_slot,
   layer_slots,
@@ -28,10 +29,11 @@ from dpo_flax.huggingface.tensor_files import TensorFile, read_header, write_ten
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.linear import adapters_of
 from dpo_flax.model.lora import TRAINABLE, Lora, LoraConfig, LowRank
+from dpo_flax.model.transformer import Transformer
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 
-# Ours -> theirs, below an adapted module.
+# Attribute of an Adapter -> PEFT's name, below an adapted module.
 FACTORS = {
   'lora_a': 'lora_A.weight',
   'lora_b': 'lora_B.weight',
@@ -58,7 +60,7 @@ def open_adapter(path: epath.PathLike, config: ModelConfig) -> AdapterFiles:
   """Opens a PEFT adapter, made for a model of this architecture.
 
   Raises:
-    ValueError: there is none, or it is of a kind that our adapters cannot express.
+    ValueError: there is none, or it is a type of adapter that a model here cannot hold.
   """
   directory = epath.Path(path).expanduser()
   for name in (CONFIG, WEIGHTS):
@@ -124,6 +126,8 @@ def save_adapter(
   if names is not None:
     slots, values = _named_slots(model, state, lora, names, base_name)
   else:
+    if not isinstance(model, Transformer) or not isinstance(lora, LoraConfig):
+      raise ValueError('names: only a Transformer made of a LoraConfig can be saved without them')
     if lora.continues:
       state, lora = side_by_side(model, lora)
     slots = make_adapter_slots(state, lora, names_of(model.config))
@@ -147,7 +151,7 @@ def make_adapter_slots(state: nnx.State, lora: LoraConfig, names: Table) -> dict
   """
   variables = dict(nnx.to_flat_state(state))
   modules = {path: _adapted_module(path, names) for path in variables if path[-1] in FACTORS}
-  # PEFT drops the tensors of modules that target_modules does not name, without a word.
+  # PEFT drops the tensors of modules that target_modules does not name, silently.
   adapted = {name for name, _ in modules.values()}
   if adapted != lora.targets:
     raise ValueError(
@@ -156,34 +160,35 @@ def make_adapter_slots(state: nnx.State, lora: LoraConfig, names: Table) -> dict
   slots = {}
   for path, variable in variables.items():
     if path in modules:
-      name, theirs = modules[path]
+      name, hf_name = modules[path]
       endings = EMBEDDING_FACTORS if name == 'embed_tokens' else FACTORS
-      found = _factor_slots(path, variable.shape, theirs, lora.modules[name], endings)
+      found = _factor_slots(path, variable.shape, hf_name, lora.modules[name], endings)
       # The head maps back: its A is the table's B, neither transposed.
-      head = {'lora_a': 'lm_head.lora_B.weight', 'lora_b': 'lm_head.lora_A.weight'}.get(path[-1])
+      heads = {'lora_a': 'lm_head.lora_B.weight', 'lora_b': 'lm_head.lora_A.weight'}
+      head = heads.get(str(path[-1]))
     else:
       name, head = path[0], 'lm_head.weight'
-      theirs, transposed = names['.'.join(path)]
-      found = layer_slots(path, variable.shape, PREFIX + theirs, transposed=transposed)
+      hf_name, transposed = names['.'.join(map(str, path))]
+      found = layer_slots(path, variable.shape, PREFIX + hf_name, transposed=transposed)
     slots |= found
     if lora.tied and name == 'embed_tokens':
       ((first, slot),) = found.items()
-      slots[PREFIX + head] = dataclasses.replace(slot, transposed=False, repeats=first)
+      slots[f'{PREFIX}{head}'] = dataclasses.replace(slot, transposed=False, repeats=first)
   return slots
 
 
-def _adapted_module(path: tuple[str, ...], names: Table) -> tuple[str, str]:
-  """Returns our name of the module that an adapter's array belongs to, and theirs."""
+def _adapted_module(path: Path, names: Table) -> tuple[str, str]:
+  """Returns the module that an adapter's array belongs to: its name here and its PEFT name."""
   *module, holder, _, _ = path
   if holder == 'head_adapters':
     return 'lm_head', 'lm_head'
   weight = 'embedding' if module == ['embed_tokens'] else 'kernel'
-  theirs, _ = names['.'.join((*module, weight))]
-  return module[-1], theirs.removesuffix('.weight')
+  hf_name, _ = names['.'.join((*module, weight))]
+  return module[-1], hf_name.removesuffix('.weight')
 
 
 def _factor_slots(
-  path: tuple, shape: tuple[int, ...], module: str, low_rank: LowRank, endings: Mapping[str, str]
+  path: Path, shape: tuple[int, ...], module: str, low_rank: LowRank, endings: Mapping[str, str]
 ) -> dict[str, Slot]:
   """Returns the slots of one array: a factor or the magnitudes of a module in all layers."""
   stacked = '{}' in module
@@ -222,15 +227,15 @@ def _named_slots(
       raise ValueError(
         f'the adapter of {module} was not made with rslora={lora.rslora}, dora={lora.dora}'
       )
-    theirs = names[module]
+    hf_name = names[module]
     for name in FACTORS:
       variable = learned.pop((*path, name), None)
       if variable is not None:
         own = (*path, name)
-        slots |= _factor_slots(own, variable.shape, theirs, adapter.low_rank, FACTORS)
-    layers = adapter.lora_a.shape[0] if '{}' in theirs else 1
+        slots |= _factor_slots(own, variable.shape, hf_name, adapter.low_rank, FACTORS)
+    layers = adapter.lora_a.shape[0] if '{}' in hf_name else 1
     for layer, pair in enumerate(adapter.low_rank.of_layers(layers)):
-      adapted[theirs.format(layer)] = pair
+      adapted[hf_name.format(layer)] = pair
   if learned:
     others = ', '.join('.'.join(map(str, path)) for path in learned)
     raise ValueError(f'{others}: no adapter of a Linear, so names cannot say what PEFT calls it')

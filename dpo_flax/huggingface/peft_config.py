@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json <-> our LoraConfig."""
+"""PEFT's adapter_config.json <-> LoraConfig."""
 
 import collections
 import re
@@ -19,7 +19,7 @@ USED_FIELDS = frozenset().union(
   ['ensure_weight_tying', 'init_lora_weights'],
 )
 HARMLESS_FIELDS = frozenset().union(
-  # The names of the tensors say which modules and layers are adapted, and which are saved whole.
+  # The names of the tensors say which modules and layers are adapted, and which are saved in full.
   ['target_modules', 'exclude_modules', 'layers_to_transform', 'layers_pattern', 'modules_to_save'],
   ['auto_mapping', 'base_model_name_or_path', 'inference_mode', 'peft_version', 'revision'],
   ['megatron_core', 'megatron_config', 'qalora_group_size'],
@@ -47,7 +47,7 @@ def read_config(
   """Returns what a model needs to hold the adapter.
 
   Raises:
-    ValueError: it is of a kind that our adapters cannot express; names what.
+    ValueError: it is a type of adapter that a model here cannot hold; names what.
   """
   check_fields(values, known=USED_FIELDS | HARMLESS_FIELDS, fixed=FIXED_FIELDS, where=str(where))
   if values.get('init_lora_weights') not in INITIALISERS:
@@ -82,25 +82,30 @@ def read_config(
 
 
 def write_config(lora: LoraConfig, config: ModelConfig, base_name: str | None) -> dict[str, Any]:
-  """Returns the adapter_config.json of our adapters."""
+  """Returns the adapter_config.json of a model's adapters."""
   names = module_names(config)
   adapted = {
-    theirs: pair
+    hf_name: pair
     for name, low_rank in lora.modules.items()
-    for theirs, pair in zip(names[name], low_rank.of_layers(len(names[name])), strict=True)
+    for hf_name, pair in zip(names[name], low_rank.of_layers(len(names[name])), strict=True)
     if pair[0]
   }
   in_every_layer = all(all(low_rank.ranks) for low_rank in lora.modules.values())
   values = config_values(
     lora, adapted, base_name, target_modules=sorted(lora.modules if in_every_layer else adapted)
   )
-  saved = [_saved_name(module, config) for module in sorted(lora.saved)]
+  # PEFT finds a module in all layers by the end of its name.
+  ends = {
+    parameter.rpartition('.')[0]: hf_name.rpartition('.')[0].rpartition('{}.')[2]
+    for parameter, (hf_name, _) in names_of(config).items()
+  }
+  saved = [ends[module] for module in sorted(lora.saved)]
   return values | {'ensure_weight_tying': lora.tied, 'modules_to_save': saved or None}
 
 
 def config_values(
   lora: LoraConfig | Lora,
-  adapted: Mapping[str, tuple[int, float]],  # their name of each module -> its rank and alpha
+  adapted: Mapping[str, tuple[int, float]],  # checkpoint name of each module -> its rank and alpha
   base_name: str | None,
   *,
   target_modules: Sequence[str],  # names of them or ends of names
@@ -127,17 +132,17 @@ def config_values(
 
 
 def _check_numbers(values: Mapping[str, Any], where: epath.Path):
-  for field, kind in (('r', int), ('lora_alpha', float)):
-    typed({field: None} | values, field, kind, str(where))
+  for field, type_ in (('r', int), ('lora_alpha', float)):
+    typed({field: None, **values}, field, type_, str(where))
   dropout = values.get('lora_dropout') or 0.0
   if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
     raise ValueError(f'{where}: lora_dropout={shown(dropout)} is not in [0, 1)')
-  for field, kind in (('rank_pattern', int), ('alpha_pattern', float)):
+  for field, type_ in (('rank_pattern', int), ('alpha_pattern', float)):
     patterns = values.get(field) or {}
     if not isinstance(patterns, Mapping):
       raise ValueError(f'{where}: {field}={shown(patterns)} is no mapping')
     for pattern in patterns:
-      typed(patterns, pattern, kind, f'{where}: {field}')
+      typed(patterns, pattern, type_, f'{where}: {field}')
       # A regular expression of anyone's: repeated groups can take forever.
       if len(re.findall(r'[*+{]', pattern)) > _REPETITIONS or re.search(r'\)[*+{]', pattern):
         raise ValueError(f'{where}: {field}: {shown(pattern)} is too complex an expression')
@@ -157,9 +162,9 @@ def _modules(
     for field, default in (('rank_pattern', 'r'), ('alpha_pattern', 'lora_alpha'))
   )
 
-  def held(name, theirs):
+  def held(name, hf_name):
     factor = 'lora_embedding_A' if name == 'embed_tokens' else 'lora_A.weight'
-    return f'{PREFIX}{theirs}.{factor}' in shapes
+    return f'{PREFIX}{hf_name}.{factor}' in shapes
 
   modules = adapted_modules(names, held, rank_of, alpha_of)
   for name, module in modules.items():
@@ -172,15 +177,9 @@ def _modules(
 
 
 def _saved(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> frozenset[str]:
-  """Returns the modules whose weights the adapter holds whole, by our paths."""
+  """Returns the modules whose weights the adapter holds in full, by parameter path."""
   return frozenset(
-    ours.rpartition('.')[0]
-    for ours, (theirs, _) in names_of(config).items()
-    if any(PREFIX + theirs.format(layer) in shapes for layer in range(config.num_layers))
+    parameter.rpartition('.')[0]
+    for parameter, (hf_name, _) in names_of(config).items()
+    if any(PREFIX + hf_name.format(layer) in shapes for layer in range(config.num_layers))
   )
-
-
-def _saved_name(module: str, config: ModelConfig) -> str:
-  """Returns the end of a module's name that PEFT finds it by, in all layers."""
-  names = {ours.rpartition('.')[0]: theirs for ours, (theirs, _) in names_of(config).items()}
-  return names[module].rpartition('.')[0].rpartition('{}.')[2]

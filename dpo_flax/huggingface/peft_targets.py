@@ -1,4 +1,4 @@
-"""Which modules are adapted or trained whole: PEFT's rules over Hugging Face's module names."""
+"""Which modules are adapted or trained in full: PEFT's rules over Hugging Face's module names."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -9,39 +9,19 @@ from dpo_flax.huggingface.names import names_of
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.lora import Lora, LoraConfig, LowRank
 
-# Projection -> where Hugging Face puts it in a layer: the names that target patterns speak of.
-BLOCK_PROJECTIONS = {
-  'q_proj': 'self_attn.q_proj',
-  'k_proj': 'self_attn.k_proj',
-  'v_proj': 'self_attn.v_proj',
-  'o_proj': 'self_attn.o_proj',
-  'gate_proj': 'mlp.gate_proj',
-  'up_proj': 'mlp.up_proj',
-  'down_proj': 'mlp.down_proj',
-}
-
-FUSED_PROJECTIONS = {
-  'qkv_proj': 'self_attn.qkv_proj',
-  'o_proj': 'self_attn.o_proj',
-  'gate_up_proj': 'mlp.gate_up_proj',
-  'down_proj': 'mlp.down_proj',
-}
-
-Modules = Mapping[str, Sequence[str]]  # ours -> theirs, one for each layer or a single one
+# Module -> its names in a checkpoint, one for each layer or a single one.
+Modules = Mapping[str, Sequence[str]]
 Pattern = Sequence[str] | str | None
 
 
-def block_projections(config: ModelConfig) -> dict[str, str]:
-  """Returns the projections of a layer, and where Hugging Face puts them."""
-  return FUSED_PROJECTIONS if config.fused_projections else BLOCK_PROJECTIONS
-
-
 def module_names(config: ModelConfig) -> dict[str, list[str]]:
-  """Returns what can be adapted: our names -> the module names in a Hugging Face model."""
-  layers = range(config.num_layers)
+  """Returns what can be adapted: module -> its names in a Hugging Face model."""
   blocks = {
-    name: [f'model.layers.{layer}.{theirs}' for layer in layers]
-    for name, theirs in block_projections(config).items()
+    parameter.split('.')[-2]: [
+      hf_name.removesuffix('.weight').format(layer) for layer in range(config.num_layers)
+    ]
+    for parameter, (hf_name, _) in names_of(config).items()
+    if parameter.startswith('blocks.') and parameter.endswith('.kernel')
   }
   return blocks | {'embed_tokens': ['model.embed_tokens'], 'lm_head': ['lm_head']}
 
@@ -50,7 +30,7 @@ def resolve(lora: Lora, config: ModelConfig) -> LoraConfig:
   """Returns the adapters of a model of this architecture, by PEFT's rules.
 
   A list of target_modules holds module names or their ends (`q_proj`, `self_attn.q_proj`), a string
-  is a regex that must match a whole module name (`model.layers.0.self_attn.q_proj`), None and
+  is a regex that must match a complete module name (`model.layers.0.self_attn.q_proj`), None and
   'all-linear' mean every linear layer but the head. Patterns of ranks and alphas are regexes of
   names or their ends; the first that matches counts.
 
@@ -102,7 +82,8 @@ def check_trainable(lora: LoraConfig, config: ModelConfig) -> None:
       f'lora.dropout={lora.dropout} would not reach the adapter of lm_head: set it to 0, or take '
       'lm_head out of lora.target_modules'
     )
-  matrices = {ours.rpartition('.')[0] for ours in names_of(config) if not ours.endswith('.scale')}
+  names = [name for name in names_of(config) if not name.endswith('.scale')]
+  matrices = {name.rpartition('.')[0] for name in names}
   if config.is_quantized and lora.saved & matrices:
     raise ValueError(
       f'lora.modules_to_save: {", ".join(sorted(lora.saved & matrices))} cannot learn in int8: set '
@@ -116,10 +97,15 @@ def _adapted(lora: Lora, config: ModelConfig) -> dict[str, LowRank]:
   targets = _tied_targets(lora.target_modules) if lora.ensure_weight_tying else lora.target_modules
   matches = _target_matcher(targets, lora.layers_to_transform, modules)
   excluded = _matcher(lora.exclude_modules or (), modules, 'lora.exclude_modules')
-  saved = _saved_matcher(lora.modules_to_save)
+  field = 'lora.modules_to_save'
+  saved = [_compiled(rf'(^|.*\.){entry}($|\..*)', field) for entry in lora.modules_to_save]
+
+  def is_adapted(_, module):  # what learns as a full weight has no adapter
+    return matches(module) and not excluded(module) and not any(r.match(module) for r in saved)
+
   adapted = adapted_modules(
     modules,
-    lambda _, each: matches(each) and not excluded(each) and not saved(each),
+    is_adapted,
     pattern_lookup(dict(lora.rank_pattern), modules, 'lora.rank_pattern', lora.rank),
     pattern_lookup(dict(lora.alpha_pattern), modules, 'lora.alpha_pattern', lora.alpha),
   )
@@ -142,30 +128,49 @@ def _tied_targets(targets: Pattern) -> Pattern:
 
 
 def _saved(entries: Sequence[str], config: ModelConfig) -> frozenset[str]:
-  """Returns the modules that learn without adapters, by our paths."""
+  """Returns the modules that learn without adapters, by parameter path.
+
+  As in PEFT, an entry names every module whose name ends with it.
+
+  Raises:
+    ValueError: an entry matches nothing, or only some of the layers.
+  """
   if config.tie_word_embeddings:
     entries = ['embed_tokens' if entry == 'lm_head' else entry for entry in entries]
   # With two layers, what names single layers is seen to be partial.
   modules = {
-    ours.rpartition('.')[0]: [theirs.rpartition('.')[0].format(layer) for layer in range(2)]
-    for ours, (theirs, _) in names_of(config).items()
+    parameter.rpartition('.')[0]: [hf_name.rpartition('.')[0].format(layer) for layer in range(2)]
+    for parameter, (hf_name, _) in names_of(config).items()
   }
-  return _match_names(entries, modules, 'lora.modules_to_save')
+  found = set()
+  for entry in entries:
+    hits = {name: [each.endswith(entry) for each in hf_names] for name, hf_names in modules.items()}
+    partial = [name for name, hit in hits.items() if any(hit) and not all(hit)]
+    if partial:
+      raise ValueError(
+        f'lora.modules_to_save: {entry!r} matches only some layers of {", ".join(partial)}'
+      )
+    matching = {name for name, hit in hits.items() if all(hit)}
+    if not matching:
+      ends = sorted({hf_names[0].rpartition('.')[2] for hf_names in modules.values()})
+      raise ValueError(f'lora.modules_to_save: {entry!r} matches none of {", ".join(ends)}')
+    found |= matching
+  return frozenset(found)
 
 
 def adapted_modules(
   modules: Modules,
-  is_adapted: Callable[[str, str], bool],  # by our name and theirs
-  rank_of: Callable[[str], int],  # by their name
+  is_adapted: Callable[[str, str], bool],  # by a module and its checkpoint name
+  rank_of: Callable[[str], int],  # by checkpoint name
   alpha_of: Callable[[str], float],
 ) -> dict[str, LowRank]:
   """Returns rank and alpha of every module that is adapted in any layer."""
   found = {
     name: [
       (rank_of(each), float(alpha_of(each))) if is_adapted(name, each) else (0, 0.0)
-      for each in theirs
+      for each in hf_names
     ]
-    for name, theirs in modules.items()
+    for name, hf_names in modules.items()
   }
   return {name: low_rank(pairs) for name, pairs in found.items() if any(map(any, pairs))}
 
@@ -174,25 +179,6 @@ def low_rank(pairs: Sequence[tuple[int, float]]) -> LowRank:
   """Returns rank and alpha: one entry where all layers are alike, else one for each layer."""
   ranks, alphas = zip(*(pairs[:1] if len(set(pairs)) == 1 else pairs), strict=True)
   return LowRank(ranks, alphas)
-
-
-def _match_names(entries: Sequence[str], modules: Modules, field: str) -> frozenset[str]:
-  """Returns ours of `modules` whose names end with an entry (PEFT's rule of modules_to_save).
-
-  Raises:
-    ValueError: an entry matches nothing, or only some of the layers.
-  """
-  found = set()
-  for entry in entries:
-    hits = {name: [each.endswith(entry) for each in theirs] for name, theirs in modules.items()}
-    partial = [name for name, hit in hits.items() if any(hit) and not all(hit)]
-    if partial:
-      raise ValueError(f'{field}: {entry!r} matches only some layers of {", ".join(partial)}')
-    whole = {name for name, hit in hits.items() if all(hit)}
-    if not whole:
-      raise ValueError(f'{field}: {entry!r} matches none of {_ends(modules)}')
-    found |= whole
-  return frozenset(found)
 
 
 def _target_matcher(
@@ -208,20 +194,20 @@ def _target_matcher(
   matches = _matcher(asked, modules, 'lora.target_modules')
   if layers is None:
     return matches
-  layers = {layers} if isinstance(layers, int) else set(layers)
+  chosen = {layers} if isinstance(layers, int) else set(layers)
   count = max(map(len, modules.values()))
-  if not layers <= set(range(count)):
-    raise ValueError(f'lora.layers_to_transform={sorted(layers)}: the layers are 0 to {count - 1}')
+  if not chosen <= set(range(count)):
+    raise ValueError(f'lora.layers_to_transform={sorted(chosen)}: the layers are 0 to {count - 1}')
 
   def in_layers(module: str) -> bool:
     number = re.match(r'model\.layers\.(\d+)\.', module)
     # What is named in full is meant, whatever its layer.
-    return module in asked or (number is not None and int(number[1]) in layers)
+    return module in asked or (number is not None and int(number[1]) in chosen)
 
   return lambda module: matches(module) and in_layers(module)
 
 
-def _matcher(pattern: Pattern, modules: Modules, field: str) -> Callable[[str], bool]:
+def _matcher(pattern: Sequence[str] | str, modules: Modules, field: str) -> Callable[[str], bool]:
   """Returns whether a pattern names a module; every entry of a list must name at least one."""
   if isinstance(pattern, str):
     regex = _compiled(pattern, field)
@@ -232,15 +218,9 @@ def _matcher(pattern: Pattern, modules: Modules, field: str) -> Callable[[str], 
       for entry in pattern
     }
   for entry, matches in entries.items():
-    if not any(matches(each) for theirs in modules.values() for each in theirs):
+    if not any(matches(each) for hf_names in modules.values() for each in hf_names):
       raise ValueError(f'{field}: {entry!r} matches none of {", ".join(modules)}')
   return lambda module: any(matches(module) for matches in entries.values())
-
-
-def _saved_matcher(entries: Sequence[str]) -> Callable[[str], bool]:
-  """Returns whether a module learns whole, and then has no adapter."""
-  regexes = [_compiled(rf'(^|.*\.){entry}($|\..*)', 'lora.modules_to_save') for entry in entries]
-  return lambda module: any(regex.match(module) for regex in regexes)
 
 
 def pattern_lookup(
@@ -252,7 +232,7 @@ def pattern_lookup(
   """Returns the module -> value of rank_pattern and alpha_pattern."""
   regexes = {_compiled(rf'(.*\.)?({key})$', field): value for key, value in patterns.items()}
   for regex, key in zip(regexes, patterns, strict=True):
-    if not any(regex.match(each) for theirs in modules.values() for each in theirs):
+    if not any(regex.match(each) for hf_names in modules.values() for each in hf_names):
       raise ValueError(f'{field}: {shown(key)} matches none of {", ".join(modules)}')
   return lambda module: next(
     (value for regex, value in regexes.items() if regex.match(module)), default
@@ -264,7 +244,3 @@ def _compiled(pattern: str, field: str) -> re.Pattern:
     return re.compile(pattern)
   except re.error as error:
     raise ValueError(f'{field}={shown(pattern)} is not a regular expression: {error}') from None
-
-
-def _ends(modules: Modules) -> str:
-  return ', '.join(sorted({theirs[0].rpartition('.')[2] for theirs in modules.values()}))

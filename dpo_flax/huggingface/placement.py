@@ -1,7 +1,7 @@
-"""Named tensors of another format <-> our arrays, which may be stacked over layers and sharded.
+"""Named tensors of a checkpoint <-> arrays of a model, stacked over layers and sharded or not.
 
-A table says for each of our arrays what the others call it and whether they store it transposed.
-`{}` in a name stands for the index on our leading axis of layers.
+A table gives the checkpoint name of each array, and whether it is stored transposed. `{}` in a name
+stands for the index on the leading axis of layers.
 """
 
 import collections
@@ -9,6 +9,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,8 +23,9 @@ from dpo_flax.huggingface.tensor_files import DTYPES, TensorFile
 from dpo_flax.model.quantization import ChannelScale, quantize, scale_path
 from dpo_flax.sharding import named_shardings
 
-Table = Mapping[str, tuple[str, bool]]  # our dotted path -> (their name, transposed)
+Table = Mapping[str, tuple[str, bool]]  # dotted parameter path -> (checkpoint name, transposed)
 Span = tuple[int, int]
+Path = tuple[Any, ...]  # of a variable in a state
 
 READ_BYTES = 64 * 2**20  # of one tensor, read at once
 QUANTIZED_ROWS = 64  # at once: their float32 copies stay in the processor's cache
@@ -32,44 +34,44 @@ READERS = 8  # threads; one stream alone does not saturate a bucket
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-  """Which part of our arrays one of their tensors is."""
+  """Which part of a model's arrays one tensor of a checkpoint is."""
 
-  path: tuple[str, ...]  # of our array
+  path: Path  # of the array
   layer: int | None  # its index there; None: the array is not stacked
-  sizes: tuple[int, ...]  # of our array without its layers; a factor's rank may be less than there
+  sizes: tuple[int, ...]  # of the array without its layers; a factor's rank may be less than there
   transposed: bool
   repeats: str | None = None  # the name of another tensor that is the same part
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """The shape of their tensor."""
+    """The shape of the tensor."""
     return self.sizes[::-1] if self.transposed else self.sizes
 
   @property
   def scales(self) -> 'Slot':
-    """The slot of the scales beside our int8 weights: one for each row of their tensor."""
+    """The slot of the scales beside int8 weights: one for each row of the tensor."""
     return dataclasses.replace(self, path=scale_path(self.path), sizes=self.shape[:1])
 
 
 def layer_slots(
-  path: tuple[str, ...], shape: tuple[int, ...], theirs: str, *, transposed: bool
+  path: Path, shape: tuple[int, ...], hf_name: str, *, transposed: bool
 ) -> dict[str, Slot]:
-  """Returns the slots of one of our arrays, by their names: one for each layer that it has."""
-  if '{}' not in theirs:
-    return {theirs: Slot(path, None, tuple(shape), transposed)}
+  """Returns the slots of one array by checkpoint name: one for each layer that it has."""
+  if '{}' not in hf_name:
+    return {hf_name: Slot(path, None, tuple(shape), transposed)}
   return {
-    theirs.format(layer): Slot(path, layer, tuple(shape[1:]), transposed)
+    hf_name.format(layer): Slot(path, layer, tuple(shape[1:]), transposed)
     for layer in range(shape[0])
   }
 
 
 def make_slots(state: nnx.State, table: Table) -> dict[str, Slot]:
-  """Returns where each of their tensors belongs in `state`, by their names."""
+  """Returns where each tensor belongs in `state`, by checkpoint name."""
   slots = {}
   for path, variable in nnx.to_flat_state(state):
     if not isinstance(variable, ChannelScale):  # which follows from the weights
-      theirs, transposed = table['.'.join(path)]
-      slots |= layer_slots(path, variable.shape, theirs, transposed=transposed)
+      hf_name, transposed = table['.'.join(map(str, path))]
+      slots |= layer_slots(path, variable.shape, hf_name, transposed=transposed)
   return slots
 
 
@@ -132,14 +134,17 @@ def load_arrays(
 
 
 def gather(array: jax.Array | np.ndarray) -> np.ndarray:
-  """Returns a whole array on every host; all processes must call it together."""
+  """Returns a complete array on every host; all processes must call it together."""
   if isinstance(array, np.ndarray) or array.is_fully_addressable:
     return np.asarray(jax.device_get(array))
   return multihost_utils.process_allgather(array, tiled=True)
 
 
-def gather_slot(variables: Mapping[tuple[str, ...], nnx.Variable], slot: Slot) -> np.ndarray:
-  """Gathers the tensor of one slot, in their orientation; all processes must call it together."""
+def gather_slot(variables: Mapping[Any, nnx.Variable], slot: Slot) -> np.ndarray:
+  """Gathers the tensor of one slot, oriented as in the checkpoint.
+
+  All processes must call it together.
+  """
   array = variables[slot.path][...]
   part = gather(array if slot.layer is None else array[slot.layer])
   part = part[tuple(slice(size) for size in slot.sizes)]
@@ -148,7 +153,7 @@ def gather_slot(variables: Mapping[tuple[str, ...], nnx.Variable], slot: Slot) -
 
 def write_gathered(
   directory: epath.PathLike,  # made if it is missing
-  arrays: Iterator[np.ndarray | None],  # each gathered when it is asked for
+  arrays: Iterator[Any],  # each gathered when it is asked for; None but in process 0, if so
   write: Callable[[epath.Path, Iterator[np.ndarray]], None],
 ) -> None:
   """Calls `write` in process 0; the others take part in gathering, and all wait for its end."""
@@ -175,7 +180,7 @@ def _check_repeats(tensor: TensorFile, first: TensorFile, slot: Slot, first_slot
   values = [each.read(0, each.shape[0]).astype(np.float32) for each in (tensor, first)]
   if slot.transposed != first_slot.transposed:
     values[0] = values[0].T
-  if not np.array_equal(*values):
+  if not np.array_equal(values[0], values[1]):
     raise ValueError(
       f"{tensor.path}: ensure_weight_tying, but {tensor.name} is not the token table's"
     )
@@ -216,7 +221,8 @@ class _Shards:
       self._shape, self._sharding, lambda index: self._parts[self._spans(index)]
     )
 
-  def _spans(self, index: tuple[slice, ...]) -> tuple[Span, ...]:
+  def _spans(self, index: tuple[slice, ...] | None) -> tuple[Span, ...]:
+    assert index is not None, 'of a device of another process'
     return tuple(part.indices(size)[:2] for part, size in zip(index, self._shape, strict=True))
 
 

@@ -81,7 +81,7 @@ def merge_adapter(
     learned = adapter.tensors[PREFIX + name] if isinstance(variables[slot.path], Trained) else None
     if name in tensors and (own or learned):
       scales = lora.scales(slot.path[-2]) if own else (0.0,)
-      scale = scales[0] if len(scales) == 1 else scales[slot.layer]
+      scale = scales[0] if slot.layer is None or len(scales) == 1 else scales[slot.layer]
       tensors[name] = MergedTensor(
         **vars(tensors[name]), slot=slot, factors=own, scale=scale, replacement=learned
       )

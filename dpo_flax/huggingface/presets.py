@@ -143,10 +143,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def from_preset(
-  name: str, *, dtype: Any, weight_dtype: Any, remat: str, attention: str
-) -> ModelConfig:
-  """Returns the architecture of a name in PRESETS; the other fields are the run's.
+def from_preset(name: str, **run: Any) -> ModelConfig:
+  """Returns the architecture of a name in PRESETS; `run` are the other fields of from_hf_config.
 
   Raises:
     ValueError: there is no such preset.
@@ -155,11 +153,4 @@ def from_preset(
     near = difflib.get_close_matches(name, PRESETS, n=1)
     hint = f'did you mean {near[0]!r}?' if near else f'there are {", ".join(sorted(PRESETS))}'
     raise ValueError(f'no preset is called {name!r}: {hint}')
-  return from_hf_config(
-    PRESETS[name],
-    dtype=dtype,
-    weight_dtype=weight_dtype,
-    remat=remat,
-    attention=attention,
-    where=f'preset {name}',
-  )
+  return from_hf_config(PRESETS[name], where=f'preset {name}', **run)

@@ -9,7 +9,7 @@ from dpo_flax.huggingface.fields import typed
 from dpo_flax.model.config import LinearScaling, Llama3Scaling, LongScaling, Rope
 
 ROPE_FIELDS = ('rope_parameters', 'rope_theta', 'rope_scaling')
-FULL, SLIDING = 'full_attention', 'sliding_attention'  # how transformers calls kinds of layers
+FULL, SLIDING = 'full_attention', 'sliding_attention'  # transformers' types of layers
 
 _SCALINGS = {'linear': LinearScaling, 'llama3': Llama3Scaling, 'longrope': LongScaling}
 # transformers' earlier names.
@@ -29,12 +29,12 @@ def read_rope(
   A family that has `rope_local_base_freq` gives layers with a window positions of their own.
 
   Raises:
-    ValueError: they are malformed, or of a kind that the family has not.
+    ValueError: they are malformed, or of a type that the family has not.
   """
   parameters, theta = _parameters(values, layer_type, where)
   # Writers of old changed `type` to `rope_type`, and some wrote both.
-  kinds = {str(parameters.pop(name)) for name in ('rope_type', 'type') if name in parameters}
-  kinds = {_RENAMED.get(kind, kind) for kind in kinds} or {'default'}
+  types = {str(parameters.pop(name)) for name in ('rope_type', 'type') if name in parameters}
+  types = {_RENAMED.get(type_, type_) for type_ in types} or {'default'}
   theta = typed({'rope_theta': theta} | parameters, 'rope_theta', float, where)
   parameters.pop('rope_theta', None)
   dim = head_dim
@@ -45,42 +45,42 @@ def read_rope(
     )
   if dim % 2 or not 0 < dim <= head_dim:
     raise ValueError(f'{where}: head_dim {head_dim}: {dim} of it cannot be rotated in pairs')
-  if kinds == {'default'} and not parameters:
+  if types == {'default'} and not parameters:
     return Rope(theta, dim, None)
-  (kind, *others) = kinds
-  if others or kind not in scalings:
+  (type_, *others) = types
+  if others or type_ not in scalings:
     raise ValueError(
-      f'{where}: rotary positions of type {sorted(kinds)} with {parameters}; supported: '
+      f'{where}: rotary positions of type {sorted(types)} with {parameters}; supported: '
       f'default (without parameters), {", ".join(scalings)}'
     )
-  if kind == 'longrope':
+  if type_ == 'longrope':
     parameters = _long_parameters(parameters, values, where)
-  return Rope(theta, dim, _scaling(kind, parameters, dim, where))
+  return Rope(theta, dim, _scaling(type_, parameters, dim, where))
 
 
-def rope_fields(kinds: Mapping[str, Rope], family: Mapping[str, Any]) -> dict[str, Any]:
+def rope_fields(ropes: Mapping[str, Rope], family: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the fields for a config.json, which old and new transformers read.
 
   Args:
-    kinds: of the layers of each type there is.
+    ropes: of the layers of each type there is.
     family: the fields that the family has.
   """
-  rope = kinds.get(FULL) or kinds[SLIDING]
-  fields = {'rope_theta': rope.theta}
-  if 'rope_local_base_freq' in family and SLIDING in kinds:
-    fields['rope_local_base_freq'] = kinds[SLIDING].theta
+  rope = ropes.get(FULL) or ropes[SLIDING]
+  fields: dict[str, Any] = {'rope_theta': rope.theta}
+  if 'rope_local_base_freq' in family and SLIDING in ropes:
+    fields['rope_local_base_freq'] = ropes[SLIDING].theta
   if rope.scaling is None:
     return fields
-  kind = next(name for name, scaling in _SCALINGS.items() if isinstance(rope.scaling, scaling))
-  scaling = {
+  type_ = next(name for name, scaling in _SCALINGS.items() if isinstance(rope.scaling, scaling))
+  scaling: dict[str, Any] = {
     name: list(value) if isinstance(value, tuple) else value
     for name, value in dataclasses.asdict(rope.scaling).items()
   }
-  fields['rope_scaling'] = {'rope_type': kind} | scaling
-  if kind == 'llama3':
+  fields['rope_scaling'] = {'rope_type': type_} | scaling
+  if type_ == 'llama3':
     stretched = scaling['factor'] * scaling['original_max_position_embeddings']
     fields['max_position_embeddings'] = int(stretched)
-  if kind == 'longrope':
+  if type_ == 'longrope':
     fields['original_max_position_embeddings'] = scaling['original_max_position_embeddings']
   return fields
 
@@ -120,14 +120,14 @@ def _long_parameters(
 
 
 def _scaling(
-  kind: str, parameters: Mapping[str, Any], dim: int, where: str
+  type_: str, parameters: Mapping[str, Any], dim: int, where: str
 ) -> LinearScaling | Llama3Scaling | LongScaling:
   """Makes a scaling of parameters that are exactly its own."""
-  scaling = _SCALINGS[kind]
+  scaling = _SCALINGS[type_]
   expected = scaling.__annotations__
   if set(parameters) != set(expected):
     raise ValueError(
-      f'{where}: {kind} rotary scaling has {sorted(parameters)}, not {sorted(expected)}'
+      f'{where}: {type_} rotary scaling has {sorted(parameters)}, not {sorted(expected)}'
     )
   fields = {}
   for name, of_type in expected.items():

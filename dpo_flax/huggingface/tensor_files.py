@@ -114,7 +114,8 @@ def write_tensors(
   arrays: Iterable[np.ndarray],  # in the order of `specs`
 ) -> None:
   """Writes a safetensors file, one array at a time."""
-  header, offset = {'__metadata__': METADATA}, 0
+  header: dict[str, Any] = {'__metadata__': METADATA}
+  offset = 0
   for name, (dtype, shape) in specs.items():
     span = [offset, offset + math.prod(shape) * dtype.itemsize]
     header[name] = {'dtype': DTYPE_NAMES[dtype], 'shape': shape, 'data_offsets': span}

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints <-> our parameters, by one name table."""
+"""Hugging Face checkpoints <-> parameters of a Transformer, by one name table."""
 
 import dataclasses
 import functools
@@ -65,7 +65,7 @@ class BaseCheckpoint:
   """A directory in Hugging Face layout; its tensors are still on disk."""
 
   directory: epath.Path
-  config: Mapping[str, Any]  # of config.json, or what it says of the language model inside
+  config: Mapping[str, Any]  # of config.json, or of the language model inside it
   tensors: Mapping[str, TensorFile]
 
 
@@ -95,7 +95,7 @@ def open_checkpoint(path: str) -> BaseCheckpoint:
 def fingerprint(checkpoint: BaseCheckpoint) -> str:
   """Returns a SHA-256 of config.json and of every tensor's name, type, shape and samples.
 
-  It tells models apart without reading them whole.
+  It keeps models apart without reading all of them.
   """
   digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
   tensors = sorted(checkpoint.tensors.items())
@@ -153,7 +153,7 @@ def save_merged(
   check_mergeable(model)
   base = nnx.state(model, BASE)
   if checkpoint is None:
-    tensors, slots = None, make_slots(base, name_table(model.config.model_type))
+    tensors, slots = {}, make_slots(base, name_table(model.config.model_type))
     dtypes = dict.fromkeys(slots, np.dtype(model.config.float_dtype))
   else:
     tensors, slots = _matched(checkpoint, base)
@@ -163,8 +163,7 @@ def save_merged(
   specs = {name: (dtypes[name], slots[name].shape) for name in order}
   variables = dict(nnx.to_flat_state(base))
   arrays = (
-    _merged(model, variables, slots[name], tensors and tensors[name], dtypes[name])
-    for name in order
+    _merged(model, variables, slots[name], tensors.get(name), dtypes[name]) for name in order
   )
 
   def write(directory, arrays):
@@ -196,9 +195,9 @@ def _download(path: str) -> epath.Path:
 
 def _open_tensors(directory: epath.Path) -> dict[str, TensorFile]:
   """Reads the headers of the one file, or of all that the index lists."""
-  whole, index = (find_file(directory, name) for name in (FILE, INDEX))
-  if whole is not None:
-    return read_header(whole)[1]
+  single, index = (find_file(directory, name) for name in (FILE, INDEX))
+  if single is not None:
+    return read_header(single)[1]
   if index is None:
     raise ValueError(f'{directory} has no {FILE} and no {INDEX}; .bin and .pt files are not read')
   listed = read_json(index).get('weight_map')
@@ -253,24 +252,24 @@ def _matched(
 
 def _merged(
   model: Transformer,
-  variables: Mapping[tuple[str, ...], nnx.Variable],  # of the base
+  variables: Mapping[Any, nnx.Variable],  # of the base, by their paths
   slot: Slot,
   source: TensorFile | None,
   dtype: np.dtype,
 ) -> np.ndarray | None:
   """Returns base + adapter of one tensor; None where nothing is written."""
-  weight = None
-  if source is None or isinstance(variables[slot.path], Trained):
+  if source is not None and not isinstance(variables[slot.path], Trained):
+    weight = None if jax.process_index() else source.read(0, source.shape[0])
+  else:
     weight = gather_slot(variables, slot)
     if weight.dtype == np.int8:
       scales = gather_slot(variables, slot.scales)
       weight = (weight * scales[:, None]).astype(model.config.float_dtype)
-  module = functools.reduce(getattr, slot.path[:-1], model)
+  module: Any = functools.reduce(getattr, slot.path[:-1], model)
   adapters = module.adapters.active if slot.path[-1] in {'kernel', 'embedding'} else ()
   factors = list(filter(None, (gather_factors(adapter, slot.layer) for adapter in adapters)))
-  if jax.process_index():
+  if weight is None or jax.process_index():
     return None
-  weight = source.read(0, source.shape[0]) if weight is None else weight
   if factors:
     wide = merge(weight.T if slot.transposed else weight, factors)
     weight = wide.T if slot.transposed else wide

@@ -15,7 +15,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from dpo_flax.data.batches.split import Split
+from dpo_flax.data.batches.split import Side
 from dpo_flax.data.prepare import PreparedData
 from dpo_flax.files.atomic import write_file
 from dpo_flax.files.paths import fresh
@@ -57,7 +57,7 @@ def with_reference_logps(
   return dataclasses.replace(data, **filled)
 
 
-def _key(pairs: Split, fingerprint: str, dtypes: tuple[str, str]) -> str:
+def _key(pairs: Side, fingerprint: str, dtypes: tuple[str, str]) -> str:
   """Names all that decides the numbers: weights, data, tokenizer, lengths, dtypes, this code."""
   lengths = hashlib.sha256(pairs.pairs.tobytes() + pairs.lengths.tobytes()).hexdigest()
   parts = [_VERSION, fingerprint, pairs.cache.fingerprint, lengths, *dtypes]
@@ -89,7 +89,7 @@ def _missing_anywhere(logps: np.ndarray | None) -> bool:
   return bool(np.any(multihost_utils.process_allgather(missing)))
 
 
-def _check_finite(pairs: Split, logps: np.ndarray):
+def _check_finite(pairs: Side, logps: np.ndarray):
   """Refuses log-probs that are not finite, naming the first pair's file and line."""
   bad = np.flatnonzero(~np.isfinite(logps).all(axis=1))
   if len(bad):

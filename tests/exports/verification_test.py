@@ -25,9 +25,9 @@ def check(difference, *dtypes):
 
 
 def test_difference_is_the_largest_mean_over_the_tokens_of_a_response():
-  verdict = check(np.array([[0.0, 0.08], [0.06, 0.5]]), 'float32', 'bfloat16')
-  assert verdict.difference == pytest.approx(0.03, rel=1e-4)
-  assert (verdict.bound, verdict.pairs) == (0.4, 2)
+  found = check(np.array([[0.0, 0.08], [0.06, 0.5]]), 'float32', 'bfloat16')
+  assert found.difference == pytest.approx(0.03, rel=1e-4)
+  assert (found.bound, found.pairs) == (0.4, 2)
 
 
 @pytest.mark.parametrize(
@@ -54,5 +54,5 @@ def test_nan_is_no_rounding():
 
 
 def test_what_was_not_reloaded_is_not_compared():
-  verdict = compare(LIVE, None, PAIRS, dtypes=['float32'], where=epath.Path('runs/merged'))
-  assert verdict.difference is None
+  found = compare(LIVE, None, PAIRS, dtypes=['float32'], where=epath.Path('runs/merged'))
+  assert found.difference is None

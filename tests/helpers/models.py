@@ -7,11 +7,16 @@ import numpy as np
 from flax import nnx
 
 from dpo_flax.assembly.models import load_model
-from dpo_flax.huggingface.peft_targets import BLOCK_PROJECTIONS
 from dpo_flax.model.config import AttentionKind, ModelConfig, Rope
 from dpo_flax.model.lora import LoraConfig, LowRank
 from dpo_flax.sharding import AXES, make_mesh
 from dpo_flax.training.state import Models
+
+# The linear maps of a block, by the names that adapters give them.
+BLOCK_PROJECTIONS = (
+  *('q_proj', 'k_proj', 'v_proj', 'o_proj'),
+  *('gate_proj', 'up_proj', 'down_proj'),
+)
 
 
 def make_model_config(**changes) -> ModelConfig:

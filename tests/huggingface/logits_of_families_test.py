@@ -11,7 +11,7 @@ from flax import nnx
 from dpo_flax.data.batches import pack
 from dpo_flax.huggingface.config_json import from_hf_config
 from dpo_flax.huggingface.peft_adapter import load_adapter, open_adapter, save_adapter
-from dpo_flax.huggingface.peft_targets import block_projections
+from dpo_flax.huggingface.peft_targets import module_names
 from dpo_flax.huggingface.weights import open_checkpoint, save_merged
 from dpo_flax.model.transformer import run_streams
 from dpo_flax.sharding import make_mesh
@@ -112,7 +112,8 @@ def test_adapters_give_our_logits_through_peft_and_merged(tokens, tmp_path, case
   plain = llama.their_logits(base, tokens)
   checkpoint = open_checkpoint(str(tmp_path / 'base'))
   config = from_hf_config(checkpoint.config, where='config.json', **RUN)
-  lora = llama.make_lora(block_projections(config), dora=case in {'qwen2', 'gemma2', 'phi3'})
+  projections = set(module_names(config)) - {'embed_tokens', 'lm_head'}
+  lora = llama.make_lora(projections, dora=case in {'qwen2', 'gemma2', 'phi3'})
   model = llama.read(tmp_path / 'base', lora)
   ours = llama.our_logits(model, tokens)
 

@@ -4,9 +4,9 @@ import peft
 import pytest
 import transformers
 
-from dpo_flax.huggingface.peft_targets import BLOCK_PROJECTIONS, module_names, resolve
+from dpo_flax.huggingface.peft_targets import module_names, resolve
 from dpo_flax.model.lora import Lora, LowRank
-from helpers.models import make_model_config
+from helpers.models import BLOCK_PROJECTIONS, make_model_config
 
 # peft asks transformers by a name that transformers has deprecated.
 pytestmark = [

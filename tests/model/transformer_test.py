@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dpo_flax.huggingface.peft_targets import BLOCK_PROJECTIONS
 from dpo_flax.model.attention import make_attention_inputs
 from dpo_flax.model.config import AttentionKind, Rope
 from dpo_flax.model.transformer import Transformer, run_streams
 from helpers.batches import draw_pairs, fill_batch
-from helpers.models import make_lora, make_model_config, make_models
+from helpers.models import BLOCK_PROJECTIONS, make_lora, make_model_config, make_models
 
 
 @pytest.fixture(scope='module')

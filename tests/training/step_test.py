@@ -11,13 +11,19 @@ import optax
 import pytest
 from flax import nnx
 
-from dpo_flax.huggingface.peft_targets import BLOCK_PROJECTIONS
 from dpo_flax.training.logps import pair_logps
 from dpo_flax.training.state import Models, init_train_state, split_models
 from dpo_flax.training.step import jit_eval_step, jit_train_step
 from helpers import plain_dpo as plain
 from helpers.batches import draw_pairs, fill_batch
-from helpers.models import arrays_in, make_lora, make_mesh_of, make_model_config, make_models
+from helpers.models import (
+  BLOCK_PROJECTIONS,
+  arrays_in,
+  make_lora,
+  make_mesh_of,
+  make_model_config,
+  make_models,
+)
 from helpers.steps import make_options
 
 SCALE = 10 / 4  # of make_lora's adapters

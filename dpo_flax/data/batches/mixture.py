@@ -1,8 +1,8 @@
 """Which pairs an epoch sees, and in which order.
 
 A part of weight 1 is seen once in every epoch. One of weight 2.5 is seen two and a half times; the
-other half of its third pass comes in the next epoch, so that after any whole number of passes each
-of its pairs was seen equally often.
+other half of its third pass comes in the next epoch. After any integer number of passes, each of
+its pairs was seen equally often.
 """
 
 import dataclasses
@@ -14,33 +14,33 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-  """The parts of the data; the places in them count the pairs of a split."""
+  """The parts of the data; they hold indices of the pairs of a side."""
 
-  parts: tuple[np.ndarray, ...]  # of each: its places, int
+  parts: tuple[np.ndarray, ...]  # of each: its pairs, int
   weights: tuple[float, ...]  # of each: passes over it in an epoch
 
   def epoch(self, number: int, *, seed: int, shuffle: bool) -> np.ndarray:
-    """Returns the places that an epoch sees, [n] int32."""
+    """Returns the pairs that an epoch sees, [n] int32."""
     passes = [
       self._passes(part, number, seed=seed, shuffle=shuffle) for part in range(len(self.parts))
     ]
-    places = np.concatenate(passes).astype(np.int32)
+    pairs = np.concatenate(passes).astype(np.int32)
     if shuffle and len(passes) > 1:
-      return places[permutation(len(places), 'mixture', seed, number)]
-    return places
+      return pairs[permutation(len(pairs), 'mixture', seed, number)]
+    return pairs
 
   def _passes(self, part: int, epoch: int, *, seed: int, shuffle: bool) -> np.ndarray:
     """Returns what an epoch sees of one part: a piece of the endless sequence of passes over it."""
-    places = self.parts[part]
-    size = fractions.Fraction(self.weights[part]).limit_denominator(1_000_000) * len(places)
+    pairs = self.parts[part]
+    size = fractions.Fraction(self.weights[part]).limit_denominator(1_000_000) * len(pairs)
     start, end = int(epoch * size), int((epoch + 1) * size)
     pieces = [np.zeros(0, np.int32)]
     while start < end:
-      number, first = divmod(start, len(places))
-      last = min(len(places), first + end - start)
+      number, first = divmod(start, len(pairs))
+      last = min(len(pairs), first + end - start)
       salt = ('pairs', seed, number, part)
-      order = permutation(len(places), *salt) if shuffle else np.arange(len(places))
-      pieces.append(places[order[first:last]])
+      order = permutation(len(pairs), *salt) if shuffle else np.arange(len(pairs))
+      pieces.append(pairs[order[first:last]])
       start += last - first
     return np.concatenate(pieces)
 

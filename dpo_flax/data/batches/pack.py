@@ -1,6 +1,6 @@
 """Lengths -> a plan of rows; planned rows -> the arrays of a packed batch.
 
-A row holds several pairs, each whole. Here prompt a b c, chosen X $, rejected Y Z $ ($ is EOS) of
+A row holds several complete pairs. Here prompt a b c, chosen X $, rejected Y Z $ ($ is EOS) of
 record 7 meet a row of 12 tokens and P = 1 pair slot, so S = 2 answers. In the shared layout,
 [ prompt[:-1] | p_last chosen | p_last rejected ], both answers see one copy of the prompt:
 
@@ -87,9 +87,15 @@ class RowPlan:
 def row_lengths(lengths: np.ndarray, layout: str) -> np.ndarray:
   """Returns the tokens each pair takes in a row, [N], from [N, 3] prompt, chosen, rejected."""
   prompt, chosen, rejected = lengths.T
-  # The shared layout holds the prompt once, and its last token once more for the second branch.
-  prompts = prompt + 1 if layout == 'shared' else 2 * prompt
-  return prompts + chosen + rejected
+  return prompt + chosen + _repeated(prompt, layout) + rejected
+
+
+def _repeated(prompt: np.ndarray, layout: str) -> np.ndarray:
+  """Returns how many tokens of each prompt stand again before the rejected answer, [N].
+
+  The shared layout repeats the last token alone, because it predicts the answer's first.
+  """
+  return np.ones_like(prompt) if layout == 'shared' else prompt
 
 
 def plan_rows(
@@ -132,7 +138,7 @@ def _pack_window(lengths: np.ndarray, tokens: int, cap: int) -> tuple[np.ndarray
   groups = _pack_lengths(lengths, tokens, cap)
   contents = [np.tile(np.array(content, np.int32), rows) for content, rows in groups]
   sizes = np.concatenate([np.full(rows, len(content)) for content, rows in groups])
-  slots = np.argsort(np.concatenate(contents), kind='stable')  # places of a length, all together
+  slots = np.argsort(np.concatenate(contents), kind='stable')  # slots of a length, all together
   packed = np.empty(len(lengths), np.int32)
   packed[slots] = np.argsort(lengths, kind='stable')  # meet the pairs of that length
   return packed, sizes
@@ -224,12 +230,6 @@ def given_columns(pairs: Iterable[PackedPair]) -> tuple[str, ...]:
   )
 
 
-def fill_row(pairs: Iterable[PackedPair], *, tokens: int, pairs_per_row: int, layout: str) -> Batch:
-  """Returns the arrays of one row: fill_batch without its first axis."""
-  batch = fill_batch([pairs], tokens=tokens, pairs_per_row=pairs_per_row, layout=layout)
-  return {name: array[0] for name, array in batch.items()}
-
-
 def fill_batch(
   rows: Sequence[Iterable[PackedPair]],
   *,
@@ -297,73 +297,39 @@ def _fill_run(
   nothing: int,  # the answer id of what is no target
 ) -> Batch:
   """Returns the token fields of all pairs one behind the other, without padding."""
-  need = row_lengths(lengths, layout)
-  first = np.searchsorted(row, row)  # the first pair of each pair's row
-  before = need.cumsum() - need
-  fill = _shared_pieces if layout == 'shared' else _separate_pieces
-  pieces = fill(lengths, start=before - before[first], answers=answers, nothing=nothing)
-  sizes, begins = (pieces.positions[i].ravel() for i in (0, 1))
-  position = np.repeat(begins - (sizes.cumsum() - sizes), sizes) + np.arange(need.sum())
-  answer_ids = _repeat(*pieces.answer_ids)
-  if layout == 'shared':
-    parts = [part for p in pairs for part in (p.prompt, p.chosen, p.prompt[-1:], p.rejected)]
-  else:
-    parts = [part for p in pairs for part in (p.prompt, p.chosen, p.prompt, p.rejected)]
+  prompt, chosen, rejected = lengths.T
+  again = _repeated(prompt, layout)
+  need = prompt + chosen + again + rejected
+  before = need.cumsum() - need  # tokens of earlier pairs, in all rows
+  start = before - before[np.searchsorted(row, row)]  # in the pair's own row
+  middle = start + prompt + chosen  # where `again` begins
+  end = start + need
+  one, none = np.ones_like(prompt), np.full_like(prompt, nothing)
+  of_chosen, of_rejected = (chosen, answers[:, 0]), (rejected, answers[:, 1])
+  answer_ids = _repeat((prompt - 1, none), of_chosen, (again, none), of_rejected, (one, none))
+  parts = [
+    part
+    for p, n in zip(pairs, again.tolist(), strict=True)
+    for part in (p.prompt, p.chosen, p.prompt[len(p.prompt) - n :], p.rejected)
+  ]
   tokens = np.concatenate(parts)
   inverted = np.flatnonzero(tokens < 0)  # read, but no targets
   tokens[inverted] = ~tokens[inverted]
   answer_ids[inverted - 1] = nothing
+  second = before + chosen + again  # where position 0 of the rejected sequence would be
+  origins = _repeat((prompt + chosen, before), (again + rejected, second))
+  shared, last = (prompt - again, end), (again + rejected, end)
   return {
     'tokens': tokens,
-    'positions': position,
-    'visible_until': _repeat(*pieces.visible_until),
-    # The token behind, in either layout.
+    'positions': np.arange(len(tokens)) - origins,
+    'visible_until': _repeat(shared, (again + chosen, middle), last),
+    # The next token, in either layout.
     'targets': np.append(tokens[1:], 0) * (answer_ids != nothing),
     'answer_ids': answer_ids,
   }
 
 
-class _Pieces(NamedTuple):
-  """How the fields of n pairs are made: (sizes, values) of pieces, [n, k] each."""
-
-  positions: tuple[np.ndarray, np.ndarray]  # from the value on, counting up
-  visible_until: tuple[np.ndarray, np.ndarray]
-  answer_ids: tuple[np.ndarray, np.ndarray]
-
-
-def _shared_pieces(
-  lengths: np.ndarray, *, start: np.ndarray, answers: np.ndarray, nothing: int
-) -> _Pieces:
-  prompt, c, r = lengths.T
-  chosen, rejected = answers.T
-  one, none = np.ones_like(prompt), np.full_like(prompt, nothing)
-  middle = start + prompt + c  # where p_last stands again, before rejected
-  end = middle + 1 + r
-  return _Pieces(
-    positions=_table((prompt + c, 0 * one), (1 + r, prompt - 1)),
-    visible_until=_table((prompt - 1, end), (1 + c, middle), (1 + r, end)),
-    answer_ids=_table((prompt - 1, none), (c, chosen), (one, none), (r, rejected), (one, none)),
-  )
-
-
-def _separate_pieces(
-  lengths: np.ndarray, *, start: np.ndarray, answers: np.ndarray, nothing: int
-) -> _Pieces:
-  prompt, c, r = lengths.T
-  chosen, rejected = answers.T
-  one, none = np.ones_like(prompt), np.full_like(prompt, nothing)
-  middle = start + prompt + c  # where the second prompt begins
-  return _Pieces(
-    positions=_table((prompt + c, 0 * one), (prompt + r, 0 * one)),
-    visible_until=_table((prompt + c, middle), (prompt + r, middle + prompt + r)),
-    answer_ids=_table((prompt - 1, none), (c, chosen), (prompt, none), (r, rejected), (one, none)),
-  )
-
-
-def _table(*pieces: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-  sizes, values = zip(*pieces, strict=True)
-  return np.stack(sizes, axis=1), np.stack(values, axis=1)
-
-
-def _repeat(sizes: np.ndarray, values: np.ndarray) -> np.ndarray:
-  return np.repeat(values.ravel().astype(np.int32), sizes.ravel())
+def _repeat(*pieces: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+  """Returns the values of (sizes, values) of pieces, [n] each, repeated pair after pair, int32."""
+  sizes, values = (np.stack(arrays, axis=1).ravel() for arrays in zip(*pieces, strict=True))
+  return np.repeat(values.astype(np.int32), sizes)

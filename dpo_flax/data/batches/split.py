@@ -1,7 +1,6 @@
 """Which pairs of a cache are trained on, which are held out, and what becomes of long ones."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,18 +9,10 @@ from dpo_flax.data.batches import pack
 from dpo_flax.data.batches.mixture import Mixture, hashed
 from dpo_flax.data.cache.token_cache import TokenCache
 
-# Batch field -> the record's column, and what a record without it counts as where others have one:
-# as one pair, as certain, as asking for no margin.
-_COLUMNS = {
-  'pair_weight': ('weight', 1.0),
-  'chosen_probability': ('chosen_probability', 1.0),
-  'margin': ('margin', 0.0),
-}
-
 
 @dataclasses.dataclass(frozen=True)
-class Split:
-  """The pairs of one side, train or validation, as places in a token cache."""
+class Side:
+  """The pairs of one side, train or validation, as indices into a token cache."""
 
   cache: TokenCache
   pairs: np.ndarray  # [n] int32, increasing
@@ -37,20 +28,17 @@ class Split:
   @property
   def columns(self) -> tuple[str, ...]:
     """The optional batch fields that the data has."""
-    return tuple(name for name, (key, _) in _COLUMNS.items() if key in self.cache.columns)
+    fields = pack.PackedPair._field_defaults
+    return tuple(name for name in fields if _column(name) in self.cache.columns)
 
   def mixture(self, weights: Sequence[float], parts: Sequence[int]) -> Mixture:
     """Divides the pairs by their files; `parts` gives the part of the mixture of each file."""
     part = np.array(parts)[self.cache.file[self.pairs]]
     return Mixture(tuple(np.flatnonzero(part == i) for i in range(len(weights))), tuple(weights))
 
-  def packed_pair(self, i: int) -> pack.PackedPair:
-    """Returns the i-th pair of the split, its prompt cut as planned."""
-    return self.packed_pairs(np.array([i]))[0]
-
-  def packed_pairs(self, places: np.ndarray) -> list[pack.PackedPair]:
-    """Returns pairs of the split, their prompts cut as planned."""
-    pairs, keep = self.pairs[places], self.lengths[places, 0]
+  def packed_pairs(self, indices: np.ndarray) -> list[pack.PackedPair]:
+    """Returns pairs of the side, their prompts cut as planned."""
+    pairs, keep = self.pairs[indices], self.lengths[indices, 0]
     prompts = self.cache.lengths[pairs, 0]
     ids = self.cache.many(pairs)
     for n in np.flatnonzero(keep < prompts):
@@ -59,26 +47,26 @@ class Split:
       end = prompt[len(prompt) - keep[n] + len(first) :]
       ids[n] = np.concatenate([first, end]), chosen, rejected
     records = self.cache.records[pairs].tolist()
-    values = [self._values[name][pairs].tolist() for name in self._values]
-    if not values:
-      return [pack.PackedPair(record, *pair) for record, pair in zip(records, ids, strict=True)]
+    # A record without a column has the defaults where others have it.
+    values = [
+      np.nan_to_num(self.cache.columns[_column(name)][pairs], nan=missing).tolist()
+      if name in self.columns
+      else [missing] * len(pairs)
+      for name, missing in pack.PackedPair._field_defaults.items()
+    ]
     return [
-      pack.PackedPair(record, *pair, **dict(zip(self._values, value, strict=True)))
+      pack.PackedPair(record, *pair, *value)
       for record, pair, *value in zip(records, ids, *values, strict=True)
     ]
 
-  @functools.cached_property
-  def _values(self) -> dict[str, np.ndarray]:
-    values = {}
-    for name in self.columns:
-      key, missing = _COLUMNS[name]
-      column = self.cache.columns[key]
-      values[name] = np.where(np.isnan(column), missing, column)
-    return values
+
+def _column(field: str) -> str:
+  """Returns the record's column behind an optional field of the batch."""
+  return field.removeprefix('pair_')
 
 
 def hold_out(prompts: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-  """Chooses about `fraction` of the pairs for validation, whole prompts at a time.
+  """Chooses about `fraction` of the pairs for validation, all pairs of a prompt together.
 
   Args:
     prompts: [N] uint64, equal for equal prompts.
@@ -119,12 +107,12 @@ def fit(
   layout: str,
   too_long: str,
   bos_id: int | None,
-) -> Split:
-  """Returns the pairs as a Split, after deciding on those longer than a row.
+) -> Side:
+  """Returns the pairs as a Side, after deciding on those longer than a row.
 
   `drop` leaves them out. `truncate_prompt` cuts the beginning of the prompt, behind BOS: its end
   is what the response answers. Responses are never cut, so a pair whose responses leave no room for
-  a prompt is dropped. Either way the places are reported.
+  a prompt is dropped. Either way their locations are reported.
 
   Raises:
     ValueError: under `raise`, naming the first pair; or if no pair is left.
@@ -132,10 +120,10 @@ def fit(
   lengths = cache.lengths[pairs]
   need = pack.row_lengths(lengths, layout)
   long = np.flatnonzero(need > tokens)
-  places = [cache.where(pair) for pair in pairs[long]]
+  where = [cache.where(pair) for pair in pairs[long]]
   if len(long) and too_long == 'raise':
     raise ValueError(
-      f'{places[0]}: the pair takes {need[long[0]]} tokens in the {layout} layout, and a row has '
+      f'{where[0]}: the pair takes {need[long[0]]} tokens in the {layout} layout, and a row has '
       f'{tokens} ({len(long)} of {len(pairs)} pairs are too long; the longest takes {need.max()}). '
       'Raise batch.tokens, or set data.too_long to drop or truncate_prompt.'
     )
@@ -152,11 +140,11 @@ def fit(
       f'none of {len(pairs)} pairs fits a row of {tokens} tokens; the shortest takes {need.min()}. '
       'Raise batch.tokens.'
     )
-  return Split(
+  return Side(
     cache,
     pairs[kept],
     lengths[kept],
     keep_first,
-    dropped=tuple(place for place, i in zip(places, long, strict=True) if not cut[i]),
-    truncated=tuple(place for place, i in zip(places, long, strict=True) if cut[i]),
+    dropped=tuple(at for at, i in zip(where, long, strict=True) if not cut[i]),
+    truncated=tuple(at for at, i in zip(where, long, strict=True) if cut[i]),
   )

@@ -7,11 +7,12 @@ builds it, on as many cores as there are; the others wait.
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import tqdm
 from absl import logging
@@ -20,7 +21,7 @@ from etils import epath
 from dpo_flax.data.cache import cache_files
 from dpo_flax.data.cache.token_cache import TokenCache, local_directory
 from dpo_flax.data.records.formats import FormatOptions
-from dpo_flax.data.records.source import RecordSource
+from dpo_flax.data.records.source import Record, RecordSource
 from dpo_flax.data.tokens.encode import Chunk, Task, encode_all, worker_count
 from dpo_flax.data.tokens.tokenizer import Tokenizer
 from dpo_flax.files.atomic import SUFFIX
@@ -66,8 +67,11 @@ def open_or_build(
       if local != path and (path / cache_files.MANIFEST).exists():
         _copy(path, local)
       if not cache_files.is_complete(local, fingerprint):  # no other process was faster
-        build = _Build(source, local, bad_record=bad_record)
-        shards = build.run(tokenizer, options, workers)
+        workers = worker_count(workers, source.size)
+        encode = functools.partial(
+          encode_all, tokenizer=tokenizer, options=options, workers=workers
+        )
+        shards = _build(source, local, encode, bad_record=bad_record)
         cache_files.write_manifest(local, fingerprint, source.files, shards)
   if local != path and not fresh(path / cache_files.MANIFEST).exists():
     _copy(local, path)
@@ -83,56 +87,48 @@ def open_or_build(
   return cache
 
 
-class _Build:
-  """Makes the missing shards of a cache. Memory holds one shard and a few chunks."""
+def _build(
+  source: RecordSource,
+  directory: epath.Path,
+  encode: Callable[[Iterator[Task]], Iterator[Chunk]],
+  *,
+  bad_record: str,
+) -> int:
+  """Makes the missing shards of a cache, with one of them in memory; returns the number of all."""
+  for left in directory.glob(f'*{SUFFIX}'):
+    left.unlink()
+  if (directory / cache_files.MANIFEST).exists():
+    logging.warning('%s is damaged; what is wrong is built again.', directory)
+    (directory / cache_files.MANIFEST).unlink()
+  intact = cache_files.intact_shards(directory)
+  read, tasks = 0, collections.deque()  # records, and what is being tokenized of them
 
-  def __init__(self, source: RecordSource, directory: epath.Path, *, bad_record: str):
-    self._source, self._directory, self._bad_record = source, directory, bad_record
-    for left in directory.glob(f'*{SUFFIX}'):
-      left.unlink()
-    if (directory / cache_files.MANIFEST).exists():
-      logging.warning('%s is damaged; what is wrong is built again.', directory)
-      (directory / cache_files.MANIFEST).unlink()
-    self._whole = cache_files.whole_shards(directory)
-    self._read = 0
-    self._tasks: collections.deque[Task] = collections.deque()  # given out and not come back
-
-  def run(self, tokenizer: Tokenizer, options: FormatOptions, workers: int) -> int:
-    """Returns the number of shards, all of them whole."""
-    workers = worker_count(workers, self._source.size)
-    chunks = encode_all(self._missing(), tokenizer, options, workers=workers)
-    with tqdm.tqdm(
-      desc='tokenizing',
-      total=self._source.size,
-      unit='B',
-      unit_scale=True,
-      disable=not sys.stderr.isatty(),
-    ) as bar:
-      by_shard = itertools.groupby(chunks, lambda chunk: chunk.first // cache_files.RECORDS)
-      for number, group in by_shard:
-        writer = cache_files.ShardWriter(self._directory, number, self._source.files)
-        for chunk in group:
-          self._add(writer, chunk)
-          bar.update(self._source.position - bar.n)
-        writer.close()
-    return -(-self._read // cache_files.RECORDS)
-
-  def _missing(self) -> Iterator[Task]:
-    """Yields the records of the shards that are not there, and remembers them."""
-    records = iter(self._source)
+  def missing() -> Iterator[Task]:
+    nonlocal read
+    records = iter(source)
     while chunk := list(itertools.islice(records, _CHUNK)):
-      task = Task(self._read, chunk)
-      self._read += len(chunk)
-      if task.first // cache_files.RECORDS not in self._whole:
-        self._tasks.append(task)
+      task = Task(read, chunk)
+      read += len(chunk)
+      if task.first // cache_files.RECORDS not in intact:
+        tasks.append(task)
         yield task
 
-  def _add(self, writer: cache_files.ShardWriter, chunk: Chunk) -> None:
-    task = self._tasks.popleft()
-    if chunk.faults and self._bad_record == 'raise':
-      place, _, message = chunk.faults[0]
-      raise ValueError(_refusal(f'{task.records[place].where}: {message}'))
-    writer.add(chunk, task.records)
+  def tokenized() -> Iterator[tuple[Chunk, list[Record]]]:
+    hidden = not sys.stderr.isatty()
+    options = {'desc': 'tokenizing', 'unit': 'B', 'unit_scale': True, 'disable': hidden}
+    with tqdm.tqdm(total=source.size, **options) as bar:
+      for chunk in encode(missing()):
+        records = tasks.popleft().records
+        if chunk.faults and bad_record == 'raise':
+          i, _, message = chunk.faults[0]
+          raise ValueError(_refusal(f'{records[i].where}: {message}'))
+        yield chunk, records
+        bar.update(source.position - bar.n)
+
+  by_shard = itertools.groupby(tokenized(), lambda item: item[0].first // cache_files.RECORDS)
+  for number, chunks in by_shard:
+    cache_files.write_shard(directory, number, source.files, chunks)
+  return -(-read // cache_files.RECORDS)
 
 
 def _copy(source: epath.Path, target: epath.Path) -> None:

@@ -17,20 +17,21 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent import futures
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from etils import epath
 
+from dpo_flax.data.records.preference import COLUMNS
 from dpo_flax.data.records.source import Record
 from dpo_flax.data.tokens.encode import Chunk
 from dpo_flax.files.atomic import sha256_of, write_file
 from dpo_flax.files.paths import access_errors
 
 RECORDS = 1 << 14  # of a shard
-SHOWN = 5  # places named for each reason a record was dropped
+SHOWN = 5  # lines named for each reason a record was dropped
 MANIFEST = 'manifest.json'
 
 
@@ -44,7 +45,7 @@ class ShardReport:
   dropped: dict[str, int]  # reason -> records
   examples: dict[str, list[tuple[int, int, str]]]  # reason -> the first (file, line, message)
   largest_id: int
-  largest_id_pair: int  # the first pair that has it, by its place in the shard
+  largest_id_pair: int  # the first pair that has it, by its index in the shard
   sha256: dict[str, str]  # of the other files
 
 
@@ -53,66 +54,65 @@ def shard_name(number: int) -> str:
   return f'{number:05}'
 
 
-class ShardWriter:
-  """Collects the chunks of one shard; `close` writes it."""
-
-  def __init__(self, directory: epath.Path, number: int, files: list[str]):
-    self._directory, self._name = directory, shard_name(number)
-    self._files = {file: i for i, file in enumerate(files)}
-    self._chunks: list[Chunk] = []
-    self._places: list[tuple[int, int]] = []  # (file, line) of every pair
-    self._examples: dict[str, list[tuple[int, int, str]]] = collections.defaultdict(list)
-    self._dropped: collections.Counter[str] = collections.Counter()
-
-  def add(self, chunk: Chunk, records: list[Record]) -> None:
-    """Takes a chunk and the records it was made of."""
-    place = [(self._files[record.file], record.number) for record in records]
-    self._chunks.append(chunk)
-    self._places += [place[i - chunk.first] for i in chunk.records.tolist()]
+def write_shard(
+  directory: epath.Path,
+  number: int,
+  files: list[str],  # of the source
+  chunks: Iterable[tuple[Chunk, list[Record]]],  # of the shard, each with what it was made of
+) -> None:
+  """Writes the files of one shard, its .json last."""
+  file_index = {file: i for i, file in enumerate(files)}
+  made, found = [], []  # chunks, and (file, line) of every pair
+  examples, dropped = collections.defaultdict(list), collections.Counter()
+  for chunk, records in chunks:
+    lines = [(file_index[record.file], record.number) for record in records]
+    made.append(chunk)
+    found += [lines[i - chunk.first] for i in chunk.records.tolist()]
     for i, reason, message in chunk.faults:
-      self._dropped[reason] += 1
-      if len(self._examples[reason]) < SHOWN:
-        self._examples[reason].append((*place[i], message))
+      dropped[reason] += 1
+      if len(examples[reason]) < SHOWN:
+        examples[reason].append((*lines[i], message))
+  arrays = _concatenated(made)
+  tokens = arrays.pop('tokens')
+  arrays['files'], arrays['lines'] = np.array(found, np.int32).reshape(-1, 2).T
+  name = shard_name(number)
 
-  def close(self) -> None:
-    """Writes the shard's files, its .json last."""
-    chunks = self._chunks
-    tokens = np.concatenate([chunk.tokens for chunk in chunks])
-    places = np.array(self._places, np.int32).reshape(-1, 2)
-    arrays = {
-      'lengths': np.concatenate([chunk.lengths for chunk in chunks]),
-      'records': np.concatenate([chunk.records for chunk in chunks]),
-      'prompts': np.concatenate([chunk.prompts for chunk in chunks]),
-      'files': places[:, 0],
-      'lines': places[:, 1],
-    }
-    for name in chunks[0].columns:
-      arrays[name] = np.concatenate([chunk.columns[name] for chunk in chunks])
-    sha256 = {
-      f'{self._name}.tokens': self._write('tokens', tokens.tobytes()),
-      f'{self._name}.npz': self._write('npz', lambda file: np.savez(file, **arrays)),
-    }
-    report = self._report(tokens, arrays['lengths'], sha256)
-    self._write('json', json.dumps(dataclasses.asdict(report)))
-
-  def _report(self, tokens: np.ndarray, lengths: np.ndarray, sha256: dict[str, str]) -> ShardReport:
-    ids = np.where(tokens < 0, ~tokens, tokens)
-    at = int(ids.argmax()) if len(ids) else 0
-    read, dropped = sum(chunk.read for chunk in self._chunks), dict(self._dropped)
-    return ShardReport(
-      read=read,
-      kept=read - sum(dropped.values()),
-      formats=dict(sum((chunk.formats for chunk in self._chunks), collections.Counter())),
-      dropped=dropped,
-      examples=dict(self._examples),
-      largest_id=int(ids[at]) if len(ids) else -1,
-      largest_id_pair=int(np.searchsorted(lengths.sum(axis=1).cumsum(), at, side='right')),
-      sha256=sha256,
-    )
-
-  def _write(self, suffix: str, content: str | bytes | Callable[[IO[bytes]], Any]) -> str:
+  def write(suffix: str, content: Any) -> str:
     # Where a file system knows no locks, others may build this cache as well.
-    return write_file(self._directory / f'{self._name}.{suffix}', content, concurrent=True)
+    return write_file(directory / f'{name}.{suffix}', content, concurrent=True)
+
+  largest_id, largest_id_pair = _largest_id(tokens, arrays['lengths'])
+  read = sum(chunk.read for chunk in made)
+  report = ShardReport(
+    read=read,
+    kept=read - dropped.total(),
+    formats=dict(sum((chunk.formats for chunk in made), collections.Counter())),
+    dropped=dict(dropped),
+    examples=dict(examples),
+    largest_id=largest_id,
+    largest_id_pair=largest_id_pair,
+    sha256={
+      f'{name}.tokens': write('tokens', tokens.tobytes()),
+      f'{name}.npz': write('npz', lambda file: np.savez(file, **arrays)),
+    },
+  )
+  write('json', json.dumps(dataclasses.asdict(report)))
+
+
+def _concatenated(chunks: list[Chunk]) -> dict[str, Any]:
+  fields = ('tokens', 'lengths', 'records', 'prompts')
+  arrays = {name: np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in fields}
+  columns = {name: np.concatenate([chunk.columns[name] for chunk in chunks]) for name in COLUMNS}
+  return arrays | columns
+
+
+def _largest_id(tokens: np.ndarray, lengths: np.ndarray) -> tuple[int, int]:
+  """Returns the largest id, -1 where there is none, and the first pair that has it."""
+  if not len(tokens):
+    return -1, 0
+  ids = np.where(tokens < 0, ~tokens, tokens)
+  at = int(ids.argmax())
+  return int(ids[at]), int(np.searchsorted(lengths.sum(axis=1).cumsum(), at, side='right'))
 
 
 def write_manifest(directory: epath.Path, fingerprint: str, files: list[str], shards: int) -> None:
@@ -129,7 +129,7 @@ def read_manifest(directory: epath.Path) -> dict[str, Any]:
 
 
 def read_report(directory: epath.Path, number: int) -> ShardReport:
-  """Returns what the .json of a shard says."""
+  """Returns what the .json of a shard holds."""
   return ShardReport(**json.loads((directory / f'{shard_name(number)}.json').read_text()))
 
 
@@ -140,12 +140,12 @@ def file_names(directory: epath.Path) -> list[str]:
   return [f'{shard_name(i)}.{suffix}' for i in shards for suffix in suffixes] + [MANIFEST]
 
 
-def whole_shards(directory: epath.Path) -> set[int]:
+def intact_shards(directory: epath.Path) -> set[int]:
   """Returns the shards whose files are there and as they were written."""
   names = sorted(path.stem for path in directory.glob('*.json') if path.stem.isdigit())
   with futures.ThreadPoolExecutor() as threads:
-    whole = list(threads.map(lambda name: _is_whole(directory, int(name)), names))
-  return {int(name) for name, is_whole in zip(names, whole, strict=True) if is_whole}
+    intact = list(threads.map(lambda name: _is_intact(directory, int(name)), names))
+  return {int(name) for name, is_intact in zip(names, intact, strict=True) if is_intact}
 
 
 def is_complete(directory: epath.Path, fingerprint: str) -> bool:
@@ -159,10 +159,10 @@ def is_complete(directory: epath.Path, fingerprint: str) -> bool:
       return False
   except (ValueError, KeyError, TypeError, AttributeError, *access_errors()):
     return False
-  return whole_shards(directory) >= set(range(len(sha256)))
+  return intact_shards(directory) >= set(range(len(sha256)))
 
 
-def _is_whole(directory: epath.Path, number: int) -> bool:
+def _is_intact(directory: epath.Path, number: int) -> bool:
   try:
     report = read_report(directory, number)
     return all(sha256_of(directory / name) == digest for name, digest in report.sha256.items())

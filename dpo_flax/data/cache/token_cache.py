@@ -1,4 +1,4 @@
-"""Reading the tokenized pairs: cache_files.py tells what a cache consists of."""
+"""Reading the tokenized pairs: cache_files.py describes the files of a cache."""
 
 import collections
 import dataclasses
@@ -47,7 +47,7 @@ class TokenCache:
     self.lengths: np.ndarray = columns['lengths']  # [N, 3]
     self.records: np.ndarray = columns['records']  # [N], increasing
     self.prompts: np.ndarray = columns['prompts']  # [N] uint64
-    self.file: np.ndarray = columns['files']  # [N] place in `files`
+    self.file: np.ndarray = columns['files']  # [N] index in `files`
     self._line: np.ndarray = columns['lines']  # [N]
     # [N] float32, NaN where a record has none; those that some record has
     self.columns = {name: columns[name] for name in COLUMNS if not np.isnan(columns[name]).all()}
@@ -83,8 +83,8 @@ class TokenCache:
     reports = [cache_files.read_report(self._directory, number) for number in self._shards]
     examples = collections.defaultdict(list)
     for report in reports:
-      for reason, places in report.examples.items():
-        examples[reason] += [f'{self.files[file]}:{line}: {text}' for file, line, text in places]
+      for reason, found in report.examples.items():
+        examples[reason] += [f'{self.files[file]}:{line}: {text}' for file, line, text in found]
     return Report(
       read=sum(report.read for report in reports),
       kept=sum(report.kept for report in reports),
@@ -106,7 +106,7 @@ class TokenCache:
     ]
 
   def where(self, pair: int) -> str:
-    """Returns 'file:line' of a pair, by its place in the cache."""
+    """Returns 'file:line' of a pair, by its index in the cache."""
     return f'{self.files[self.file[pair]]}:{self._line[pair]}'
 
   def check_ids(self, vocab_size: int) -> None:

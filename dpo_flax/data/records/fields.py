@@ -20,21 +20,21 @@ def rename(record: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
     RecordError: the record has no such key.
   """
   renamed = dict(record)
-  for ours, theirs in fields.items():
-    outer, dot, inner = ours.partition('.')
+  for name, key in fields.items():
+    outer, dot, inner = name.partition('.')
     if dot:
       items = get_list(renamed, outer)
       if not all(isinstance(item, dict) for item in items):
         raise RecordError('wrong type', f'{outer} holds something else than objects')
-      renamed[outer] = [rename(item, {inner: theirs}) for item in items]
-    elif theirs not in record:
+      renamed[outer] = [rename(item, {inner: key}) for item in items]
+    elif key not in record:
       raise RecordError(
-        'missing key', f'data.fields takes {ours!r} from {theirs!r}, not among {sorted(record)}'
+        'missing key', f'data.fields takes {name!r} from {key!r}, not among {sorted(record)}'
       )
     else:
-      if renamed.get(theirs) is record[theirs]:
-        del renamed[theirs]
-      renamed[ours] = record[theirs]
+      if renamed.get(key) is record[key]:
+        del renamed[key]
+      renamed[name] = record[key]
   return renamed
 
 
@@ -68,9 +68,9 @@ def get_number(record: dict[str, Any], key: str) -> float:
   return value
 
 
-def _typed(record: dict[str, Any], key: str, kind: type | tuple[type, ...], name: str) -> Any:
+def _typed(record: dict[str, Any], key: str, expected: type | tuple[type, ...], name: str) -> Any:
   value = get(record, key)
-  if not isinstance(value, kind):
+  if not isinstance(value, expected):
     raise RecordError('wrong type', f'{key} is a {type(value).__name__}, not {name}')
   return value
 

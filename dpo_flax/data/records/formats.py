@@ -3,8 +3,8 @@ r"""Raw records of many shapes -> Preference(prompt, chosen, rejected).
 Every format is one function from a record's dict to a Preference:
 
   explicit  {prompt, chosen, rejected}: three strings, or three lists of chat messages
-  implicit  {chosen, rejected}: two whole chats; the prompt is the beginning they share
-  messages  {messages, rejected}: a whole chat, and another answer in place of its last turn
+  implicit  {chosen, rejected}: two complete chats; the prompt is the beginning they share
+  messages  {messages, rejected}: a complete chat, and another answer instead of its last turn
   hh        {chosen, rejected}: two transcripts '\n\nHuman: ... \n\nAssistant: ...'
 
 A key `system` beside any of these is the chat's system turn. published.py holds those of single
@@ -58,7 +58,7 @@ def recognise(record: dict[str, Any]) -> str:
   """Names the format of a record by its keys and the types of their values.
 
   The signature that explains all that the others do wins; so a record with both 'prompt' and
-  'messages' beside its answers is ambiguous, and one with 'question' in place of 'prompt' is not.
+  'messages' beside its answers is ambiguous, and one with 'question' instead of 'prompt' is not.
 
   Raises:
     RecordError: no format fits, or several do.
@@ -66,7 +66,7 @@ def recognise(record: dict[str, Any]) -> str:
   fitting = [
     (name, signature.keys())
     for name, signature in _SIGNATURES
-    if all(isinstance(record.get(key), kind) for key, kind in signature.items())
+    if all(isinstance(record.get(key), type_) for key, type_ in signature.items())
   ]
   best = [name for name, keys in fitting if all(keys >= other for _, other in fitting)]
   if not fitting:
@@ -112,20 +112,16 @@ def _with_system(preference: Preference, record: dict[str, Any]) -> Preference:
     return dataclasses.replace(preference, prompt=[turn, *preference.prompt])
   if preference.chosen_context or preference.rejected_context or _ASSISTANT in preference.prompt:
     raise RecordError('system beside a transcript', 'there is no place for the key "system" in it')
-  return Preference(
-    [turn, {'role': 'user', 'content': preference.prompt}],
-    *(
-      [{'role': 'assistant', 'content': text}] for text in (preference.chosen, preference.rejected)
-    ),
-  )
+  user = {'role': 'user', 'content': preference.prompt}
+  return published.answers([turn, user], preference.chosen, preference.rejected)
 
 
 def explicit(record: dict[str, Any]) -> Preference:
   """{prompt, chosen, rejected}, all strings or all chats."""
   prompt, chosen, rejected = (get(record, key) for key in ('prompt', 'chosen', 'rejected'))
-  kinds = [type(text) for text in (prompt, chosen, rejected)]
-  if kinds not in ([str] * 3, [list] * 3):
-    names = ', '.join(kind.__name__ for kind in kinds)
+  types = [type(text) for text in (prompt, chosen, rejected)]
+  if types not in ([str] * 3, [list] * 3):
+    names = ', '.join(type_.__name__ for type_ in types)
     raise RecordError(
       'wrong type',
       f'prompt, chosen, rejected are {names}; they must be three strings or three chats',
@@ -144,7 +140,7 @@ def _begin(prompt: str, *responses: str) -> bool:
 
 
 def implicit(record: dict[str, Any]) -> Preference:
-  """{chosen, rejected}, two whole chats. All that follows where they part is response."""
+  """{chosen, rejected}, two complete chats. All that follows where they part is response."""
   chosen, rejected = get_chat(record, 'chosen'), get_chat(record, 'rejected')
   shared = shared_length(chosen, rejected)
   if shared == len(chosen) == len(rejected):
@@ -191,7 +187,7 @@ def hh(record: dict[str, Any]) -> Preference:
 
 
 def _human_turns(name: str, response: str) -> tuple[Span, ...]:
-  """Returns where the human speaks, from the end of one answer to the beginning of the next."""
+  """Returns the turns of the human, from the end of one answer to the beginning of the next."""
   spans = tuple(match.span() for match in _OTHERS.finditer(response))
   if spans and spans[-1][1] == len(response):
     raise RecordError('wrong role', f'{name} does not end with an answer of the assistant')

@@ -26,7 +26,7 @@ class Preference:
   margin: float | None = None  # by how much, in units of reward
   weight: float | None = None  # of this pair in the loss
   tools: list[Any] | None = None  # JSON schemas, for a chat template that shows them
-  # What others say inside a response that is a string: read by the model, but no target.
+  # The turns of others inside a response that is a string: read by the model, but no target.
   chosen_context: tuple[Span, ...] = ()
   rejected_context: tuple[Span, ...] = ()
 

@@ -3,7 +3,7 @@
   shp            stanfordnlp/SHP: two comments to a post, A and B
   webgpt         openai/webgpt_comparisons: two answers to a question, with scores
   binarized      HuggingFaceH4/ultrafeedback_binarized: {prompt, chosen, rejected}, the prompt a
-                 string and the answers whole chats
+                 string and the answers complete chats
   ultrafeedback  openbmb/UltraFeedback: several scored completions of an instruction
   orca           Intel/orca_dpo_pairs: {system, question, chosen, rejected} as strings
 
@@ -15,10 +15,8 @@ import json
 from typing import Any
 
 from dpo_flax.data.records.fields import get, get_chat, get_list, get_number, get_text
-from dpo_flax.data.records.preference import Message, Preference
+from dpo_flax.data.records.preference import Message, Preference, Text
 from dpo_flax.data.records.raw import RecordError
-
-COMPLETIONS = ('best_vs_worst', 'best_vs_random', 'all')
 
 
 def shp(record: dict[str, Any]) -> Preference:
@@ -27,7 +25,7 @@ def shp(record: dict[str, Any]) -> Preference:
   if label not in (0, 1):
     raise RecordError('number out of range', f'labels is {label!r:.40}: 1 prefers A, 0 prefers B')
   a, b = get_text(record, 'human_ref_A'), get_text(record, 'human_ref_B')
-  return _answers([_user(get_text(record, 'history'))], *((a, b) if label else (b, a)))
+  return answers([_user(get_text(record, 'history'))], *((a, b) if label else (b, a)))
 
 
 def webgpt(record: dict[str, Any]) -> Preference:
@@ -35,12 +33,12 @@ def webgpt(record: dict[str, Any]) -> Preference:
   question = get(record, 'question')
   if not isinstance(question, dict):
     raise RecordError('wrong type', f'question is a {type(question).__name__}, not an object')
-  answers = [get_text(record, f'answer_{i}') for i in (0, 1)]
+  texts = [get_text(record, f'answer_{i}') for i in (0, 1)]
   scores = [get_number(record, f'score_{i}') for i in (0, 1)]
   if scores[0] == scores[1]:
     raise RecordError('tie', f'both answers score {scores[0]}')
   best = int(scores[1] > scores[0])
-  return _answers([_user(get_text(question, 'full_text'))], answers[best], answers[1 - best])
+  return answers([_user(get_text(question, 'full_text'))], texts[best], texts[1 - best])
 
 
 def binarized(record: dict[str, Any]) -> Preference:
@@ -59,7 +57,7 @@ def orca(record: dict[str, Any]) -> Preference:
   system = get_text(record, 'system') if record.get('system') else ''
   prompt = [{'role': 'system', 'content': system}] if system.strip() else []
   prompt.append(_user(get_text(record, 'question')))
-  return _answers(prompt, get_text(record, 'chosen'), get_text(record, 'rejected'))
+  return answers(prompt, get_text(record, 'chosen'), get_text(record, 'rejected'))
 
 
 def ultrafeedback(record: dict[str, Any], completions: str) -> list[Preference]:
@@ -82,8 +80,12 @@ def ultrafeedback(record: dict[str, Any], completions: str) -> list[Preference]:
     scored.sort(key=lambda item: -item[1])  # stable: of equals, the first
     best, most = scored[0]
     worse = [text for text, score in scored if score < most]
-    pairs = [(best, worse[-1] if completions == 'best_vs_worst' else _draw(record, worse))]
-  return [_answers(prompt, chosen, rejected) for chosen, rejected in pairs]
+    drawn = -1
+    if completions != 'best_vs_worst':
+      content = json.dumps(record, sort_keys=True, default=str).encode()
+      drawn = int.from_bytes(hashlib.sha256(content).digest()[:8], 'little') % len(worse)
+    pairs = [(best, worse[drawn])]
+  return [answers(prompt, chosen, rejected) for chosen, rejected in pairs]
 
 
 def _completion(item: Any) -> tuple[str, float]:
@@ -92,15 +94,11 @@ def _completion(item: Any) -> tuple[str, float]:
   return get_text(item, 'response'), get_number(item, 'overall_score')
 
 
-def _draw(record: dict[str, Any], texts: list[str]) -> str:
-  content = json.dumps(record, sort_keys=True, default=str).encode()
-  return texts[int.from_bytes(hashlib.sha256(content).digest()[:8], 'little') % len(texts)]
-
-
 def _user(text: str) -> Message:
   return {'role': 'user', 'content': text}
 
 
-def _answers(prompt: list[Message], chosen: str, rejected: str) -> Preference:
-  answers = ([{'role': 'assistant', 'content': text}] for text in (chosen, rejected))
-  return Preference(prompt, *answers)
+def answers(prompt: list[Message], chosen: Text, rejected: Text) -> Preference:
+  """Returns the preference of two texts that answer a chat."""
+  turns = [[{'role': 'assistant', 'content': text}] for text in (chosen, rejected)]
+  return Preference(prompt, turns[0], turns[1])

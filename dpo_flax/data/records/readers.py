@@ -1,4 +1,4 @@
-"""Files of every kind -> raw records one after the other, in bounded memory.
+"""Files of every format -> raw records one after the other, in bounded memory.
 
   .jsonl, .ndjson and other names   one JSON object a line
   .json                             an array of objects, or one object a line
@@ -10,6 +10,7 @@ Text may be compressed: .gz, .zst (needs the `zst` extra).
 
 import contextlib
 import gzip
+import importlib
 import io
 import json
 import re
@@ -23,6 +24,7 @@ from dpo_flax.data.records.raw import RecordError
 from dpo_flax.files.paths import is_remote
 
 Raw = bytes | dict[str, Any] | RecordError  # JSON, a row of a table, or what is wrong
+Plain = io.BufferedReader | gzip.GzipFile  # bytes without compression
 Numbered = tuple[int, Raw]  # with its line, or its number from 1
 
 _CHUNK = 1 << 16  # bytes
@@ -36,7 +38,7 @@ def read(file: str, stream: IO[bytes]) -> Iterator[Numbered]:
   """Yields what a file holds; a fault is the last thing it yields.
 
   Args:
-    file: its name, which tells its kind.
+    file: its name, which decides its format.
     stream: its bytes as they are stored.
   """
   number = 0
@@ -51,7 +53,7 @@ def read(file: str, stream: IO[bytes]) -> Iterator[Numbered]:
     yield 1, RecordError('empty file', 'it has no records')
 
 
-def _reader(file: str, plain: IO[bytes]) -> Callable[[IO[bytes]], Iterator[Numbered]]:
+def _reader(file: str, plain: Plain) -> Callable[[Any], Iterator[Numbered]]:
   name = _stem(file)
   if name.endswith('.parquet'):
     return _parquet
@@ -64,8 +66,8 @@ def _reader(file: str, plain: IO[bytes]) -> Callable[[IO[bytes]], Iterator[Numbe
   return _lines
 
 
-def kind(file: str) -> str:
-  """Returns what decides how a file's bytes are read: equal bytes of equal kind, equal records."""
+def format_of(file: str) -> str:
+  """Returns what decides how bytes are read: equal bytes of one format hold equal records."""
   stem = _stem(file)
   suffix = re.search(r'\.(parquet|arrow|array_?record|json)$', stem)
   return (suffix[1] if suffix else 'lines') + file[len(stem) :]
@@ -76,7 +78,7 @@ def _stem(file: str) -> str:
 
 
 @contextlib.contextmanager
-def _plain(file: str, stream: IO[bytes]) -> Iterator[IO[bytes]]:
+def _plain(file: str, stream: IO[bytes]) -> Iterator[Plain]:
   """Gives the bytes without compression; damage to it is a RecordError."""
   if file.endswith('.gz'):
     try:
@@ -86,13 +88,14 @@ def _plain(file: str, stream: IO[bytes]) -> Iterator[IO[bytes]]:
   elif file.endswith('.zst'):
     yield io.BufferedReader(_Zstandard(stream), _CHUNK)
   else:
-    yield stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream)
+    raw: Any = stream  # of an object store: what BufferedReader needs, though not RawIOBase
+    yield raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw)
 
 
 class _Zstandard(io.RawIOBase):
   """The content of all frames of a .zst file.
 
-  The library's own stream reader takes a file that stops inside a frame for a whole one.
+  The library's own stream reader takes a file that stops inside a frame for a complete one.
   """
 
   def __init__(self, stream: IO[bytes]):
@@ -128,7 +131,7 @@ def _lines(stream: IO[bytes]) -> Iterator[Numbered]:
       yield number, line
 
 
-def _array(stream: IO[bytes]) -> Iterator[Numbered]:
+def _array(stream: Plain) -> Iterator[Numbered]:
   with io.TextIOWrapper(stream, 'utf-8-sig') as text:
     yield from _items(text)
 
@@ -198,7 +201,7 @@ def _rows(batches: Any) -> Iterator[Numbered]:
 
 
 def _decode(rows: Any) -> list[Raw]:
-  """Returns the rows of a part of a table, or what is wrong in place of those that are damaged."""
+  """Returns the rows of a part of a table, with an error instead of each that is damaged."""
   try:
     rows.validate(full=True)  # wrong offsets would be read as addresses
     return rows.to_pylist()
@@ -216,12 +219,11 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _array_record(file: str) -> Iterator[Numbered]:
-  from array_record.python import array_record_module
-
   if is_remote(file):
     raise RecordError('not a local file', 'ArrayRecord files are read from local disks only')
   try:
-    reader = array_record_module.ArrayRecordReader(file)
+    module = importlib.import_module('array_record.python.array_record_module')  # built, no .py
+    reader = module.ArrayRecordReader(file)
     for start in range(0, reader.num_records(), _RECORDS):
       end = min(start + _RECORDS, reader.num_records())
       yield from enumerate(reader.read(start, end), start=start + 1)

@@ -30,7 +30,7 @@ class Record:
     return f'{self.file}:{self.number}'
 
   def value(self) -> dict[str, Any]:
-    """Returns the record's keys and values, or raises the RecordError that stands in its place."""
+    """Returns the record's keys and values, or raises the RecordError that was read instead."""
     if isinstance(self.raw, RecordError):
       raise self.raw
     return parse(self.raw) if isinstance(self.raw, bytes) else self.raw
@@ -82,10 +82,10 @@ class RecordSource:
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """SHA-256 of the files' kinds and bytes, in order."""
+    """SHA-256 of the files' formats and bytes, in order."""
     digest = hashlib.sha256()
     for file in self.files:
-      content = hashlib.sha256(readers.kind(file).encode())
+      content = hashlib.sha256(readers.format_of(file).encode())
       with epath.Path(file).open('rb') as stream:
         while chunk := stream.read(_CHUNK):
           content.update(chunk)

@@ -1,4 +1,4 @@
-"""Pairs as the model will see them, decoded, with what is learned told from what is read."""
+"""Pairs as the model will see them, decoded, with what is learned apart from what is read."""
 
 import dataclasses
 import itertools
@@ -7,13 +7,13 @@ import numpy as np
 
 from dpo_flax.data.batches.mixture import permutation
 from dpo_flax.data.batches.pack import PackedPair
-from dpo_flax.data.batches.split import Split
+from dpo_flax.data.batches.split import Side
 from dpo_flax.data.tokens.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """Consecutive tokens of one kind."""
+  """Consecutive tokens that are alike."""
 
   text: str
   learned: bool  # whether the loss counts them
@@ -31,13 +31,12 @@ class Example:
   tokens: tuple[int, int, int]  # in prompt, chosen, rejected
 
 
-def pick(pairs: Split, tokenizer: Tokenizer, count: int, *, seed: int) -> list[Example]:
+def pick(pairs: Side, tokenizer: Tokenizer, count: int, *, seed: int) -> list[Example]:
   """Returns `count` pairs of the split, drawn at random, decoded."""
-  places = permutation(len(pairs), 'examples', seed)[:count]
-  packed = pairs.packed_pairs(places)
+  drawn = permutation(len(pairs), 'examples', seed)[:count]
+  where = map(pairs.cache.where, pairs.pairs[drawn].tolist())
   return [
-    _example(pair, pairs.cache.where(pairs.pairs[i]), tokenizer)
-    for i, pair in zip(places, packed, strict=True)
+    _example(pair, at, tokenizer) for pair, at in zip(pairs.packed_pairs(drawn), where, strict=True)
   ]
 
 
@@ -45,23 +44,23 @@ def _example(pair: PackedPair, where: str, tokenizer: Tokenizer) -> Example:
   chosen, rejected = (_pieces(pair.prompt, ids, tokenizer) for ids in (pair.chosen, pair.rejected))
   empty = np.zeros(0, np.int32)
   prompt = [dataclasses.replace(p, learned=False) for p in _pieces(empty, pair.prompt, tokenizer)]
-  return Example(where, prompt, chosen, rejected, tokens=tuple(map(len, pair[1:4])))
+  tokens = len(pair.prompt), len(pair.chosen), len(pair.rejected)
+  return Example(where, prompt, chosen, rejected, tokens)
 
 
 def _pieces(before: np.ndarray, ids: np.ndarray, tokenizer: Tokenizer) -> list[Piece]:
   """Decodes ids behind others: alone, they may lose the space that they begin with."""
   controls = set(tokenizer.backend.controls.values())
-  kinds = [(i >= 0, (i if i >= 0 else ~i) in controls) for i in ids.tolist()]
-  pieces, whole = [], [*before.tolist()]
-  done = tokenizer.decode(whole)
-  for (learned, special), run in itertools.groupby(zip(kinds, ids.tolist(), strict=True), _kind):
-    whole += [i for _, i in run]
-    text = tokenizer.decode(whole)
+
+  def flags(i: int) -> tuple[bool, bool]:
+    return i >= 0, (i if i >= 0 else ~i) in controls
+
+  pieces, seen = [], before.tolist()
+  done = tokenizer.decode(seen)
+  for (learned, special), run in itertools.groupby(ids.tolist(), flags):
+    seen += run
+    text = tokenizer.decode(seen)
     start = len(done) if text.startswith(done) else 0
     pieces.append(Piece(text[start:], learned, special))
     done = text
   return pieces
-
-
-def _kind(item: tuple[tuple[bool, bool], int]) -> tuple[bool, bool]:
-  return item[0]

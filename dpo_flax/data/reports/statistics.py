@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from dpo_flax.data.batches import pack
-from dpo_flax.data.batches.split import Split
+from dpo_flax.data.batches.split import Side
 from dpo_flax.data.prepare import PreparedData
 
 _PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 _BLOCK = 4096  # pairs read at once
-_SHOWN = 5  # places named of each kind
+_SHOWN = 5  # locations named of each fault
 
 
 def describe(prepared: PreparedData) -> dict[str, Any]:
@@ -20,15 +20,14 @@ def describe(prepared: PreparedData) -> dict[str, Any]:
   result = _describe_side(prepared, 'train')
   if prepared.validation is not None:
     result['validation'] = _describe_side(prepared, 'validation')
-    result['validation']['prompts_also_in_train'] = _shared_prompts(
-      prepared.train, prepared.validation
-    )
+    held, trained = (s.cache.prompts[s.pairs] for s in (prepared.validation, prepared.train))
+    result['validation']['prompts_also_in_train'] = int(np.isin(held, trained).sum())
   result['steps_per_epoch'] = math.ceil(result['rows'] / prepared.rows.rows)
   return result
 
 
 def _describe_side(prepared: PreparedData, side: str) -> dict[str, Any]:
-  pairs: Split = getattr(prepared, side)
+  pairs: Side = getattr(prepared, side)
   report = dict(prepared.report[side])
   reasons = report.pop('dropped')
   shared, separate = (int(pack.row_lengths(pairs.lengths, name).sum()) for name in pack.LAYOUTS)
@@ -46,9 +45,10 @@ def _describe_side(prepared: PreparedData, side: str) -> dict[str, Any]:
 
 
 def _lengths(lengths: np.ndarray, layout: str) -> dict[str, dict[str, float]]:
-  """Returns mean and percentiles, in tokens, of the prompt, both responses and the whole pair."""
-  columns = dict(zip(('prompt', 'chosen', 'rejected'), lengths.T, strict=True))
-  columns['pair'] = pack.row_lengths(lengths, layout)
+  """Returns mean and percentiles, in tokens, of the prompt, both responses and of the pair."""
+  prompt, chosen, rejected = lengths.T
+  pair = pack.row_lengths(lengths, layout)
+  columns = {'prompt': prompt, 'chosen': chosen, 'rejected': rejected, 'pair': pair}
   return {
     name: {
       'mean': float(values.mean()),
@@ -71,25 +71,25 @@ def _length_bias(lengths: np.ndarray) -> dict[str, float]:
   }
 
 
-def _repetitions(pairs: Split) -> dict[str, Any]:
-  """Counts pairs that say again what an earlier one said, and those that another one denies."""
+def _repetitions(pairs: Side) -> dict[str, Any]:
+  """Counts pairs that repeat an earlier one, and those that another one contradicts."""
   prompt = pairs.cache.prompts[pairs.pairs]
   chosen, rejected = _response_hashes(pairs)
-  same, denied = _mix(prompt, chosen, rejected), _mix(prompt, rejected, chosen)
+  same, contradicting = _mix(prompt, chosen, rejected), _mix(prompt, rejected, chosen)
   _, first = np.unique(same, return_index=True)
   again = np.ones(len(same), bool)
   again[first] = False
-  contrary = np.isin(same, denied)
+  contrary = np.isin(same, contradicting)
   return {
     'distinct_prompts': len(np.unique(prompt)),
     'duplicates': int(again.sum()),
-    'duplicate_examples': _places(pairs, again),
+    'duplicate_examples': _locations(pairs, again),
     'contradictions': int(contrary.sum()),
-    'contradiction_examples': _places(pairs, contrary),
+    'contradiction_examples': _locations(pairs, contrary),
   }
 
 
-def _response_hashes(pairs: Split) -> np.ndarray:
+def _response_hashes(pairs: Side) -> np.ndarray:
   """Returns a hash of the chosen and of the rejected ids of every pair, [2, n] uint64."""
   hashes = np.empty((2, len(pairs)), np.uint64)
   for start in range(0, len(pairs), _BLOCK):
@@ -109,11 +109,5 @@ def _mix(*hashes: np.ndarray) -> np.ndarray:
   return total
 
 
-def _places(pairs: Split, chosen: np.ndarray) -> list[str]:
-  return [pairs.cache.where(pairs.pairs[i]) for i in np.flatnonzero(chosen)[:_SHOWN]]
-
-
-def _shared_prompts(train: Split, validation: Split) -> int:
-  """Returns how many validation pairs have a prompt that is trained on."""
-  prompts = (side.cache.prompts[side.pairs] for side in (validation, train))
-  return int(np.isin(*prompts).sum())
+def _locations(pairs: Side, chosen: np.ndarray) -> list[str]:
+  return list(map(pairs.cache.where, pairs.pairs[chosen][:_SHOWN].tolist()))

@@ -49,7 +49,7 @@ def _records(side: dict[str, Any]) -> list[tuple[str, str]]:
   for name in ('too_long', 'truncated'):
     if side[name]:
       rows.append((name.replace('_', ' '), f'{side[name]:,}'))
-      rows += [('', place) for place in side[f'{name}_examples']]
+      rows += [('', location) for location in side[f'{name}_examples']]
   return rows
 
 
@@ -84,9 +84,9 @@ def _remarks(side: dict[str, Any]) -> list[tuple[str, str]]:
     ('base-rate accuracy', f'{bias["base_rate_accuracy"]:.1%} by length alone'),
     ('distinct prompts', f'{side["distinct_prompts"]:,}'),
     ('duplicates', f'{side["duplicates"]:,}'),
-    *(('', place) for place in side['duplicate_examples']),
+    *(('', location) for location in side['duplicate_examples']),
     ('contradictions', f'{side["contradictions"]:,}'),
-    *(('', place) for place in side['contradiction_examples']),
+    *(('', location) for location in side['contradiction_examples']),
   ]
   if 'prompts_also_in_train' in side:
     rows.append(('pairs whose prompt is in train', f'{side["prompts_also_in_train"]:,}'))

@@ -1,4 +1,4 @@
-"""The two kinds of tokenizer files, behind one interface."""
+"""The two formats of tokenizer files, behind one interface."""
 
 import functools
 import itertools
@@ -12,6 +12,9 @@ from sentencepiece import sentencepiece_model_pb2
 
 from dpo_flax.data.tokens.chat_template import ChatTemplate
 
+# protobuf makes it when the module is imported, where no type checker sees it.
+_ModelProto: Any = vars(sentencepiece_model_pb2)['ModelProto']
+
 # SentencePiece writes a space as \u2581.
 _WORD = re.compile('\u2581*[^\u2581]+|\u2581+')
 _ACROSS = re.compile('[^\u2581]\u2581')
@@ -21,20 +24,23 @@ _KNOWN, _SHORT = 1 << 18, 64  # words remembered, and the characters of the long
 
 
 class Backend(Protocol):
-  """What the two kinds of tokenizer files have in common."""
+  """What the two formats of tokenizer files have in common."""
 
-  controls: dict[str, int]  # every token that is matched whole in a rendered chat -> id
+  controls: dict[str, int]  # every token that is matched as a unit in a rendered chat -> id
   special: set[str]  # those of them that text from a record must not produce
   vocab_size: int
 
   def encode(self, text: str) -> list[int]:
     """Encodes text in which nothing is a control token."""
+    ...
 
   def encode_chat(self, text: str, template: ChatTemplate) -> list[int]:
     """Encodes a rendered chat, with the template's control tokens."""
+    ...
 
   def decode(self, ids: list[int]) -> str:
     """Returns the text of ids, control tokens included."""
+    ...
 
 
 class SentencePieceBackend:
@@ -46,9 +52,12 @@ class SentencePieceBackend:
   """
 
   def __init__(self, model: bytes, settings: dict[str, Any]):
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    proto = _ModelProto.FromString(model)
     special = _special_tokens(settings)
-    _make_controls(proto, special)
+    for piece in proto.pieces:
+      named = piece.piece in special or _CONTROL.fullmatch(piece.piece)
+      if piece.type == piece.USER_DEFINED and named:
+        piece.type = piece.CONTROL
     self._model, self._words = _load_sentencepiece(proto), _Words(proto)
     proto.normalizer_spec.add_dummy_prefix = False
     self._bare = _load_sentencepiece(proto)
@@ -131,8 +140,8 @@ class _Words(dict[str, list[int]]):
   does either, so the ids of a text are those of its words. To other models a text is one word.
   """
 
-  def __init__(self, proto: sentencepiece_model_pb2.ModelProto):
-    as_it_is = sentencepiece_model_pb2.ModelProto()
+  def __init__(self, proto: Any):
+    as_it_is = _ModelProto()
     as_it_is.CopyFrom(proto)
     as_it_is.normalizer_spec.precompiled_charsmap = b''
     as_it_is.normalizer_spec.add_dummy_prefix = False
@@ -163,13 +172,6 @@ def _special_tokens(settings: dict[str, Any]) -> set[str]:
   return special | {text for text in texts if isinstance(text, str)}
 
 
-def _make_controls(proto: sentencepiece_model_pb2.ModelProto, names: set[str]) -> None:
-  for piece in proto.pieces:
-    named = piece.piece in names or _CONTROL.fullmatch(piece.piece)
-    if piece.type == piece.USER_DEFINED and named:
-      piece.type = piece.CONTROL
-
-
 def _with_special(content: bytes, names: set[str]) -> bytes:
   """Returns a tokenizer.json in which every token of `names` that it has is special."""
   values = json.loads(content)
@@ -186,9 +188,7 @@ def _with_special(content: bytes, names: set[str]) -> bytes:
   return json.dumps(values).encode()
 
 
-def _load_sentencepiece(
-  proto: sentencepiece_model_pb2.ModelProto,
-) -> sentencepiece.SentencePieceProcessor:
+def _load_sentencepiece(proto: Any) -> sentencepiece.SentencePieceProcessor:
   processor = sentencepiece.SentencePieceProcessor()
   processor.LoadFromSerializedProto(proto.SerializeToString())
   return processor

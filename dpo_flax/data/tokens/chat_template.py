@@ -1,7 +1,8 @@
 """Chat templates: messages -> text, and where in the text the responses lie.
 
 Text from a record must never act as part of the template: control tokens typed by a user are put
-between two Unicode noncharacters before rendering, and `pieces` tells them from the template's own.
+between two Unicode noncharacters before rendering, and `pieces` keeps them apart from those of the
+template itself.
 """
 
 import dataclasses
@@ -23,8 +24,6 @@ from dpo_flax.data.tokens.template_process import END_SPAN, SECONDS, SPAN, WALL_
 # Unicode noncharacters: no text for interchange holds them, and none is let in.
 _TYPED, _END_TYPED = '\ufdd0', '\ufdd1'
 _MARKS = re.compile(f'[{_TYPED}{_END_TYPED}{SPAN}{END_SPAN}]')
-
-HISTORY = ('exact', 'rendered')
 
 
 class TemplateDied(ValueError):
@@ -85,12 +84,12 @@ class ChatTemplate:
   def render_pair(self, preference: Preference) -> list[Rendering]:
     """Renders the chat with either response.
 
-    A template with {% generation %} blocks says itself where the responses are. Otherwise a
+    A template with {% generation %} blocks marks the responses itself. Otherwise a
     response is what its turn adds to the rendering that ends with the assistant's header, up to the
     end-of-turn token: the white space behind that belongs to the template.
 
     Raises:
-      RecordError: the template fails, or leaves out or rewrites what a message says, so that
+      RecordError: the template fails, or leaves out or rewrites the text of a message, so that
         training would show the model another prompt than generation does.
       TemplateDied: it takes too much time or memory to go on with other records.
     """

@@ -27,7 +27,7 @@ _MOST = 64  # processes: more would wait for the one that reads
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """Records to tokenize, and their place among all."""
+  """Records to tokenize, and where they stand among all."""
 
   first: int  # index of the first record in the source
   records: list[Record]
@@ -45,7 +45,7 @@ class Chunk:
   prompts: np.ndarray  # [n] uint64, hashes
   columns: dict[str, np.ndarray]  # each of COLUMNS, [n] float32, NaN where the record has none
   formats: collections.Counter[str]  # records recognised as each
-  faults: list[tuple[int, str, str]]  # place in the task, reason, message of each record dropped
+  faults: list[tuple[int, str, str]]  # index in the task, reason, message of each record dropped
 
 
 def encode_chunk(task: Task, tokenizer: Tokenizer, options: FormatOptions) -> Chunk:

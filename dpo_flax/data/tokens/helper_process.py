@@ -29,7 +29,7 @@ class Child:
 
   Args:
     module: the program, a module that calls `serve`.
-    quiet: whether what it says on standard error is thrown away.
+    quiet: whether its standard error is thrown away.
   """
 
   def __init__(self, module: str, *, quiet: bool = False):
@@ -40,6 +40,8 @@ class Child:
       stderr=subprocess.DEVNULL if quiet else None,
       env={**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, sys.path))},
     )
+    assert self._process.stdin is not None and self._process.stdout is not None
+    self._requests, self._answers = self._process.stdin, self._process.stdout
     self._lock = threading.Lock()
     atexit.register(self.close)
 
@@ -51,8 +53,8 @@ class Child:
     """
     with self._lock:
       try:
-        _send(self._process.stdin.fileno(), request)
-        return _receive(self._process.stdout.fileno())
+        _send(self._requests.fileno(), request)
+        return _receive(self._answers.fileno())
       except (EOFError, BrokenPipeError, ValueError):
         self.close()
         raise ChildDied(self._process.returncode) from None
@@ -62,8 +64,8 @@ class Child:
     atexit.unregister(self.close)
     self._process.kill()
     self._process.wait()
-    self._process.stdin.close()
-    self._process.stdout.close()
+    self._requests.close()
+    self._answers.close()
 
 
 def serve(answer: Callable[[bytes], bytes]) -> None:

@@ -1,4 +1,4 @@
-"""Whether a rendered chat still says what its messages say."""
+"""Whether a rendered chat still holds the texts of its messages."""
 
 import json
 from collections.abc import Iterator
@@ -7,14 +7,14 @@ from typing import Any
 from dpo_flax.data.records.preference import Message
 from dpo_flax.data.records.raw import RecordError
 
-_SAID = ('reasoning_content', 'content')  # what a message says, in words of its own
+_TEXT_KEYS = ('reasoning_content', 'content')  # of a message
 
 
 def check_kept(messages: list[Message], text: str, part: str) -> None:
-  """Refuses a rendering that lacks something the messages say; white space does not count.
+  """Refuses a rendering that lacks a text of its messages; white space does not count.
 
-  Each saying needs a place of its own in the text, wherever the template puts it: a system message
-  whose words also stand in a user's is missed when the template leaves it out.
+  Each needs a passage of its own, wherever the template puts it: a system message whose words also
+  stand in a user's is missed when the template leaves it out.
 
   Args:
     messages: of one part of a chat.
@@ -26,7 +26,7 @@ def check_kept(messages: list[Message], text: str, part: str) -> None:
   """
   squeezed = _squeeze(text)
   said = [(message, saying) for message in messages for saying in _sayings(message)]
-  # The longest first: what another one contains must not take its place.
+  # The longest first: what another one contains must not use up its passage.
   for message, saying in sorted(said, key=lambda item: -len(item[1])):
     if _squeeze(saying) not in squeezed:
       raise _lost(message, saying, part)
@@ -59,7 +59,7 @@ def _sayings(message: Message) -> Iterator[str]:
   """Yields what must stand in the text word for word."""
   if message['role'] == 'tool':  # what tools return may be quoted or escaped
     return
-  for key in _SAID:
+  for key in _TEXT_KEYS:
     yield from filter(str.strip, _texts(message.get(key)))
 
 

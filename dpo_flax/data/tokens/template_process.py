@@ -43,14 +43,15 @@ class _Generation(ext.Extension):
     return f'{SPAN}{caller()}{END_SPAN}'
 
 
-def _environment() -> sandbox.ImmutableSandboxedEnvironment:
-  """Returns what Hugging Face tokenizers give their templates."""
+@functools.lru_cache(maxsize=8)
+def _compile(source: str) -> jinja2.Template:
+  """Compiles a template with what Hugging Face tokenizers give theirs."""
   environment = sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
   )
   environment.filters['tojson'] = _to_json
   environment.globals['raise_exception'] = _raise
-  return environment
+  return environment.from_string(source)
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
@@ -59,11 +60,6 @@ def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
 
 def _raise(message: str) -> None:
   raise jinja2.TemplateError(message)
-
-
-@functools.lru_cache(maxsize=8)
-def _compile(source: str) -> jinja2.Template:
-  return _environment().from_string(source)
 
 
 def _answer(request: bytes) -> bytes:

@@ -1,7 +1,7 @@
 """Preference -> token ids, with SentencePiece models, tokenizer.json files and chat templates.
 
 Prompt and response are encoded together, as the model will read them, and split where the prompt
-ends. Where a token would lie on both sides of that border, the whole token is response: the prompt
+ends. Where a token would lie on both sides of that border, all of it is response: the prompt
 is then the longest beginning that the encodings of the prompt alone, of prompt + chosen and of
 prompt + rejected have in common. So both branches see the same prompt ids, and every character of a
 response is predicted by its loss.
@@ -9,6 +9,7 @@ response is predicted by its loss.
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import itertools
 import json
@@ -49,7 +50,9 @@ class Tokenizer:
   origin: tuple[Any, ...]  # what it was loaded with
 
   def __reduce__(self) -> tuple[Any, ...]:
-    return _load, self.origin
+    path, chat_template, variables, history = self.origin
+    load = functools.partial(load_tokenizer, variables=variables, history=history)
+    return load, (path, chat_template)
 
   @property
   def vocab_size(self) -> int:
@@ -65,10 +68,8 @@ class Tokenizer:
       RecordError: chat data with no template, a template that fails, nothing to predict from, or
         responses that become the same ids.
     """
-    if isinstance(preference.prompt, str):
-      pair = self._encode_text(preference)
-    else:
-      pair = self._encode_chat(preference)
+    is_text = isinstance(preference.prompt, str)
+    pair = self._encode_text(preference) if is_text else self._encode_chat(preference)
     if not pair.prompt:
       raise RecordError(
         'empty prompt', 'it has no token of its own, and the tokenizer adds no BOS to predict from'
@@ -80,27 +81,28 @@ class Tokenizer:
     return pair
 
   def _encode_text(self, preference: Preference) -> EncodedPair:
-    texts = (
-      (preference.chosen, preference.chosen_context),
-      (preference.rejected, preference.rejected_context),
-    )
-    renderings = [_join(preference.prompt, text, context) for text, context in texts]
-    pair = self._split(preference.prompt, renderings, self.backend.encode)
+    prompt, chosen, rejected = map(str, (preference.prompt, preference.chosen, preference.rejected))
+    renderings = [
+      _join(prompt, chosen, preference.chosen_context),
+      _join(prompt, rejected, preference.rejected_context),
+    ]
+    pair = self._split(prompt, renderings, self.backend.encode)
     return pair._replace(prompt=[self.bos_id, *pair.prompt]) if self.add_bos else pair
 
   def _encode_chat(self, preference: Preference) -> EncodedPair:
-    if self.template is None:
+    template = self.template
+    if template is None:
       raise RecordError(
         'chat data without a chat template',
         'the tokenizer has none; set data.chat_template to a file or to the template itself',
       )
-    renderings = self.template.render_pair(preference)
+    renderings = template.render_pair(preference)
     chosen, rejected = (r.text[: r.spans[0][0]] for r in renderings)
     if chosen != rejected:
       raise RecordError(
         'chat template rewrites the prompt', 'its text before chosen and before rejected differs'
       )
-    pair = self._split(chosen, renderings, self._ids)
+    pair = self._split(chosen, renderings, lambda text: self.backend.encode_chat(text, template))
     if pair.prompt[:2] == [self.bos_id] * 2:
       raise RecordError('BOS twice', 'the chat template writes it twice: take one out')
     return pair
@@ -122,9 +124,6 @@ class Tokenizer:
         response[first:last] = [~i for i in response[first:last]]
       responses.append(response if rendering.closed else [*response, self.eos_id])
     return EncodedPair(branches[0][:n], *responses)
-
-  def _ids(self, text: str) -> list[int]:
-    return self.backend.encode_chat(text, self.template)
 
 
 def _join(prompt: str, response: str, context: tuple[Span, ...]) -> Rendering:
@@ -150,7 +149,7 @@ def load_tokenizer(
       read where they exist.
     chat_template: a file, or the template itself; it wins over the tokenizer's own.
     variables: what the template is given besides, such as {'enable_thinking': False}.
-    history: exact | rendered, as ChatTemplate says.
+    history: exact | rendered, see ChatTemplate.
 
   Raises:
     ValueError: files that are missing or broken, an EOS that is nowhere defined, or a variable
@@ -165,8 +164,8 @@ def load_tokenizer(
   try:
     backend = (TokenizersBackend if json_file else SentencePieceBackend)(content, settings)
   except Exception as error:  # both libraries raise bare Exceptions
-    kind = 'tokenizers file' if json_file else 'SentencePiece model'
-    raise ValueError(f'{file} cannot be read as a {kind}: {error}') from None
+    name = 'tokenizers file' if json_file else 'SentencePiece model'
+    raise ValueError(f'{file} cannot be read as a {name}: {error}') from None
   names = _special_names(settings)
   bos_id, eos_id, add_bos = _ends(backend, names, settings)
   if eos_id is None:
@@ -188,12 +187,6 @@ def load_tokenizer(
   fingerprint = hashlib.sha256(hashlib.sha256(content).digest() + decided.encode()).hexdigest()
   origin = (path, chat_template, dict(variables or {}), history)
   return Tokenizer(backend, bos_id, eos_id, add_bos, template, fingerprint, origin)
-
-
-def _load(
-  path: str, chat_template: str | None, variables: dict[str, Any], history: str
-) -> Tokenizer:
-  return load_tokenizer(path, chat_template, variables=variables, history=history)
 
 
 def _check_date(date: Any) -> None:

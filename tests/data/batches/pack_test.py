@@ -29,6 +29,11 @@ def _branches(pairs):
     yield slot, 1, pair.prompt, pair.rejected
 
 
+def _fill_row(pairs, **options):
+  """A batch of one row, without its first axis."""
+  return {name: array[0] for name, array in pack.fill_batch([pairs], **options).items()}
+
+
 def _visible(row):
   """The mask as the attention applies it: [query, key]."""
   query = np.arange(len(row['tokens']))[:, None]
@@ -39,7 +44,7 @@ def _visible(row):
 def test_worked_example_of_the_shared_layout():
   a, b, c, x, y, z, eos = 11, 12, 13, 14, 15, 16, 2
   pair = pack.PackedPair(7, np.array([a, b, c]), np.array([x, eos]), np.array([y, z, eos]))
-  row = pack.fill_row([pair], tokens=11, pairs_per_row=2, layout='shared')
+  row = _fill_row([pair], tokens=11, pairs_per_row=2, layout='shared')
   expected = {
     'tokens': [a, b, c, x, eos, c, y, z, eos, 0, 0],
     'positions': [0, 1, 2, 3, 4, 2, 3, 4, 5, 0, 0],
@@ -59,7 +64,7 @@ def test_worked_example_of_the_shared_layout():
 def test_worked_example_of_the_separate_layout():
   a, b, c, x, y, z, eos = 11, 12, 13, 14, 15, 16, 2
   pair = pack.PackedPair(7, np.array([a, b, c]), np.array([x, eos]), np.array([y, z, eos]))
-  row = pack.fill_row([pair], tokens=12, pairs_per_row=1, layout='separate')
+  row = _fill_row([pair], tokens=12, pairs_per_row=1, layout='separate')
   expected = {
     'tokens': [a, b, c, x, eos, a, b, c, y, z, eos, 0],
     'positions': [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 0],
@@ -90,7 +95,7 @@ def test_batch_has_the_shapes_and_dtypes_the_model_reads():
 
 @given(pair_lists, layouts)
 def test_every_target_sees_exactly_its_prompt_and_the_response_before_it(pairs, layout):
-  row = pack.fill_row(pairs, tokens=96, pairs_per_row=4, layout=layout)
+  row = _fill_row(pairs, tokens=96, pairs_per_row=4, layout=layout)
   visible = _visible(row)
   seen = np.zeros(96)
   for slot, branch, prompt, response in _branches(pairs):
@@ -108,7 +113,7 @@ def test_every_target_sees_exactly_its_prompt_and_the_response_before_it(pairs, 
 
 @given(pair_lists, layouts)
 def test_padding_sees_itself_alone_and_nobody_sees_padding(pairs, layout):
-  row = pack.fill_row(pairs, tokens=96, pairs_per_row=4, layout=layout)
+  row = _fill_row(pairs, tokens=96, pairs_per_row=4, layout=layout)
   lengths = [[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs]
   used = pack.row_lengths(np.array(lengths, int).reshape(-1, 3), layout).sum()
   assert (row['tokens'][:used] != 0).all()
@@ -119,7 +124,7 @@ def test_padding_sees_itself_alone_and_nobody_sees_padding(pairs, layout):
 
 @given(pair_lists)
 def test_separate_layout_has_constant_visible_until_in_a_sequence(pairs):
-  row = pack.fill_row(pairs, tokens=96, pairs_per_row=4, layout='separate')
+  row = _fill_row(pairs, tokens=96, pairs_per_row=4, layout='separate')
   start = 0
   for _, _, prompt, response in _branches(pairs):
     end = start + len(prompt) + len(response)
@@ -131,7 +136,7 @@ def test_a_later_turn_of_the_user_is_read_and_not_a_target():
   chosen = np.array([20, 21, ~30, ~31, 22, 2])
   for layout in pack.LAYOUTS:
     pair = pack.PackedPair(0, np.array([11, 12]), chosen, np.array([40, 2]))
-    row = pack.fill_row([pair], tokens=20, pairs_per_row=1, layout=layout)
+    row = _fill_row([pair], tokens=20, pairs_per_row=1, layout=layout)
     start = np.flatnonzero(row['tokens'] == 20)[0]
     np.testing.assert_array_equal(row['tokens'][start : start + 6], [20, 21, 30, 31, 22, 2])
     at = slice(start - 1, start + 5)

@@ -92,13 +92,13 @@ def test_truncation_keeps_bos_and_the_prompts_end_and_never_cuts_a_response(cach
   assert [place.rpartition(':')[2] for place in fitted.dropped] == ['3']
   assert [place.rpartition(':')[2] for place in fitted.truncated] == ['2']
   assert 40 - 2 < pack.row_lengths(fitted.lengths, layout)[1] <= 40
-  pair, (prompt, chosen, rejected) = fitted.packed_pair(1), cache[1]
+  pair, (prompt, chosen, rejected) = fitted.packed_pairs(np.array([1]))[0], cache[1]
   assert len(pair.prompt) == fitted.lengths[1, 0] < len(prompt)
   assert pair.prompt[0] == prompt[0] == 0
   np.testing.assert_array_equal(pair.prompt[1:], prompt[1 - len(pair.prompt) :])
   np.testing.assert_array_equal(pair.chosen, chosen)
   np.testing.assert_array_equal(pair.rejected, rejected)
-  np.testing.assert_array_equal(fitted.packed_pair(0).prompt, cache[0][0])
+  np.testing.assert_array_equal(fitted.packed_pairs(np.array([0]))[0].prompt, cache[0][0])
 
 
 def test_rows_too_short_for_any_pair_are_refused(cache):

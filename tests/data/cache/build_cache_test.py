@@ -205,13 +205,14 @@ from dpo_flax.data.records.source import RecordSource
 from dpo_flax.data.tokens.tokenizer import load_tokenizer
 cache_files.RECORDS, build_cache._CHUNK = 4, 2
 tokenizer, directory, log, last, *data = sys.argv[1:]
-write = cache_files.ShardWriter.close
-def close(writer):
-  write(writer)
-  print(writer._name, file=open(log, 'a'))
-  if writer._name == last:
+write = cache_files.write_shard
+def write_shard(directory, number, *rest):
+  write(directory, number, *rest)
+  name = cache_files.shard_name(number)
+  print(name, file=open(log, 'a'))
+  if name == last:
     os.kill(os.getpid(), signal.SIGKILL)
-cache_files.ShardWriter.close = close
+cache_files.write_shard = write_shard
 build_cache.open_or_build(RecordSource(data), load_tokenizer(tokenizer), directory=directory,
                           options=FormatOptions(), bad_record='skip', workers=2)
 """
