@@ -77,11 +77,8 @@ def load_model(
   seed: int,
 ) -> Transformer:
   """Returns a model with fresh adapters, whose every array is made or read into its shards."""
-
-  def load(base):
-    return load_base(checkpoint, base, mesh)
-
-  return _make_model(model_config, lora, checkpoint and load, mesh, seed)
+  find_base = None if checkpoint is None else lambda base: load_base(checkpoint, base, mesh)
+  return _make_model(model_config, lora, find_base, mesh, seed)
 
 
 def load_onto(policy: Transformer, adapter: AdapterFiles, mesh: Mesh) -> Transformer:
@@ -110,10 +107,10 @@ def _make_model(
 
   graphdef, abstract = jax.eval_shape(make)
 
-  def init(kind):
-    shardings = named_shardings(nnx.filter_state(abstract, kind), mesh)
+  def init(variables):
+    shardings = named_shardings(nnx.filter_state(abstract, variables), mesh)
     # Whatever the state leaves out, the compiler does not compute.
-    return jax.jit(lambda: nnx.filter_state(make()[1], kind), out_shardings=shardings)()
+    return jax.jit(lambda: nnx.filter_state(make()[1], variables), out_shardings=shardings)()
 
   if find_base is None:
     return nnx.merge(graphdef, init(...))

@@ -28,7 +28,7 @@ class Row:
 
   default: Any  # None: unset
   meaning: str
-  type: Any = None  # of a value, where the default does not tell it
+  type: Any = None  # of a value, where the default does not have it
   unit: str | None = None
   choices: tuple[str, ...] = ()
   low: float | None = None  # smallest value

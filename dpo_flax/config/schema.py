@@ -7,6 +7,7 @@ are tuples.
 """
 
 import dataclasses
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,7 +46,7 @@ OBJECTIVE = {
 class Settings:
   """A checked config; nothing in it can be assigned."""
 
-  workdir: str | None = row(
+  workdir: str = row(  # None in planning alone
     None, 'Where checkpoints, metrics and exports go.', type=str, role=_SOURCE
   )
   seed: int = row(
@@ -118,23 +119,17 @@ class Settings:
   @classmethod
   def of(cls, values: Mapping[str, Any]) -> 'Settings':
     """Returns the settings of dotted field -> canonical value."""
-    parts: dict[str, Any] = {}
-    for field, value in values.items():
-      section_name, _, name = field.rpartition('.')
-      (parts.setdefault(section_name, {}) if section_name else parts)[name] = value
+    parts = _nested(values)
     made = {name: section.make(parts[name]) for name, section in SECTIONS.items()}
     return cls(**parts | made)
 
   def values(self) -> dict[str, Any]:
     """Returns dotted field -> canonical value, in the schema's order."""
-    found = {}
-    for field in ROWS:
-      section_name, _, name = field.rpartition('.')
-      if section_name == 'objective':
-        found[field] = self.objective.options()[name]
-      else:
-        found[field] = getattr(getattr(self, section_name) if section_name else self, name)
-    return found
+    objective = {f'objective.{name}': value for name, value in self.objective.options().items()}
+    return {
+      field: objective[field] if field in objective else operator.attrgetter(field)(self)
+      for field in ROWS
+    }
 
   def replace(self, changes: Mapping[str, Any]) -> 'Settings':
     """Returns settings with other values of some dotted fields: {'batch.rows': 8}."""
@@ -146,11 +141,7 @@ class Settings:
 
   def to_json(self) -> dict[str, Any]:
     """Returns the settings as nested plain JSON values, by section."""
-    nested: dict[str, Any] = {}
-    for field, value in self.flat_json().items():
-      section_name, _, name = field.rpartition('.')
-      (nested.setdefault(section_name, {}) if section_name else nested)[name] = value
-    return nested
+    return _nested(self.flat_json())
 
   def weight_paths(self) -> dict[str, str]:
     """Returns field -> path of the checkpoints and adapters that the models are made of."""
@@ -177,17 +168,21 @@ ROWS: dict[str, Row] = rows_of(Settings) | {
 
 def default() -> ConfigDict:
   """Returns the whole schema with its default values, locked against unknown fields."""
-  config = ConfigDict()
-  for field, one in ROWS.items():
-    section_name, _, name = field.rpartition('.')
-    if section_name and section_name not in config:
-      config[section_name] = ConfigDict()
-    (config[section_name] if section_name else config)[name] = one.initial()
-  return config.lock()
+  return ConfigDict(_nested({field: row.initial() for field, row in ROWS.items()})).lock()
 
 
-def get(tree: Mapping[str, Any], field: str) -> Any:
-  """Returns the value of a dotted field of nested mappings: `get(config, 'lora.r')`."""
+def get(config: ConfigDict | Mapping[str, Any], field: str) -> Any:
+  """Returns the value of a dotted field: `get(config, 'lora.r')`."""
+  value: Any = config
   for name in field.split('.'):
-    tree = tree[name]
-  return tree
+    value = value[name]
+  return value
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns dotted field -> value as a mapping of sections."""
+  nested: dict[str, Any] = {}
+  for field, value in values.items():
+    section, _, name = field.rpartition('.')
+    (nested.setdefault(section, {}) if section else nested)[name] = value
+  return nested

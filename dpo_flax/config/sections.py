@@ -77,7 +77,9 @@ class LoraSettings:
     type=object,
     names=True,
   )
-  exclude_modules: Names = row((), 'Left out of the above.', type=object, names=True)
+  exclude_modules: str | tuple[str, ...] = row(
+    (), 'Left out of the above.', type=object, names=True
+  )
   layers_to_transform: int | tuple[int, ...] | None = row(
     None, 'These layers alone: an index or a list of them.', type=object
   )

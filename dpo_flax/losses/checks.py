@@ -19,8 +19,9 @@ from dpo_flax.losses.registry import (
 def resolve(loss: Any) -> tuple[Loss, ...]:
   """Returns the losses that one, or a sequence of names, functions and `Loss`es, stands for."""
   several = tuple(loss) if isinstance(loss, list | tuple) else (loss,)
-  losses = tuple(map(as_loss, several))
-  unknown = [each for each, found in zip(several, losses, strict=True) if found is None]
+  found = [as_loss(each) for each in several]
+  unknown = [each for each, one in zip(several, found, strict=True) if one is None]
+  losses = tuple(one for one in found if one is not None)
   if unknown or not losses:
     raise ValueError(
       f'objective.loss={loss!r}: {unknown or "no loss"} is not one of '
@@ -66,7 +67,8 @@ def _check_weights(losses: tuple[Loss, ...], weights: Any) -> None:
   valid = (isinstance(weight, int | float) and 0 < weight < math.inf for weight in weights or ())
   if not all(valid):
     raise ValueError(
-      f'objective.loss_weights={tuple(weights)}: every weight must be a finite number above 0.'
+      f'objective.loss_weights={tuple(weights or ())}: every weight must be a finite number '
+      'above 0.'
     )
 
 

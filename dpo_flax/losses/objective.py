@@ -301,11 +301,12 @@ def modified(
   if objective.reference_free and 'reference_free' in modifiers:
     zeros = jax.tree.map(jnp.zeros_like, logps.policy)
     logps = _with_reference(logps, zeros, tails=zeros)
-  if objective.ld_alpha is None or 'ld_alpha' not in modifiers:
+  kept = objective.ld_alpha
+  if kept is None or 'ld_alpha' not in modifiers:
     return logps
 
   def cut(sums: Branches, tails: Branches) -> Branches:
-    return jax.tree.map(lambda each, tail: each - (1 - objective.ld_alpha) * tail, sums, tails)
+    return jax.tree.map(lambda each, tail: each - (1 - kept) * tail, sums, tails)
 
   policy = cut(logps.policy, logps.branches('policy_tails'))
   logps = dataclasses.replace(logps, policy_chosen=policy.chosen, policy_rejected=policy.rejected)

@@ -25,7 +25,7 @@ from dpo_flax.runtime.peers import MISTAKE, PREEMPTED, end
 from dpo_flax.runtime.preemption import Preempted
 
 INTERRUPTED = 130  # exit code: 128 + SIGINT, as shells have it
-# What XLA says, in a ValueError too, of a collective that another process has left.
+# The text of XLA errors, ValueErrors too, about a collective that another process has left.
 _STATUS = re.compile(r'\b(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ')
 _MISTAKES = (ValueError, FloatingPointError, ImportError)
 
@@ -76,6 +76,13 @@ def run(command: Callable[[ConfigDict], object], *, on_every_host: bool = False)
     command(config.value)
 
   run_flags(run_config, on_every_host=on_every_host)
+
+
+def required(flag: flags.FlagHolder[str | None]) -> str:
+  """Returns a flag's value; ValueError where it has none."""
+  if not flag.value:
+    raise ValueError(f'--{flag.name} is not set')
+  return flag.value
 
 
 def run_flags(command: Callable[[], object], *, on_every_host: bool = False):
@@ -138,7 +145,7 @@ def _quieten_libraries():
 
 
 def _hint(error: Exception) -> str:
-  """Returns what may help, where a library's own message does not say."""
+  """Returns what may help, where a library's own message does not."""
   if isinstance(error, ImportError) and 'gcsfs' in str(error):
     return ": pip install 'dpo_flax[gcs]' brings what reads gs:// paths"
   if isinstance(error, OSError) and str(error).startswith('Forbidden'):

@@ -35,8 +35,8 @@ def score_side(
   for step, batch in enumerate(batches):
     for row, values in enumerate(score(batch), start=step * data.rows.rows):
       if row < len(every_row):
-        places = every_row[row]
-        found[places] = values[: len(places)]
+        pairs = every_row[row]
+        found[pairs] = values[: len(pairs)]
   return found
 
 
