@@ -237,7 +237,8 @@ def check_start(run: Run, state: TrainState, eval_step):
 
   Where the two are the same function, every log-ratio is 0 and DPO's loss is ln 2.
   """
-  if not (run.starts_as_reference and run.options.objective.needs_reference):
+  objective = run.options.objective
+  if not (run.blueprint.sources.starts_as_reference() and objective.needs_reference):
     return
   with contextlib.closing(train_batches(run, 0)) as batches:
     sums = eval_step(state, run.frozen, shard_batch(next(batches), run.mesh))
@@ -248,7 +249,7 @@ def check_start(run: Run, state: TrainState, eval_step):
   )
   rounding = _ROUNDING[run.settings.model.dtype]
   # Plain DPO's loss is known; others' are not, but their policy must be the reference all the same.
-  is_plain = is_plain_dpo(run.options.objective, run.data.train.columns)
+  is_plain = is_plain_dpo(objective, run.data.train.columns)
   off = abs(metrics['dpo_loss'] - math.log(2)) if is_plain else 0.0
   if not (drift <= rounding and off <= rounding):
     raise ValueError(
@@ -297,10 +298,10 @@ def save_exports(run: Run, state: TrainState, step: int, outputs: RunOutputs):
   facts = Facts(run.record, step, outputs.reporter.written(step, 'validation'))
   for name, output in outputs.exports.items():
     if name == 'peft':
-      assert run.lora is not None
-      export_adapter(policy, run.lora, facts, output, run.mesh)
+      assert run.blueprint.lora is not None
+      export_adapter(policy, run.blueprint.lora, facts, output, run.mesh)
     else:
-      export_merged(policy, run.base, facts, output, run.mesh)
+      export_merged(policy, run.blueprint.sources.base, facts, output, run.mesh)
     outputs.reporter.say(f'wrote {output}')
 
 

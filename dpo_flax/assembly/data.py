@@ -59,10 +59,7 @@ def _load_tokenizer(data: DataSettings, path: str | None) -> Tokenizer:
   if not path:
     raise ValueError('no tokenizer given: set data.tokenizer, or initialize_from_hf to have one.')
   return load_tokenizer(
-    path,
-    data.chat_template,
-    variables=dict(data.template_variables),
-    history=data.history,
+    path, data.chat_template, variables=dict(data.template_variables), history=data.history
   )
 
 

@@ -12,14 +12,7 @@ from dpo_flax.huggingface.weights import BaseCheckpoint, load_base
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.kernels import Trained
 from dpo_flax.model.linear import adapters_of, fit_magnitudes
-from dpo_flax.model.lora import (
-  BASE,
-  TRAINABLE,
-  Frozen,
-  LoraConfig,
-  reference_of,
-  train_weights,
-)
+from dpo_flax.model.lora import BASE, TRAINABLE, Frozen, LoraConfig, reference_of, train_weights
 from dpo_flax.model.quantization import ChannelScale
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.sharding import named_shardings

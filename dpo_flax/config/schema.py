@@ -47,7 +47,7 @@ class Settings:
   """A checked config; nothing in it can be assigned."""
 
   workdir: str = row(  # None in planning alone
-    None, 'Where checkpoints, metrics and exports go.', type=str, role=_SOURCE
+    None, 'Where checkpoints, metrics and exports go.', role=_SOURCE
   )
   seed: int = row(
     0, "Of the adapters' initial values, the data's order and dropout.", low=0, high=2**31 - 1
@@ -55,26 +55,20 @@ class Settings:
   initialize_from_hf: str | None = row(
     None,
     'A directory (local or gs://) in Hugging Face layout, or a hub id (needs the hub extra).',
-    type=str,
     role=_SOURCE,
   )
   reference_model_path: str | None = row(
-    None,
-    "Base weights of the reference, where they differ from the policy's.",
-    type=str,
-    role=_SOURCE,
+    None, "Base weights of the reference, where they differ from the policy's.", role=_SOURCE
   )
   merge_adapter_path: str | None = row(
     None,
     'A PEFT adapter that is merged into the base as it is loaded, and from then on part of it.',
-    type=str,
     role=_SOURCE,
   )
   initialize_from_adapter: str | None = row(
     None,
     "A PEFT adapter that the policy's adapters start as; ranks, alphas and targets are this one's, "
     "not lora's.",
-    type=str,
     role=_SOURCE,
   )
   reference_adapter_path: str | None = row(
@@ -82,17 +76,15 @@ class Settings:
     'A PEFT adapter that the reference has on the base (of SFT). The policy starts on top of it '
     'with a new adapter, and the two are exported as one; or, with initialize_from_adapter, from '
     'that alone.',
-    type=str,
     role=_SOURCE,
   )
   peft_save_path: str | None = row(
-    None, 'Where the adapter is exported to; unset: workdir/peft.', type=str, role=_FREE
+    None, 'Where the adapter is exported to; unset: workdir/peft.', role=_FREE
   )
   merged_hf_save_path: str | None = row(
     None,
     'Where the merged model is exported to; unset: nowhere, and with tuning.method=full '
     'workdir/merged.',
-    type=str,
     role=_FREE,
   )
   allow_data_change: bool = row(

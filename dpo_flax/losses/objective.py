@@ -87,7 +87,8 @@ with simpo.
     """
     general = {name: value for name, value in locals().items() if name in DEFAULTS}
     losses = checks.resolve(loss)
-    checks.check(losses, OPTIONS, general, constants)
+    if mistake := next(checks.mistakes(losses, OPTIONS, general, constants), None):
+      raise ValueError(mistake)
     numbers = {name: float(value) for name, value in constants.items() if value is not None}
     given = {name: value for name, value in (general | constants).items() if value is not None}
     values = general | {

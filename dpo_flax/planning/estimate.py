@@ -28,18 +28,18 @@ class Pairs:
   source: str  # where the numbers are from
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
   """All numbers are of one chip and one optimizer step; None where the step does not fit."""
 
   fits: bool
   peak_hbm_bytes: int | None  # of a step that does not fit: what it needs by the compiler
   argument_bytes: int
-  temp_bytes: int | None
+  temp_bytes: int | None = None
   hbm_capacity_bytes: int
-  flops: float | None
-  collective_bytes: float | None  # received from other chips
-  estimated_cycles: float | None
+  flops: float | None = None
+  collective_bytes: float | None = None  # received from other chips
+  estimated_cycles: float | None = None
   compile_seconds: float
   hbm_traffic_bytes: float | None = None
   flops_without_cycles: float | None = None
@@ -143,11 +143,7 @@ def refused(message: str, arguments: Any, slice_: Slice, *, seconds: float) -> E
     fits=False,
     peak_hbm_bytes=int(max(needed)) if needed else None,
     argument_bytes=sum(map(bytes_on_a_device, jax.tree.leaves(arguments))),
-    temp_bytes=None,
     hbm_capacity_bytes=int(slice_.chip.hbm_bytes),
-    flops=None,
-    collective_bytes=None,
-    estimated_cycles=None,
     compile_seconds=seconds,
     message=first,
   )

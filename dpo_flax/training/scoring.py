@@ -41,12 +41,7 @@ def score_side(
 
 
 def score_pairs(
-  model: Model,
-  pairs: Sequence[pack.PackedPair],
-  *,
-  layout: str,
-  logits_chunk: int,
-  mesh: Mesh,
+  model: Model, pairs: Sequence[pack.PackedPair], *, layout: str, logits_chunk: int, mesh: Mesh
 ) -> np.ndarray:
   """Returns [n, 2] float32 of a few pairs, each in a row of its own."""
   lengths = np.array([[len(ids) for ids in (p.prompt, p.chosen, p.rejected)] for p in pairs])

@@ -124,9 +124,7 @@ def _evaluate(
 
 
 def _read(
-  instruction: Instruction,
-  inputs: list[Instruction],
-  read: Callable[[int, int | None], int] | None,
+  instruction: Instruction, inputs: list[Instruction], read: Callable[[int, int | None], int] | None
 ) -> int:
   if read and instruction.opcode == 'parameter':
     return read(int(instruction.operands[0]), None)
