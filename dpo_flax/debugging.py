@@ -1,4 +1,4 @@
-"""Single pairs under a magnifying glass: is packing sound, and what does the policy make of them?
+"""Single pairs under a magnifying glass: is packing right, and what does the policy make of them?
 
 run, state = assemble.build(config, mesh)
 models = nnx.merge(run.graphdef, state.trainable, run.frozen)
@@ -10,7 +10,7 @@ print(as_text(pair_table(models, batch, run.options, run.data.tokenizer)))
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -73,18 +73,18 @@ def separate_and_packed_losses(
     layout=layout,
     columns=columns,
   )
-  place = np.argsort(plan.pairs)  # of each pair among the slots of the packed rows
-  table = {'pair_index': [pair.index for pair in pairs]}
+  order = np.argsort(plan.pairs)  # of each pair among the slots of the packed rows
+  table: dict[str, Any] = {'pair_index': [pair.index for pair in pairs]}
   for suffix, penalised in _with_and_without_kl(options, models.reference is not None):
     table['separate' + suffix] = _losses(models, separate, penalised)
-    table['packed' + suffix] = _losses(models, packed, penalised)[place]
+    table['packed' + suffix] = _losses(models, packed, penalised)[order]
   return _rows(table)
 
 
 def pair_table(
   models: Models, batch: pack.Batch, options: StepOptions, tokenizer: Tokenizer
 ) -> list[Row]:
-  """Tells of every real pair of a batch, in either layout, what it says and how it is judged.
+  """Returns the texts, rewards and loss of every real pair of a batch, in either layout.
 
   Returns:
     For each pair, row by row: pair_index; the decoded prompt, chosen and rejected; chosen_tokens
@@ -96,8 +96,8 @@ def pair_table(
   texts = [tuple(map(tokenizer.decode, ids)) for ids in _pair_tokens(batch)]
   prompts, chosen, rejected = zip(*texts, strict=True) if texts else ((), (), ())
   numbers = {
-    'chosen_tokens': logps.chosen_lengths.astype(int),
-    'rejected_tokens': logps.rejected_lengths.astype(int),
+    'chosen_tokens': np.asarray(logps.chosen_lengths, int),
+    'rejected_tokens': np.asarray(logps.rejected_lengths, int),
     'chosen_reward': rewards.chosen,
     'rejected_reward': rewards.rejected,
     'margin': rewards.chosen - rewards.rejected,
@@ -168,18 +168,18 @@ def _pair_tokens(batch: pack.Batch) -> Iterator[tuple[list[int], list[int], list
 def _split(batch: pack.Batch, row: int, answer: int) -> tuple[list[int], list[int]]:
   """Prompt and response of one answer."""
   first, last = np.flatnonzero(batch['answer_ids'][row] == answer)[[0, -1]]
-  # A target is predicted one place before its own; the first one by the prompt's last token.
+  # A target is predicted one position before its own; the first one by the prompt's last token.
   prompt, whole = _seen_from(batch, row, first), _seen_from(batch, row, last + 1)
   return prompt, whole[len(prompt) :]
 
 
 def _seen_from(batch: pack.Batch, row: int, query: int) -> list[int]:
-  """The tokens visible at one place of a row, its own included: a sequence so far."""
+  """The tokens visible at one position of a row, its own included: a sequence so far."""
   visible = batch['visible_until'][row][: query + 1] > query
   return batch['tokens'][row][: query + 1][visible].tolist()
 
 
-def _rows(table: dict[str, Sequence[Any]]) -> list[Row]:
+def _rows(table: Mapping[str, Any]) -> list[Row]:
   columns = [np.asarray(values).tolist() for values in table.values()]
   return [dict(zip(table, values, strict=True)) for values in zip(*columns, strict=True)]
 

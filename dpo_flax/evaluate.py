@@ -84,18 +84,14 @@ def evaluate(config: ConfigDict, policy: Candidate, reference: Candidate | None)
     ValueError: the data, the weights or an adapter are unfit, or the tokenizers differ.
   """
   config = config.copy_and_resolve_references()
-  mesh = make_mesh(config.mesh)
-  config.batch.rows = config.batch.rows or 4 * row_parts(mesh)
+  mesh, batch = make_mesh(config_lib.get(config, 'mesh')), config_lib.get(config, 'batch')
+  batch.rows = batch.rows or 4 * row_parts(mesh)
   settings = validate(config)
-  bases = {place: open_checkpoint(place) for place in _bases(policy, reference)}
+  candidates = [policy, reference] if reference else [policy]
+  bases = {path: open_checkpoint(path) for path in dict.fromkeys(each.base for each in candidates)}
   shapes = {
-    place: make_model_config(
-      settings.model,
-      base,
-      mesh,
-      tokens=settings.batch.tokens,
-    )
-    for place, base in bases.items()
+    path: make_model_config(settings.model, base, mesh, tokens=settings.batch.tokens)
+    for path, base in bases.items()
   }
   first, *others = bases.values()
   for other in others:
@@ -105,21 +101,17 @@ def evaluate(config: ConfigDict, policy: Candidate, reference: Candidate | None)
   with jax.set_mesh(mesh):
     data = prepare_data(settings, vocab_size=min(shape.vocab_size for shape in shapes.values()))
     found = {}
-    for place, base in bases.items():
-      # A second base takes the place of the first; adapters of one base share it.
+    for path, base in bases.items():
+      # A second base replaces the first in memory; adapters of one base share it.
       adapters = {
-        each: each.adapter and open_adapter(each.adapter, shapes[place])
-        for each in (policy, reference)
-        if each and each.base == place
+        each: open_adapter(each.adapter, shapes[path]) if each.adapter else None
+        for each in candidates
+        if each.base == path
       }
       chunk = settings.model.logits_chunk
-      found |= _score_all(adapters, shapes[place], base, data, logits_chunk=chunk, mesh=mesh)
+      found |= _score_all(adapters, shapes[path], base, data, logits_chunk=chunk, mesh=mesh)
   lengths = _response_lengths(data.train)
   return Evaluation(data, lengths, found[policy], reference and found[reference])
-
-
-def _bases(policy: Candidate, reference: Candidate | None) -> list[str]:
-  return list(dict.fromkeys([policy.base, *([reference.base] if reference else [])]))
 
 
 def _score_all(
@@ -143,11 +135,11 @@ def _score_all(
 
 def _response_lengths(pairs: Side) -> np.ndarray:
   """Returns [n, 2] how many tokens of chosen and rejected have a log-prob."""
-  places = np.array_split(np.arange(len(pairs)), len(pairs) // 4096 + 1)
+  parts = np.array_split(np.arange(len(pairs)), len(pairs) // 4096 + 1)
   # ~id is no target.
   counts = [
     [np.sum(pair.chosen >= 0), np.sum(pair.rejected >= 0)]
-    for part in places
+    for part in parts
     for pair in pairs.packed_pairs(part)
   ]
   return np.array(counts, np.int64)
@@ -155,23 +147,19 @@ def _response_lengths(pairs: Side) -> np.ndarray:
 
 def summarize(found: Evaluation, beta: float) -> dict[str, Any]:
   """Returns the metrics: those of each model alone, and those of DPO for one against the other."""
+  report = found.data.report['train']
+  left_out = report['dropped'] | {'longer than a row': report['too_long']}
   summary = {
     'pairs': len(found.lengths),
-    'left_out': _left_out(found.data),
+    'left_out': {reason: count for reason, count in left_out.items() if count},
     'policy': _alone(found.policy, found.lengths),
   }
   if found.reference is None:
     return summary
   return summary | {
     'reference': _alone(found.reference, found.lengths),
-    'policy_against_reference': _against(found, beta),
+    'policy_against_reference': _against(found, found.reference, beta),
   }
-
-
-def _left_out(data: PreparedData) -> dict[str, int]:
-  report = data.report['train']
-  counts = report['dropped'] | {'longer than a row': report['too_long']}
-  return {reason: count for reason, count in counts.items() if count}
 
 
 def _alone(logps: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
@@ -189,18 +177,21 @@ def _alone(logps: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
   return {name: float(value) for name, value in found.items()}
 
 
-def _against(found: Evaluation, beta: float) -> dict[str, float]:
+def _against(found: Evaluation, reference: np.ndarray, beta: float) -> dict[str, float]:
   """Returns what training reports of the sigmoid loss."""
   objective = Objective(beta=beta)
-  rows = {
-    'policy_chosen': found.policy[:, 0],
-    'policy_rejected': found.policy[:, 1],
-    'reference_chosen': found.reference[:, 0],
-    'reference_rejected': found.reference[:, 1],
-    'chosen_lengths': found.lengths[:, 0],
-    'rejected_lengths': found.lengths[:, 1],
-  }
-  logps = PairLogps(**{name: jnp.asarray(row[None], jnp.float32) for name, row in rows.items()})
+  policy, other, lengths = (
+    jnp.asarray(values.T[:, None], jnp.float32)  # [2, 1, n]
+    for values in (found.policy, reference, found.lengths)
+  )
+  logps = PairLogps(
+    policy_chosen=policy[0],
+    policy_rejected=policy[1],
+    reference_chosen=other[0],
+    reference_rejected=other[1],
+    chosen_lengths=lengths[0],
+    rejected_lengths=lengths[1],
+  )
   return metrics.summarize(metrics.metric_sums(logps, total_loss(logps, objective), objective))
 
 
@@ -208,7 +199,7 @@ def per_pair(found: Evaluation) -> Iterator[dict[str, Any]]:
   """Yields what is known of each pair, in the order of the file."""
   pairs = found.data.train
   models = {'policy': found.policy, 'reference': found.reference}
-  for i, place in enumerate(pairs.pairs.tolist()):
+  for i, index in enumerate(pairs.pairs.tolist()):
     scores = {
       f'{name}_{side}_logps': float(logps[i, j])
       for name, logps in models.items()
@@ -217,8 +208,8 @@ def per_pair(found: Evaluation) -> Iterator[dict[str, Any]]:
     }
     ratios = found.policy[i] if found.reference is None else found.policy[i] - found.reference[i]
     yield {
-      'index': int(pairs.cache.records[place]),
-      'where': pairs.cache.where(place),
+      'index': int(pairs.cache.records[index]),
+      'where': pairs.cache.where(index),
       **scores,
       'margin': float(ratios[0] - ratios[1]),
       'chosen_tokens': int(found.lengths[i, 0]),
@@ -228,29 +219,31 @@ def per_pair(found: Evaluation) -> Iterator[dict[str, Any]]:
 
 def _config(data: str, base: str, directory: str) -> ConfigDict:
   """Returns a config of the flags; what concerns training alone has its default."""
+  values = {
+    'workdir': directory,
+    'initialize_from_hf': base,
+    'data.train': data,
+    'data.validation_split_fraction': 0.0,
+    'train.num_train_steps': 1,
+    'model.dtype': 'float32' if jax.default_backend() == 'cpu' else 'bfloat16',
+    'batch.rows': 0,
+  }
+  values |= {field: flag.value for field, flag in _FIELDS.items() if flag.value is not None}
   config = config_lib.default()
-  config.workdir, config.initialize_from_hf, config.data.train = directory, base, data
-  config.data.validation_split_fraction, config.train.num_train_steps = 0.0, 1
-  config.model.dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-  config.batch.rows = 0
-  given = {field: flag.value for field, flag in _FIELDS.items() if flag.value is not None}
-  config.update_from_flattened_dict(given)
-  config.model.weight_dtype = given.get('model.weight_dtype', config.model.dtype)
+  config.update_from_flattened_dict({'model.weight_dtype': values['model.dtype']} | values)
   return config
 
 
 def main():
   """Evaluates what the flags name."""
-  for flag in (_BASE, _DATA):
-    if not flag.value:
-      raise ValueError(f'--{flag.name} is not set')
-  policy, reference = Candidate(_BASE.value, _ADAPTER.value), None
+  base, data = map(command.required, (_BASE, _DATA))
+  policy, reference = Candidate(base, _ADAPTER.value), None
   if _ADAPTER.value or _REFERENCE.value or _REFERENCE_ADAPTER.value:
-    reference = Candidate(_REFERENCE.value or _BASE.value, _REFERENCE_ADAPTER.value)
+    reference = Candidate(_REFERENCE.value or base, _REFERENCE_ADAPTER.value)
   if policy == reference:
     raise ValueError('the reference is the policy: give another --reference_adapter or --reference')
   with tempfile.TemporaryDirectory() as directory:
-    config = _config(_DATA.value, policy.base, directory)
+    config = _config(data, base, directory)
     found = evaluate(config, policy, reference)
     if jax.process_index():
       return
@@ -259,7 +252,8 @@ def main():
       epath.Path(_SCORES.value).write_text(''.join(lines))
     models = {'policy': dataclasses.asdict(policy)}
     models |= {'reference': dataclasses.asdict(reference)} if reference else {}
-    print(json.dumps({'models': models, **summarize(found, config.objective.beta)}, indent=1))
+    summary = summarize(found, config_lib.get(config, 'objective.beta'))
+    print(json.dumps({'models': models, **summary}, indent=1))
 
 
 if __name__ == '__main__':

@@ -39,21 +39,23 @@ def export(workdir: str, output: str, *, merged: bool, step: int | None = None):
     ValueError: there is no such step, its base has changed, `output` holds something else, or what
       was written is not what was trained.
   """
-  place, output = epath.Path(workdir), epath.Path(output)
-  record = read_record(place)
+  directory, target = epath.Path(workdir), epath.Path(output)
+  record = read_record(directory)
   settings = record.settings
   if settings.tuning.method == 'full' and not merged:
-    raise ValueError(f'{place}: the whole policy has learned, so there is no adapter: give merged')
+    raise ValueError(
+      f'{directory}: the whole policy has learned, so there is no adapter: give merged'
+    )
   check_outputs(
-    {'merged' if merged else 'peft': output},
-    workdir=settings.workdir,
+    {'merged' if merged else 'peft': target},
+    workdir=settings.workdir or workdir,
     sources=settings.weight_paths(),
   )
   if step is None:
-    step = newest_step(place / 'checkpoints')
-  check_intact(place / 'checkpoints', step)
-  _check_record(record, place, step)
-  facts = CardFacts(record, step, read_metrics(place / 'metrics.jsonl', step, 'validation'))
+    step = newest_step(directory / 'checkpoints')
+  check_intact(directory / 'checkpoints', step)
+  _check_record(record, directory, step)
+  facts = CardFacts(record, step, read_metrics(directory / 'metrics.jsonl', step, 'validation'))
   mesh = _make_mesh(settings.mesh.sizes())
   with jax.set_mesh(mesh):
     blueprint = _open(record, mesh)
@@ -61,20 +63,20 @@ def export(workdir: str, output: str, *, merged: bool, step: int | None = None):
       blueprint.sources, blueprint.lora, seed=settings.seed, keeps_reference=False, mesh=mesh
     )
     graphdef, trainable, frozen = split_models(models)
-    trainable = restore(place / 'checkpoints', step, trainable, part='trainable')
+    trainable = restore(directory / 'checkpoints', step, trainable, part='trainable')
     policy = nnx.merge(graphdef, trainable, frozen).policy
-    if merged:
-      export_merged(policy, blueprint.sources.base, facts, output, mesh)
+    if merged or blueprint.lora is None:
+      export_merged(policy, blueprint.sources.base, facts, target, mesh)
     else:
-      export_adapter(policy, blueprint.lora, facts, output, mesh)
+      export_adapter(policy, blueprint.lora, facts, target, mesh)
 
 
-def _check_record(record: RunRecord, place: epath.Path, step: int):
+def _check_record(record: RunRecord, workdir: epath.Path, step: int):
   """Refuses a record that is not of the run that saved the step, which is sealed."""
   now = RunIdentity(identity_of(record.settings), record.fingerprints)
-  for found in saved_identity(place / 'checkpoints', step, RunIdentity).differences(now):
+  for found in saved_identity(workdir / 'checkpoints', step, RunIdentity).differences(now):
     if not found.is_of_the_data:
-      raise ValueError(f'{place}/{NAME} is not that of step {step}. {found}')
+      raise ValueError(f'{workdir}/{NAME} is not that of step {step}. {found}')
 
 
 def _open(record: RunRecord, mesh: Mesh) -> Blueprint:
@@ -106,12 +108,10 @@ def _make_mesh(sizes: Mapping[str, int]) -> Mesh:
 
 def main():
   """Exports what the flags ask for."""
-  for flag in (_WORKDIR, _OUTPUT):
-    if not flag.value:
-      raise ValueError(f'--{flag.name} is not set')
-  export(_WORKDIR.value, _OUTPUT.value, merged=_FORMAT.value == 'merged', step=_STEP.value)
+  workdir, output = map(command.required, (_WORKDIR, _OUTPUT))
+  export(workdir, output, merged=_FORMAT.value == 'merged', step=_STEP.value)
   if jax.process_index() == 0:
-    print(f'wrote {_OUTPUT.value}')
+    print(f'wrote {output}')
 
 
 if __name__ == '__main__':

@@ -1,9 +1,9 @@
 """The command that looks at data: python -m dpo_flax.inspect_data --config=configs/tiny.py.
 
-Tokenizes and plans exactly as training would, then says what it found: what was dropped and where,
-lengths, padding, steps per epoch, duplicates, contradictions, how far length alone tells the chosen
-answer; and shows examples with the tokens that bear loss marked. --html=FILE writes the same as a
-page, --json prints it as one object.
+Tokenizes and plans exactly as training would, then reports what it found: what was dropped and
+where, lengths, padding, steps per epoch, duplicates, contradictions, how far length alone predicts
+the chosen answer; and shows examples with the tokens that bear loss marked. --html=FILE writes the
+same as a page, --json prints it as one object.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from dpo_flax.assembly.data import prepare_data
 from dpo_flax.assembly.sources import vocabulary_size
 from dpo_flax.config.checks import validate
+from dpo_flax.config.schema import get
 from dpo_flax.data.reports import examples, page, statistics, text
 from dpo_flax.huggingface.weights import open_checkpoint
 from dpo_flax.runtime import command
@@ -62,8 +63,8 @@ def refusals(found: dict, data: Mapping[str, Any], tokens: int) -> list[str]:
   sides = [found, found['validation']] if 'validation' in found else [found]
   # Held-out pairs are of the same files, unless they have their own.
   read = sides if data['validation'] else sides[:1]
-  bad = [place for side in read for places in side['examples'].values() for place in places]
-  long = [place for side in sides for place in side['too_long_examples']]
+  bad = [where for side in read for group in side['examples'].values() for where in group]
+  long = [where for side in sides for where in side['too_long_examples']]
   reasons = []
   if bad and data['bad_record'] == 'raise':
     count = sum(side['dropped'] for side in read)
@@ -88,7 +89,7 @@ def show(config: ConfigDict):
   if _HTML.value and not epath.Path(_HTML.value).parent.is_dir():
     raise ValueError(f'--html={_HTML.value}: there is no folder {epath.Path(_HTML.value).parent}')
   found, shown = inspect(config, _EXAMPLES.value)
-  reasons = refusals(found, config.data, config.batch.tokens)
+  reasons = refusals(found, get(config, 'data'), get(config, 'batch.tokens'))
   found['refused'] = reasons
   if _HTML.value:
     epath.Path(_HTML.value).write_text(page.render(found, shown))

@@ -1,6 +1,6 @@
 """The command that plans: python -m dpo_flax.plan --config=configs/llama8b.py --topology=v5e:4x4.
 
-Compiles the config's own training step for a slice of TPUs, on a machine that has none, and says
+Compiles the config's own training step for a slice of TPUs, on a machine that has none, and reports
 what it needs of each chip: memory, arithmetic, traffic, and the least time that the chip's limits
 allow. --search finds the most rows and the best remat that fit, --json prints one object.
 
@@ -9,6 +9,7 @@ that name, gives the shapes.
 """
 
 import dataclasses
+import functools
 import json
 import re
 import sys
@@ -25,7 +26,7 @@ from dpo_flax.assembly.blueprint import make_blueprint
 from dpo_flax.assembly.data import prepare_data
 from dpo_flax.assembly.sources import vocabulary_size
 from dpo_flax.config.checks import validate
-from dpo_flax.config.schema import Settings
+from dpo_flax.config.schema import Settings, get
 from dpo_flax.config.sections import BatchSettings, DataSettings
 from dpo_flax.data.batches import pack
 from dpo_flax.huggingface.presets import PRESETS
@@ -77,10 +78,11 @@ def make_plan(
   """
   config = config.copy_and_resolve_references()
   slice_ = make_slice(topology)
-  base, name = _shapes(config.initialize_from_hf, preset, config.model.preset)
+  base, name = _shapes(get(config, 'initialize_from_hf'), preset, get(config, 'model.preset'))
   if base is None:
     # What is merged into weights changes no shape.
-    config.initialize_from_hf, config.merge_adapter_path, config.model.preset = None, None, name
+    weights = {'initialize_from_hf': None, 'merge_adapter_path': None, 'model.preset': name}
+    config.update_from_flattened_dict(weights)
   settings = validate(config, planning=True)
   if base and not settings.data.tokenizer:
     settings = settings.replace({'data.tokenizer': str(base.directory)})
@@ -89,7 +91,7 @@ def make_plan(
     prepared = prepare_data(settings, vocab_size=vocabulary_size(base, name))
     report = prepared.report['train']
     mean = report['pairs'] / report['rows']
-    pairs = Pairs(prepared.pairs_per_row, mean, f'{config.data.train}')
+    pairs = Pairs(prepared.pairs_per_row, mean, str(get(config, 'data.train')))
   else:
     pairs = _given_pairs(settings.batch, settings.data, lengths)
   return Plan(settings, slice_, pairs)
@@ -145,7 +147,7 @@ def show(config: ConfigDict):
   if _SEARCH.value:
     mesh = make_mesh(plan.settings.mesh.sizes(), plan.slice.devices)
     best, found = search.largest(
-      plan.estimate, shards=row_parts(mesh), tokens=plan.settings.batch.tokens, report=_say
+      plan.estimate, shards=row_parts(mesh), tokens=plan.settings.batch.tokens, report=_to_stderr
     )
     plan = plan.changed(best)
   else:
@@ -156,8 +158,7 @@ def show(config: ConfigDict):
     print('\n'.join([*_introduction(plan), *_lines(found, plan)]))
 
 
-def _say(message: str):
-  print(message, file=sys.stderr, flush=True)
+_to_stderr = functools.partial(print, file=sys.stderr, flush=True)
 
 
 def _plain(plan: Plan, found: Estimate) -> dict:
@@ -193,6 +194,7 @@ def _lines(found: Estimate, plan: Plan) -> list[str]:
   if not found.fits:
     return _refusal(found, plan)
   peak, capacity = found.peak_hbm_bytes, found.hbm_capacity_bytes
+  assert peak is not None
   lines = [
     f'fits: {_size(peak)} of {_size(capacity)} a chip ({peak / capacity:.0%}): arguments '
     f'{_size(found.argument_bytes)}, temporaries {_size(found.temp_bytes)}',
@@ -225,6 +227,7 @@ def _refusal(found: Estimate, plan: Plan) -> list[str]:
 
 
 def _work(found: Estimate) -> list[str]:
+  assert found.flops is not None and found.flops_without_cycles is not None
   kernels = ', '.join(f'{count} of {name}' for name, count in found.kernels.items())
   lines = [
     f'a step does, on each chip, {found.flops / 1e12:.4g} TFLOP of matrix products, in '
@@ -250,7 +253,8 @@ def _bounds(found: Estimate, plan: Plan) -> list[str]:
   return [*lines, f'compiled in {found.compile_seconds:.0f} s']
 
 
-def _size(count: float) -> str:
+def _size(count: float | None) -> str:
+  assert count is not None
   return f'{count / 2**30:.2f} GiB' if count >= 2**30 else f'{count / 2**20:.1f} MiB'
 
 

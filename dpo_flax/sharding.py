@@ -1,6 +1,6 @@
 """The device mesh and where every array lives on it.
 
-Modules name the logical axes of their weights and activations; `RULES` alone says which mesh axis
+Modules name the logical axes of their weights and activations; `RULES` alone states which mesh axis
 each is split over. Rows of a batch are split over `data` and `fsdp` together, weights over `fsdp`
 and `tensor`.
 """
@@ -16,10 +16,14 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+Devices = Sequence[Any]  # of jax.Device, which is no type for a checker
+
 AXES = ('data', 'fsdp', 'tensor')
 
+ROW_AXES = ('data', 'fsdp')
+
 RULES = (
-  ('rows', ('data', 'fsdp')),
+  ('rows', ROW_AXES),
   ('tokens', None),
   ('embed', 'fsdp'),
   ('activation', None),  # the embed axis of activations: `fsdp` already splits their rows
@@ -36,7 +40,7 @@ RULES = (
 
 def make_mesh(
   sizes: Mapping[str, int],  # devices along each of AXES; one may be -1: the rest
-  devices: Sequence[jax.Device] | None = None,
+  devices: Devices | None = None,
 ) -> Mesh:
   """Returns a mesh over `devices` (default: all of them).
 
@@ -116,7 +120,7 @@ def constrain(array: jax.Array, *axes: str) -> jax.Array:
 
 def row_parts(mesh: Mesh) -> int:
   """Returns into how many parts the mesh splits the rows of a batch."""
-  return math.prod(mesh.shape[axis] for axis in dict(RULES)['rows'])
+  return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
 def row_shard(mesh: Mesh) -> tuple[tuple[int, ...], int]:
@@ -131,7 +135,7 @@ def row_shard(mesh: Mesh) -> tuple[tuple[int, ...], int]:
   return tuple(mine), len(blocks)
 
 
-def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def shard_batch(batch: Mapping[str, np.ndarray | jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
   """Puts this process's rows of a batch on its devices; together they are the global [B, ...].
 
   Args:
@@ -147,17 +151,17 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
   if rows % len(mine):
     raise ValueError(f'{rows} rows cannot be split over {len(mine)} devices: add empty rows')
 
-  def place(local: np.ndarray) -> jax.Array:
+  def put(local: np.ndarray | jax.Array) -> jax.Array:
     size = len(local) // len(mine)  # rows of a block
     shape = (size * count, *local.shape[1:])
 
-    def block(index: tuple[slice, ...]) -> np.ndarray:
+    def block(index: Any) -> np.ndarray | jax.Array:  # slices, one for each axis
       start = size * mine.index(index[0].indices(shape[0])[0] // size)
       return local[start : start + size]
 
     return jax.make_array_from_callback(shape, sharding, block)
 
-  return {name: place(value) for name, value in batch.items()}
+  return {name: put(value) for name, value in batch.items()}
 
 
 def partition_spec(*axes: str) -> PartitionSpec:

@@ -7,7 +7,7 @@ step after step train, save, evaluate and export.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import grain
 import jax
@@ -28,6 +28,7 @@ from dpo_flax.exports.exporting import check_outputs, export_adapter, export_mer
 from dpo_flax.exports.model_card import CardFacts
 from dpo_flax.files.paths import access_errors
 from dpo_flax.losses.metrics import displacement
+from dpo_flax.losses.objective import Objective
 from dpo_flax.planning.remedies import Adjustable, explained
 from dpo_flax.runtime import command, hosts
 from dpo_flax.runtime.lock import holder, sole_writer
@@ -43,13 +44,13 @@ _ROUNDING = {'float32': 1e-4, 'bfloat16': 2e-2}
 
 
 @dataclasses.dataclass(frozen=True)
-class Session:
-  """What a run tells, keeps and obeys from its start to its end."""
+class RunOutputs:
+  """Where a run reports, saves and exports to, and the signal that stops it."""
 
   reporter: Reporter
   checkpoints: Checkpoints
   preemption: Preemption
-  outputs: Mapping[str, epath.Path]  # format -> where the policy is exported to
+  exports: Mapping[str, epath.Path]  # format -> where the policy is exported to
 
 
 def train(config: ConfigDict) -> dict[str, float]:
@@ -67,7 +68,7 @@ def train(config: ConfigDict) -> dict[str, float]:
   adjustable = Adjustable(
     settings.batch, settings.model, settings.mesh, method=settings.tuning.method
   )
-  outputs = output_paths(
+  exports = output_paths(
     settings.workdir,
     method=settings.tuning.method,
     peft=settings.peft_save_path,
@@ -77,14 +78,14 @@ def train(config: ConfigDict) -> dict[str, float]:
     enter = stack.enter_context
     preemption = enter(Preemption(hosts.peers(), grace=settings.train.grace_seconds))
     # Before the devices, which take long to begin and which the run that writes there may hold.
-    word = enter(sole_writer(workdir)) if hosts.peers().index == 0 else None
+    lock = enter(sole_writer(workdir)) if hosts.peers().index == 0 else None
     mesh = make_mesh(settings.mesh.sizes())
     enter(jax.set_mesh(mesh))
     enter(explained(adjustable))
     hosts.check_agreement(shared(settings))
-    hosts.check_agreement({'lock in workdir': word or holder(workdir)})  # a disk of each host's own
+    hosts.check_agreement({'lock in workdir': lock or holder(workdir)})  # a disk of each host's own
     hosts.first_does(
-      lambda: check_outputs(outputs, workdir=settings.workdir, sources=settings.weight_paths())
+      lambda: check_outputs(exports, workdir=settings.workdir, sources=settings.weight_paths())
     )
     run, state = assemble.build(settings, mesh)
     checkpoints = enter(contextlib.closing(make_checkpoints(run)))
@@ -95,16 +96,16 @@ def train(config: ConfigDict) -> dict[str, float]:
       workdir, start_step=done, num_steps=run.num_steps, is_writer=jax.process_index() == 0
     )
     enter(contextlib.closing(reporter))
-    introduce(run, state, done, reporter)
-    learning = Learning(run, state, done, Session(reporter, checkpoints, preemption, outputs))
+    announce(run, state, done, reporter)
+    loop = TrainingLoop(run, state, done, RunOutputs(reporter, checkpoints, preemption, exports))
     with explained(adjustable, state, run.frozen):
-      learning.to_the_end()
-    conclude(learning)
-  return learning.held_out
+      loop.run_steps()
+    finish(loop)
+  return loop.held_out
 
 
 def make_checkpoints(run: Run) -> Checkpoints:
-  """Returns the run's checkpoints, which do with a failed save what the config says."""
+  """Returns the run's checkpoints, which do with a failed save what the config states."""
   train = run.settings.train
   directory = epath.Path(run.settings.workdir) / 'checkpoints'
   if train.on_save_error == 'stop':
@@ -116,18 +117,18 @@ def make_checkpoints(run: Run) -> Checkpoints:
   return Checkpoints(directory, run.identity, keep=train.keep, on_error=go_on)
 
 
-class Learning:
+class TrainingLoop:
   """The steps of a run, from the one that is done to the last."""
 
-  def __init__(self, run: Run, state: TrainState, done: int, session: Session):
-    self.run, self.session, self.state = run, session, state
+  def __init__(self, run: Run, state: TrainState, done: int, outputs: RunOutputs):
+    self.run, self.outputs, self.state = run, outputs, state
     self.done = self.saved = done
-    self.held_out = session.reporter.written(done, 'validation')
-    self._monitor = make_monitor(run, session.reporter)
+    self.held_out = outputs.reporter.written(done, 'validation')
+    self._monitor = make_monitor(run, outputs.reporter)
     self._train_step, self._eval_step = run.make_steps()
-    session.preemption.save_unless(lambda: (session.checkpoints.latest() or 0) == self.done)
+    outputs.preemption.save_unless(lambda: (outputs.checkpoints.latest() or 0) == self.done)
 
-  def to_the_end(self):
+  def run_steps(self):
     """Trains, saves, evaluates and exports until the last step is done."""
     settings = self.run.settings
     try:
@@ -138,34 +139,34 @@ class Learning:
         self._evaluate()
       with contextlib.closing(train_batches(self.run, self.done)) as batches:
         while self.done < self.run.num_steps:
-          self.session.preemption.check()
-          self._learn(next(batches))
-          exports = self.done < self.run.num_steps and self._is_due(settings.hf_save_steps)
-          if exports or self._is_due(settings.train.save_every):
+          self.outputs.preemption.check()
+          self._train(next(batches))
+          is_export_due = self.done < self.run.num_steps and self._is_due(settings.hf_save_steps)
+          if is_export_due or self._is_due(settings.train.save_every):
             self._save()
           if self._is_due(settings.train.eval_every):
             self._evaluate()
-          if exports:
+          if is_export_due:
             self._export()
     except Preempted:
       self._save_and_stop()
 
-  def _learn(self, batch):
+  def _train(self, batch):
     run = self.run
     self.state, metrics = self._train_step(self.state, run.frozen, shard_batch(batch, run.mesh))
     self.done += 1
     self._monitor.add(self.done, metrics, batch['pair_index'])
-    self.session.checkpoints.check()
+    self.outputs.checkpoints.check()
 
   def _save(self):
     self._monitor.pause()
-    self.session.checkpoints.save(self.state, self.done)
+    self.outputs.checkpoints.save(self.state, self.done)
     self.saved = self.done
 
   def _evaluate(self):
     self._monitor.pause()
-    reporter = self.session.reporter
-    held_out = held_out_metrics(self.run, self.state, self._eval_step, self.session.preemption)
+    reporter = self.outputs.reporter
+    held_out = held_out_metrics(self.run, self.state, self._eval_step, self.outputs.preemption)
     if held_out:
       start = reporter.written(0, 'validation') if self.done else held_out
       held_out.update(displacement(held_out, start))
@@ -175,7 +176,7 @@ class Learning:
   def _export(self):
     self._monitor.pause()
     try:
-      save_exports(self.run, self.state, self.done, self.session)
+      save_exports(self.run, self.state, self.done, self.outputs)
     except access_errors() as error:
       # Several processes can only go on together.
       if self.run.settings.train.on_save_error == 'stop' or jax.process_count() > 1:
@@ -186,7 +187,7 @@ class Learning:
     if self.saved != self.done:
       self._save()
     if self.done:
-      self.session.checkpoints.finish(self.done)
+      self.outputs.checkpoints.finish(self.done)
     raise Preempted(f'step {self.done} of {self.run.num_steps} is saved')
 
   def _is_due(self, every: int) -> bool:
@@ -236,7 +237,8 @@ def check_start(run: Run, state: TrainState, eval_step):
 
   Where the two are the same function, every log-ratio is 0 and DPO's loss is ln 2.
   """
-  if not (run.starts_as_reference and run.options.objective.needs_reference):
+  objective = run.options.objective
+  if not (run.blueprint.sources.starts_as_reference() and objective.needs_reference):
     return
   with contextlib.closing(train_batches(run, 0)) as batches:
     sums = eval_step(state, run.frozen, shard_batch(next(batches), run.mesh))
@@ -247,7 +249,8 @@ def check_start(run: Run, state: TrainState, eval_step):
   )
   rounding = _ROUNDING[run.settings.model.dtype]
   # Plain DPO's loss is known; others' are not, but their policy must be the reference all the same.
-  off = abs(metrics['dpo_loss'] - math.log(2)) if is_plain_dpo(run) else 0.0
+  is_plain = is_plain_dpo(objective, run.data.train.columns)
+  off = abs(metrics['dpo_loss'] - math.log(2)) if is_plain else 0.0
   if not (drift <= rounding and off <= rounding):
     raise ValueError(
       f'before the first step dpo_loss is {metrics["dpo_loss"]:.6f}, and policy and reference '
@@ -256,12 +259,22 @@ def check_start(run: Run, state: TrainState, eval_step):
     )
 
 
-def is_plain_dpo(run: Run) -> bool:
-  """Whether the loss is ln 2 where policy and reference agree."""
-  objective = run.options.objective
-  return objective.loss == ('sigmoid',) and not (
-    objective.sft_weight or objective.reference_free or 'margin' in run.data.train.columns
+def is_plain_dpo(objective: Objective, columns: Collection[str]) -> bool:
+  """Whether the loss is ln 2 where policy and reference agree.
+
+  Args:
+    objective: of the run.
+    columns: the optional fields that the records give.
+  """
+  changes_loss = (
+    objective.sft_weight
+    or objective.kl_penalty_weight
+    or objective.wpo
+    or objective.reference_free
+    or 'margin' in columns
   )
+  is_sigmoid = objective.loss == ('sigmoid',) and objective.loss_weights == (1.0,)
+  return is_sigmoid and not changes_loss
 
 
 def make_monitor(run: Run, reporter: Reporter) -> Monitor:
@@ -279,20 +292,21 @@ def make_monitor(run: Run, reporter: Reporter) -> Monitor:
   )
 
 
-def save_exports(run: Run, state: TrainState, step: int, session: Session):
-  """Writes the policy as it is after `step` for other programs to load, and says where."""
+def save_exports(run: Run, state: TrainState, step: int, outputs: RunOutputs):
+  """Writes the policy as it is after `step` for other programs to load, and reports where."""
   policy = nnx.merge(run.graphdef, state.trainable, run.frozen).policy
-  facts = CardFacts(run.record, step, session.reporter.written(step, 'validation'))
-  for name, output in session.outputs.items():
+  facts = CardFacts(run.record, step, outputs.reporter.written(step, 'validation'))
+  for name, output in outputs.exports.items():
     if name == 'peft':
-      export_adapter(policy, run.lora, facts, output, run.mesh)
+      assert run.blueprint.lora is not None
+      export_adapter(policy, run.blueprint.lora, facts, output, run.mesh)
     else:
-      export_merged(policy, run.base, facts, output, run.mesh)
-    session.reporter.say(f'wrote {output}')
+      export_merged(policy, run.blueprint.sources.base, facts, output, run.mesh)
+    outputs.reporter.say(f'wrote {output}')
 
 
-def introduce(run: Run, state: TrainState, start_step: int, reporter: Reporter):
-  """Says what is about to run."""
+def announce(run: Run, state: TrainState, start_step: int, reporter: Reporter):
+  """Reports what is about to run."""
   policy = nnx.merge(run.graphdef, state.trainable, run.frozen).policy
   total, trainable = count_parameters(policy)
   if start_step == 0:
@@ -312,17 +326,17 @@ def introduce(run: Run, state: TrainState, start_step: int, reporter: Reporter):
     reporter.say(f'resuming after step {start_step} of {run.num_steps}')
 
 
-def conclude(learning: Learning):
-  """Exports the result, and says how it went."""
-  run, reporter, held_out = learning.run, learning.session.reporter, learning.held_out
-  learning.session.checkpoints.finish(run.num_steps)
+def finish(loop: TrainingLoop):
+  """Exports the result, and reports how the run went."""
+  run, reporter, held_out = loop.run, loop.outputs.reporter, loop.held_out
+  loop.outputs.checkpoints.finish(run.num_steps)
   if held_out:
     reporter.say(
       f'held-out dpo_accuracy {held_out["dpo_accuracy"]:.3f} over {held_out["pairs"]} pairs'
     )
   if warning := displacement_warning(held_out):
     reporter.say(warning)
-  save_exports(run, learning.state, run.num_steps, learning.session)
+  save_exports(run, loop.state, run.num_steps, loop.outputs)
 
 
 if __name__ == '__main__':

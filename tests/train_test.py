@@ -12,6 +12,9 @@ import time
 
 import pytest
 
+from dpo_flax.losses import Objective
+from dpo_flax.train import is_plain_dpo
+
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 6
 XLA_FLAGS = '--xla_backend_optimization_level=0'  # a few steps do not gain by more
@@ -77,6 +80,33 @@ def test_validation_is_first_before_any_step_and_last_after_the_final_one(uninte
   assert [line['step'] for line in validation] == [0, 3, 6]
   assert len({line['pairs'] for line in validation}) == 1
   assert validation[0]['dpo_loss'] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('objective', 'columns', 'expected'),
+  [
+    (Objective(), (), True),
+    (Objective(divergence='js', label_smoothing=0.1), ('pair_weight',), True),
+    (Objective(), ('margin',), False),
+    (Objective('ipo'), (), False),
+    (Objective(loss_weights=[0.5]), (), False),
+    (Objective(sft_weight=1.0), (), False),
+    (Objective(reference_free=True), (), False),
+    (Objective(wpo=True), (), False),
+    (Objective(kl_penalty_weight=0.1), (), False),
+  ],
+)
+def test_only_plain_dpo_has_to_start_at_ln_two(objective, columns, expected):
+  assert is_plain_dpo(objective, columns) is expected
+
+
+def test_a_run_whose_pairs_wpo_weighs_starts(tmp_path):
+  """Its loss is below ln 2 although policy and reference are equal."""
+  options = ('wpo=True', 'kl_penalty_weight=0.1')
+  flags = [f'--config.objective.{option}' for option in options]
+  process = run(tmp_path, *flags, '--config.train.num_train_steps=1')
+  assert process.returncode == 0, process.stderr
+  assert metrics(tmp_path, 'train')[0]['dpo_loss'] < 0.9 * math.log(2)
 
 
 def test_screen_tells_steps_and_where_the_adapter_is(uninterrupted):

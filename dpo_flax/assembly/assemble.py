@@ -16,9 +16,7 @@ from dpo_flax.config.identity import RunIdentity, identity_of
 from dpo_flax.config.schema import Settings
 from dpo_flax.data.loader import steps_for_epochs
 from dpo_flax.data.prepare import PreparedData
-from dpo_flax.huggingface.weights import BaseCheckpoint
 from dpo_flax.losses.objective import check_records
-from dpo_flax.model.lora import LoraConfig
 from dpo_flax.runtime import hosts
 from dpo_flax.training.reference_cache import with_reference_logps
 from dpo_flax.training.state import Models, TrainState, init_train_state, split_models
@@ -49,24 +47,9 @@ class Run:
     return self.blueprint.mesh
 
   @property
-  def lora(self) -> LoraConfig | None:
-    """What learns beside the base; None: the whole policy does."""
-    return self.blueprint.lora
-
-  @property
-  def base(self) -> BaseCheckpoint | None:
-    """Where the base weights are from; None: random weights."""
-    return self.blueprint.sources.base
-
-  @property
   def options(self) -> StepOptions:
     """What the step needs to know."""
     return self.blueprint.options
-
-  @property
-  def starts_as_reference(self) -> bool:
-    """Whether policy and reference are one before the first step."""
-    return self.blueprint.sources.starts_as_reference()
 
   def make_steps(self) -> tuple[Callable, Callable]:
     """Returns train_step and eval_step, jitted for the mesh's devices."""

@@ -28,7 +28,7 @@ class Blueprint:
   mesh: Mesh  # of devices that need not be there
   sources: Sources
   lora: LoraConfig | None  # None: the whole policy learns
-  options: StepOptions | None  # None: no step is made, as when exporting
+  options: StepOptions
   keeps_reference: bool  # whether the step runs the reference, so that its weights must stay
 
   def make_optimizer(self, num_steps: int) -> optax.GradientTransformation:
@@ -87,7 +87,7 @@ def make_blueprint(settings: Settings, mesh: Mesh, *, trains: bool = True) -> Bl
   )
   if base and not settings.data.tokenizer:
     settings = settings.replace({'data.tokenizer': str(base.directory)})
-  options = _step_options(settings, lora) if trains else None
+  options = _step_options(settings, lora)
   live = settings.reference.source == 'live'
   keeps_reference = trains and live and settings.objective.needs_reference
   return Blueprint(settings, mesh, sources, lora, options, keeps_reference)

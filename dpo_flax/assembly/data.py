@@ -51,7 +51,7 @@ def cache_directory(workdir: str | None, cache_dir: str | None) -> str:
   """Returns where tokens, and the reference's log-probs of them, are kept."""
   directory = cache_dir or (workdir and f'{workdir}/token_cache')
   if not directory:
-    raise ValueError('no place for the token cache: set workdir or data.cache_dir.')
+    raise ValueError('no directory for the token cache: set workdir or data.cache_dir.')
   return directory
 
 
@@ -59,10 +59,7 @@ def _load_tokenizer(data: DataSettings, path: str | None) -> Tokenizer:
   if not path:
     raise ValueError('no tokenizer given: set data.tokenizer, or initialize_from_hf to have one.')
   return load_tokenizer(
-    path,
-    data.chat_template,
-    variables=dict(data.template_variables),
-    history=data.history,
+    path, data.chat_template, variables=dict(data.template_variables), history=data.history
   )
 
 
@@ -79,7 +76,7 @@ def _validation_source(data: DataSettings) -> RecordSource | None:
 
 
 def _fields(data: DataSettings) -> dict[str, str]:
-  for ours, theirs in data.fields:
-    if not isinstance(theirs, str):
-      raise ValueError(f'data.fields takes {ours!r} from {theirs!r}: expected the name of a key.')
+  for field, key in data.fields:
+    if not isinstance(key, str):
+      raise ValueError(f'data.fields takes {field!r} from {key!r}: expected the name of a key.')
   return dict(data.fields)

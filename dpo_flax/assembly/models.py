@@ -12,14 +12,7 @@ from dpo_flax.huggingface.weights import BaseCheckpoint, load_base
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.kernels import Trained
 from dpo_flax.model.linear import adapters_of, fit_magnitudes
-from dpo_flax.model.lora import (
-  BASE,
-  TRAINABLE,
-  Frozen,
-  LoraConfig,
-  reference_of,
-  train_weights,
-)
+from dpo_flax.model.lora import BASE, TRAINABLE, Frozen, LoraConfig, reference_of, train_weights
 from dpo_flax.model.quantization import ChannelScale
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.sharding import named_shardings
@@ -77,11 +70,8 @@ def load_model(
   seed: int,
 ) -> Transformer:
   """Returns a model with fresh adapters, whose every array is made or read into its shards."""
-
-  def load(base):
-    return load_base(checkpoint, base, mesh)
-
-  return _make_model(model_config, lora, checkpoint and load, mesh, seed)
+  find_base = None if checkpoint is None else lambda base: load_base(checkpoint, base, mesh)
+  return _make_model(model_config, lora, find_base, mesh, seed)
 
 
 def load_onto(policy: Transformer, adapter: AdapterFiles, mesh: Mesh) -> Transformer:
@@ -110,10 +100,10 @@ def _make_model(
 
   graphdef, abstract = jax.eval_shape(make)
 
-  def init(kind):
-    shardings = named_shardings(nnx.filter_state(abstract, kind), mesh)
+  def init(variables):
+    shardings = named_shardings(nnx.filter_state(abstract, variables), mesh)
     # Whatever the state leaves out, the compiler does not compute.
-    return jax.jit(lambda: nnx.filter_state(make()[1], kind), out_shardings=shardings)()
+    return jax.jit(lambda: nnx.filter_state(make()[1], variables), out_shardings=shardings)()
 
   if find_base is None:
     return nnx.merge(graphdef, init(...))

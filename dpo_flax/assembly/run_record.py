@@ -37,14 +37,14 @@ def make_record(
   """Returns the record of a run; exports are checked on its first short pairs."""
   side = data.validation or data.train
   lengths = pack.row_lengths(side.lengths, data.rows.layout)
-  places = np.argsort(lengths > np.median(lengths), kind='stable')[:_CHECKED]
+  indices = np.argsort(lengths > np.median(lengths), kind='stable')[:_CHECKED]
   return RunRecord(
     settings,
     identity.fingerprints,
     num_steps,
     {name: report['pairs'] for name, report in data.report.items()},
     held_out=data.validation is not None,
-    checks=tuple(side.packed_pairs(places)),
+    checks=tuple(side.packed_pairs(indices)),
   )
 
 
@@ -57,7 +57,10 @@ def write_record(record: RunRecord, workdir: epath.Path):
     'pairs': dict(record.pairs),
     'held_out': record.held_out,
     'checks': [
-      {'index': pair.index, **{name: getattr(pair, name).tolist() for name in _IDS}}
+      {
+        'index': pair.index,
+        **{name: getattr(pair, name).tolist() for name in ('prompt', 'chosen', 'rejected')},
+      }
       for pair in record.checks
     ],
   }
@@ -77,7 +80,12 @@ def read_record(workdir: epath.Path) -> RunRecord:
   try:
     values = json.loads(path.read_text())
     checks = tuple(
-      pack.PackedPair(pair['index'], *(np.array(pair[name], np.int32) for name in _IDS))
+      pack.PackedPair(
+        index=pair['index'],
+        prompt=np.array(pair['prompt'], np.int32),
+        chosen=np.array(pair['chosen'], np.int32),
+        rejected=np.array(pair['rejected'], np.int32),
+      )
       for pair in values['checks']
     )
     if not checks:
@@ -94,6 +102,3 @@ def read_record(workdir: epath.Path) -> RunRecord:
     raise ValueError(
       f'{path} cannot be read ({error}): was it written by another version of dpo_flax?'
     ) from error
-
-
-_IDS = ('prompt', 'chosen', 'rejected')

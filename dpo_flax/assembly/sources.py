@@ -34,7 +34,7 @@ class Sources:
   reference_adapter: AdapterFiles | None  # what the reference has beside the base
 
   def fingerprints(self) -> dict[str, str | None]:
-    """Returns what tells each from others of its kind, by the config's field that names it."""
+    """Returns the fingerprint of each, by the config's field that names it."""
     return {
       'initialize_from_hf': self.base and weights.fingerprint(self.base),
       'reference_model_path': self.reference and weights.fingerprint(self.reference),
@@ -69,6 +69,7 @@ def make_sources(
       is another than the policy's.
   """
   if reference is not None:
+    assert reference_model is not None
     _check_same_shape(model, reference_model, reference_model_path)
     if base is not None:
       check_same_tokenizer(base.directory, reference.directory)
@@ -83,6 +84,7 @@ def make_sources(
       'merge_adapter_path'
     )
   if merged is not None:
+    assert base is not None  # validate sees to it
     base = merge_adapter(base, merged, model)
   return Sources(model, base, reference, reference_model, merged, adapter, reference_adapter)
 
@@ -97,9 +99,13 @@ def make_model_config(
   """Returns the architecture of `checkpoint`, or of the preset without one.
 
   Raises:
-    ValueError: the architecture is none of ours, or the attention is not for these devices.
+    ValueError: the architecture is not supported, or the attention is not for these devices.
   """
-  attention = _attention(settings.attention, mesh.devices.flat[0].platform)
+  attention, platform = settings.attention, mesh.devices.flat[0].platform
+  if attention == 'auto':
+    attention = 'pallas' if platform == 'tpu' else 'xla'
+  if attention == 'pallas' and platform != 'tpu':
+    raise ValueError(f'model.attention=pallas runs on TPU, not on {platform}: set it to auto')
   run = {
     'dtype': jnp.dtype(settings.dtype),
     'weight_dtype': jnp.dtype(settings.weight_dtype),
@@ -107,36 +113,32 @@ def make_model_config(
     'attention': attention,
   }
   model_config = _architecture(checkpoint, settings.preset, run)
-  _check_fit(model_config, tokens)
+  longest = model_config.longest_sequence
+  if longest is not None and tokens > longest:
+    raise ValueError(
+      f'batch.tokens={tokens}: this model (longrope) takes other positions for sequences of more '
+      f'than {longest} tokens, which is not supported: set batch.tokens to {longest} or less'
+    )
   return model_config
 
 
-def _attention(asked: str, platform: str) -> str:
-  """Returns the kernel for these devices."""
-  attention = asked
-  if attention == 'auto':
-    attention = 'pallas' if platform == 'tpu' else 'xla'
-  if attention == 'pallas' and platform != 'tpu':
-    raise ValueError(f'model.attention=pallas runs on TPU, not on {platform}: set it to auto')
-  return attention
-
-
-def vocabulary_size(checkpoint: BaseCheckpoint | None, preset: str) -> int:
+def vocabulary_size(checkpoint: BaseCheckpoint | None, preset: str | None) -> int:
   """Returns the rows of a checkpoint's token table, or of the preset's without one."""
   run = {'dtype': jnp.float32, 'weight_dtype': jnp.float32, 'remat': 'none', 'attention': 'xla'}
   return _architecture(checkpoint, preset, run).vocab_size
 
 
 def _architecture(
-  checkpoint: BaseCheckpoint | None, preset: str, run: Mapping[str, Any]
+  checkpoint: BaseCheckpoint | None, preset: str | None, run: Mapping[str, Any]
 ) -> ModelConfig:
   if checkpoint is None:
+    assert preset is not None
     return from_preset(preset, **run)
   return from_hf_config(checkpoint.config, where=str(checkpoint.directory / 'config.json'), **run)
 
 
 def reference_fingerprint(sources: Sources, *, preset: str | None, seed: int) -> str:
-  """Returns what tells the reference from others: its weights, and the adapters in and on them.
+  """Returns the fingerprint of the reference: of its weights, and the adapters in and on them.
 
   Of random weights, preset and seed.
   """
@@ -151,27 +153,17 @@ def reference_fingerprint(sources: Sources, *, preset: str | None, seed: int) ->
   return ', '.join(f'{name} {value}' for name, value in parts.items() if value)
 
 
-def _check_fit(model_config: ModelConfig, tokens: int):
-  """Refuses rows that this architecture is not made for."""
-  longest = model_config.longest_sequence
-  if longest is not None and tokens > longest:
-    raise ValueError(
-      f'batch.tokens={tokens}: this model (longrope) takes other positions for sequences of more '
-      f'than {longest} tokens, which is not supported: set batch.tokens to {longest} or less'
-    )
-
-
-def _check_same_shape(policy: ModelConfig, reference: ModelConfig, path: str):
+def _check_same_shape(policy: ModelConfig, reference: ModelConfig, path: str | None):
   for field in ('vocab_size', 'num_layers'):
-    theirs, ours = getattr(reference, field), getattr(policy, field)
-    if theirs != ours:
+    found, expected = getattr(reference, field), getattr(policy, field)
+    if found != expected:
       raise ValueError(
-        f"reference_model_path={path}: its {field} is {theirs}, the policy's is {ours}"
+        f"reference_model_path={path}: its {field} is {found}, the policy's is {expected}"
       )
 
 
 def check_same_tokenizer(policy: epath.Path, reference: epath.Path):
-  """Compares the tokenizers where both directories hold one of the same kind.
+  """Compares the tokenizers where both directories hold one in the same format.
 
   Raises:
     ValueError: their tokens or rules differ; the reference would read other text.
@@ -179,9 +171,9 @@ def check_same_tokenizer(policy: epath.Path, reference: epath.Path):
   for name, read in (('tokenizer.json', _read_tokenizer), ('tokenizer.model', _read_bytes)):
     files = [directory / name for directory in (policy, reference)]
     if all(file.exists() for file in files):
-      ours, theirs = map(read, files)
-      if ours != theirs:
-        differs = [part for part in ours if ours[part] != theirs[part]]
+      first, second = map(read, files)
+      if first != second:
+        differs = [part for part in first if first[part] != second[part]]
         raise ValueError(
           f'{files[1]} is another tokenizer than {files[0]} (other {", ".join(differs)}): a '
           'reference must read the same token ids'

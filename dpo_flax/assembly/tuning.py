@@ -32,7 +32,7 @@ def make_lora_config(
     check_trainable(lora, model)
   else:
     raise ValueError(
-      f'initialize_from_adapter={start.directory} is an adapter of the other kind: '
+      f'initialize_from_adapter={start.directory} is an adapter of the other method: '
       f'set tuning.method={"dora" if start.lora.dora else "lora"}'
     )
   return _stack_on_reference(lora, reference and reference.lora, continues=start is None)

@@ -1,7 +1,7 @@
 """The steps of a checkpoint folder: which directories are steps, and how one comes and goes.
 
-A step is a real directory, named by a number, that holds what its manifest says, and in it a
-record of the same number. Everything else in the folder is nobody's step and stays as it is, but
+A step is a real directory, named by a number, that holds what its manifest lists, and in it a
+record of the same number. Everything else in the folder is no step and stays as it is, but
 for these, which a kill may leave behind:
 
     12.unfinished    being written; it takes its name once its manifest is on disk
@@ -21,7 +21,7 @@ from dpo_flax.checkpoints import manifest
 from dpo_flax.files.atomic import sync
 from dpo_flax.files.paths import access_errors, fresh, is_link, is_remote
 
-RECORD = 'step.json'  # what a step says of itself
+RECORD = 'step.json'  # describes the step
 _OLD_RECORD = 'run.json'  # its name in version 0.1.0
 _STEP = re.compile(r'0|[1-9][0-9]*')
 _LEFTOVER = re.compile(r'(0|[1-9][0-9]*)\.(unfinished|deleted)')
@@ -59,7 +59,7 @@ def faults(step: epath.Path) -> list[str]:
 
 
 def read_record(step: epath.Path) -> dict[str, Any]:
-  """Returns what a step says of itself: its number, and the identity of its run."""
+  """Returns the record of a step: its number, and the identity of its run."""
   path, old = step / RECORD, step / _OLD_RECORD
   return json.loads((path if path.exists() or not old.exists() else old).read_text())
 

@@ -1,4 +1,4 @@
-"""What a run may be told: every field, its checks, and which fields make a run."""
+"""The fields of a run: every field, its checks, and which fields make a run."""
 
 from dpo_flax.config.checks import validate as validate
 from dpo_flax.config.identity import identity_of as identity_of

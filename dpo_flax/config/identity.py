@@ -23,7 +23,8 @@ def shared(settings: Settings) -> dict[str, Any]:
 
 def of_run(values: Mapping[str, Any]) -> dict[str, Any]:
   """Returns those of the dotted fields that decide a run's numbers."""
-  return {field: value for field, value in values.items() if _decides_numbers(field)}
+  others = {field for field, row in ROWS.items() if row.role in {Role.SOURCE, Role.FREE}}
+  return {field: value for field, value in values.items() if field not in others}
 
 
 class Difference(NamedTuple):
@@ -47,7 +48,7 @@ class RunIdentity:
   """What a checkpoint may only be continued under."""
 
   config: Mapping[str, Any]  # the fields that change a run's numbers (identity_of)
-  fingerprints: Mapping[str, str]  # of what the config names by path: data, base, reference
+  fingerprints: Mapping[str, str | None]  # of what the config names by path: data, base, reference
 
   def differences(self, other: 'RunIdentity') -> list[Difference]:
     """Returns each difference to the run that wants to go on."""
@@ -59,14 +60,11 @@ class RunIdentity:
 
 def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Difference]:
   for name in sorted(saved.keys() | now.keys()):
-    values = [each[name] if name in each else _absent(name) for each in (saved, now)]
-    if values[0] != values[1]:
-      yield Difference(name, *values)
-
-
-def _absent(name: str) -> Any:
-  """Returns what the absence of a field means in a record of before it was added."""
-  return ROWS[name].plain(ROWS[name].when_absent) if name in ROWS else None
+    # A record may lack the fields that were added after it was written.
+    absent = ROWS[name].plain(ROWS[name].when_absent) if name in ROWS else None
+    before, after = saved.get(name, absent), now.get(name, absent)
+    if before != after:
+      yield Difference(name, before, after)
 
 
 def _meant(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,10 +90,6 @@ def _put(tree: dict[str, Any], path: list[str], value: Any):
   for name in path[:-1]:
     tree = tree.setdefault(name, {})
   tree[path[-1]] = value
-
-
-def _decides_numbers(field: str) -> bool:
-  return field not in ROWS or ROWS[field].role in {Role.NUMBERS, Role.DATA}
 
 
 _MAPPINGS = {field for field, row in ROWS.items() if row.mapping}

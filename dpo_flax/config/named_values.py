@@ -23,14 +23,19 @@ def named_values(given: Any) -> dict[str, Any] | None:
     ValueError: a name given twice, or a string that begins as a JSON object and is none.
   """
   if isinstance(given, str):
-    return _from_json(given) if given.lstrip().startswith('{') else None
+    if not given.lstrip().startswith('{'):
+      return None
+    try:
+      return json.loads(given, object_pairs_hook=_one_value_each)
+    except json.JSONDecodeError as error:
+      raise ValueError(f'{given} is not JSON: {error}') from None
   if isinstance(given, ConfigDict):
     given = given.to_dict()
   if isinstance(given, Mapping):
     return _sorted(given) if all(isinstance(name, str) for name in given) else None
   if not isinstance(given, list | tuple) or not given or not all(map(_is_pair, given)):
     return None
-  return _once(given)
+  return _one_value_each(given)
 
 
 def named_pairs(
@@ -87,10 +92,10 @@ def split_paths(
   """Returns the paths of `data_paths`, and the weight of each where they are a mixture."""
   if isinstance(paths, str):
     return (paths,), None
-  if not paths or isinstance(paths[0], str):
-    return tuple(paths or ()), None
-  names, weights = zip(*paths, strict=True)
-  return names, tuple(map(float, weights))
+  mixture = [pair for pair in paths or () if not isinstance(pair, str)]
+  if not mixture:
+    return tuple(path for path in paths or () if isinstance(path, str)), None
+  return tuple(path for path, _ in mixture), tuple(float(weight) for _, weight in mixture)
 
 
 def _sorted(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,17 +110,10 @@ def _is_pair(item: Any) -> bool:
   return isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[0], str)
 
 
-def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _one_value_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
   values = dict(pairs)
   if len(values) < len(pairs):
     names = [name for name, _ in pairs]
     twice = next(name for name in names if names.count(name) > 1)
     raise ValueError(f'{twice} is named more than once: give every name one value.')
   return values
-
-
-def _from_json(text: str) -> dict[str, Any]:
-  try:
-    return json.loads(text, object_pairs_hook=_once)
-  except json.JSONDecodeError as error:
-    raise ValueError(f'{text} is not JSON: {error}') from None

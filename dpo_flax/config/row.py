@@ -28,7 +28,7 @@ class Row:
 
   default: Any  # None: unset
   meaning: str
-  type: Any = None  # of a value, where the default does not tell it
+  type: Any = None  # of a value; None: the default's, else of mappings and paths object, or str
   unit: str | None = None
   choices: tuple[str, ...] = ()
   low: float | None = None  # smallest value
@@ -48,9 +48,10 @@ class Row:
 
   def initial(self) -> Any:
     """Returns what a ConfigDict gets: the default, or a placeholder of the field's type."""
+    value_type = self.type or (object if self.mapping or self.paths else None)
     if self.default is None:
-      return config_dict.placeholder(self.type)
-    return FieldReference(self.default, field_type=self.type) if self.type else self.default
+      return config_dict.placeholder(value_type or str)
+    return FieldReference(self.default, field_type=value_type) if value_type else self.default
 
   def canonical(self, field: str, value: Any) -> Any:
     """Returns the one form of a value: tuples, and mappings as tuples of (name, value).

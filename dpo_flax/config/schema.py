@@ -7,6 +7,7 @@ are tuples.
 """
 
 import dataclasses
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,8 +46,8 @@ OBJECTIVE = {
 class Settings:
   """A checked config; nothing in it can be assigned."""
 
-  workdir: str | None = row(
-    None, 'Where checkpoints, metrics and exports go.', type=str, role=_SOURCE
+  workdir: str = row(  # None in planning alone
+    None, 'Where checkpoints, metrics and exports go.', role=_SOURCE
   )
   seed: int = row(
     0, "Of the adapters' initial values, the data's order and dropout.", low=0, high=2**31 - 1
@@ -54,26 +55,20 @@ class Settings:
   initialize_from_hf: str | None = row(
     None,
     'A directory (local or gs://) in Hugging Face layout, or a hub id (needs the hub extra).',
-    type=str,
     role=_SOURCE,
   )
   reference_model_path: str | None = row(
-    None,
-    "Base weights of the reference, where they differ from the policy's.",
-    type=str,
-    role=_SOURCE,
+    None, "Base weights of the reference, where they differ from the policy's.", role=_SOURCE
   )
   merge_adapter_path: str | None = row(
     None,
     'A PEFT adapter that is merged into the base as it is loaded, and from then on part of it.',
-    type=str,
     role=_SOURCE,
   )
   initialize_from_adapter: str | None = row(
     None,
     "A PEFT adapter that the policy's adapters start as; ranks, alphas and targets are this one's, "
     "not lora's.",
-    type=str,
     role=_SOURCE,
   )
   reference_adapter_path: str | None = row(
@@ -81,17 +76,15 @@ class Settings:
     'A PEFT adapter that the reference has on the base (of SFT). The policy starts on top of it '
     'with a new adapter, and the two are exported as one; or, with initialize_from_adapter, from '
     'that alone.',
-    type=str,
     role=_SOURCE,
   )
   peft_save_path: str | None = row(
-    None, 'Where the adapter is exported to; unset: workdir/peft.', type=str, role=_FREE
+    None, 'Where the adapter is exported to; unset: workdir/peft.', role=_FREE
   )
   merged_hf_save_path: str | None = row(
     None,
     'Where the merged model is exported to; unset: nowhere, and with tuning.method=full '
     'workdir/merged.',
-    type=str,
     role=_FREE,
   )
   allow_data_change: bool = row(
@@ -118,23 +111,17 @@ class Settings:
   @classmethod
   def of(cls, values: Mapping[str, Any]) -> 'Settings':
     """Returns the settings of dotted field -> canonical value."""
-    parts: dict[str, Any] = {}
-    for field, value in values.items():
-      section_name, _, name = field.rpartition('.')
-      (parts.setdefault(section_name, {}) if section_name else parts)[name] = value
+    parts = _nested(values)
     made = {name: section.make(parts[name]) for name, section in SECTIONS.items()}
     return cls(**parts | made)
 
   def values(self) -> dict[str, Any]:
     """Returns dotted field -> canonical value, in the schema's order."""
-    found = {}
-    for field in ROWS:
-      section_name, _, name = field.rpartition('.')
-      if section_name == 'objective':
-        found[field] = self.objective.options()[name]
-      else:
-        found[field] = getattr(getattr(self, section_name) if section_name else self, name)
-    return found
+    objective = {f'objective.{name}': value for name, value in self.objective.options().items()}
+    return {
+      field: objective[field] if field in objective else operator.attrgetter(field)(self)
+      for field in ROWS
+    }
 
   def replace(self, changes: Mapping[str, Any]) -> 'Settings':
     """Returns settings with other values of some dotted fields: {'batch.rows': 8}."""
@@ -146,11 +133,7 @@ class Settings:
 
   def to_json(self) -> dict[str, Any]:
     """Returns the settings as nested plain JSON values, by section."""
-    nested: dict[str, Any] = {}
-    for field, value in self.flat_json().items():
-      section_name, _, name = field.rpartition('.')
-      (nested.setdefault(section_name, {}) if section_name else nested)[name] = value
-    return nested
+    return _nested(self.flat_json())
 
   def weight_paths(self) -> dict[str, str]:
     """Returns field -> path of the checkpoints and adapters that the models are made of."""
@@ -177,17 +160,21 @@ ROWS: dict[str, Row] = rows_of(Settings) | {
 
 def default() -> ConfigDict:
   """Returns the whole schema with its default values, locked against unknown fields."""
-  config = ConfigDict()
-  for field, one in ROWS.items():
-    section_name, _, name = field.rpartition('.')
-    if section_name and section_name not in config:
-      config[section_name] = ConfigDict()
-    (config[section_name] if section_name else config)[name] = one.initial()
-  return config.lock()
+  return ConfigDict(_nested({field: row.initial() for field, row in ROWS.items()})).lock()
 
 
-def get(tree: Mapping[str, Any], field: str) -> Any:
-  """Returns the value of a dotted field of nested mappings: `get(config, 'lora.r')`."""
+def get(config: ConfigDict | Mapping[str, Any], field: str) -> Any:
+  """Returns the value of a dotted field: `get(config, 'lora.r')`."""
+  value: Any = config
   for name in field.split('.'):
-    tree = tree[name]
-  return tree
+    value = value[name]
+  return value
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns dotted field -> value as a mapping of sections."""
+  nested: dict[str, Any] = {}
+  for field, value in values.items():
+    section, _, name = field.rpartition('.')
+    (nested.setdefault(section, {}) if section else nested)[name] = value
+  return nested

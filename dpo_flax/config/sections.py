@@ -21,7 +21,7 @@ _FORMATS = (
 class ModelSettings:
   """The model's weights in memory, and how it is computed."""
 
-  preset: str | None = row(None, 'A name in huggingface/presets.py, for random weights.', type=str)
+  preset: str | None = row(None, 'A name in huggingface/presets.py, for random weights.')
   dtype: str = row(
     'bfloat16', 'Of activations and matrix products.', choices=('bfloat16', 'float32')
   )
@@ -75,7 +75,9 @@ class LoraSettings:
     type=object,
     names=True,
   )
-  exclude_modules: Names = row((), 'Left out of the above.', type=object, names=True)
+  exclude_modules: str | tuple[str, ...] = row(
+    (), 'Left out of the above.', type=object, names=True
+  )
   layers_to_transform: int | tuple[int, ...] | None = row(
     None, 'These layers alone: an index or a list of them.', type=object
   )
@@ -83,18 +85,14 @@ class LoraSettings:
     None,
     "Other ranks for modules that a name or regex matches: {'down_proj': 32}; names with dots as "
     "pairs: (('layers.0.mlp.down_proj', 32),).",
-    type=object,
     mapping=_MODULES,
   )
-  alpha_pattern: NamedValues = row(
-    None, 'Other alphas, as rank_pattern.', type=object, mapping=_MODULES
-  )
+  alpha_pattern: NamedValues = row(None, 'Other alphas, as rank_pattern.', mapping=_MODULES)
   modules_to_save: tuple[str, ...] = row(
     (), 'Names of modules that learn whole, beside the adapters.', names=True
   )
   ensure_weight_tying: bool = row(
-    False,
-    "Where the head is tied to the token table, what one of them learns is the other's too.",
+    False, "Where the head is tied to the token table, what one of them learns is the other's too."
   )
 
 
@@ -120,19 +118,14 @@ class DataSettings:
     'text also .gz and .zst; or the directory of a saved Hugging Face data set. Pairs are a '
     "mixture: (path, passes over it in an epoch), such as (('hh.jsonl', 1), ('mine.parquet', "
     '2.5)).',
-    type=object,
     paths=True,
     role=_SOURCE,
   )
   validation: str | tuple[str, ...] | NamedValues | None = row(
-    None, 'Held-out pairs; unset: split off from train.', type=object, paths=True, role=_SOURCE
+    None, 'Held-out pairs; unset: split off from train.', paths=True, role=_SOURCE
   )
   validation_split_fraction: float = row(
-    0.1,
-    'Share of the pairs, when data.validation is unset; 0: none.',
-    low=0,
-    high=0.9,
-    role=_DATA,
+    0.1, 'Share of the pairs, when data.validation is unset; 0: none.', low=0, high=0.9, role=_DATA
   )
   format: str = row(
     'auto',
@@ -145,7 +138,6 @@ class DataSettings:
     None,
     "Keys that have other names in the records: {'chosen': 'good', 'margin': 'gap'}; names with "
     "dots as pairs: (('completions.overall_score', 'score'),).",
-    type=object,
     mapping=_NAMED,
     role=_DATA,
   )
@@ -156,14 +148,13 @@ class DataSettings:
     role=_DATA,
   )
   tokenizer: str | None = row(
-    None, 'A directory or a file; unset: beside the weights.', type=str, role=_SOURCE
+    None, 'A directory or a file; unset: beside the weights.', role=_SOURCE
   )
-  chat_template: str | None = row(None, 'A file, or the template itself.', type=str, role=_SOURCE)
+  chat_template: str | None = row(None, 'A file, or the template itself.', role=_SOURCE)
   template_variables: NamedValues = row(
     None,
     "What the template gets besides the messages: {'enable_thinking': False}. strftime_now is the "
     'date that it takes for today; unset: 2024-07-26, so that ids do not depend on the day.',
-    type=object,
     mapping=_NAMED,
     role=_DATA,
   )
@@ -195,7 +186,7 @@ class DataSettings:
     role=_DATA,
   )
   cache_dir: str | None = row(
-    None, 'Where tokens are kept; unset: workdir/token_cache.', type=str, role=_SOURCE
+    None, 'Where tokens are kept; unset: workdir/token_cache.', role=_SOURCE
   )
   cache_workers: int = row(
     0,
@@ -226,17 +217,10 @@ class TrainSettings:
   """How long a run is, and how often it reports and saves."""
 
   num_train_steps: int = row(
-    0,
-    'Optimizer steps; 0: as many as num_epochs takes.',
-    low=0,
-    high=2**31 - 1,
-    unit='steps',
+    0, 'Optimizer steps; 0: as many as num_epochs takes.', low=0, high=2**31 - 1, unit='steps'
   )
   num_epochs: float = row(
-    0.0,
-    'Passes over the training pairs; 0: num_train_steps says how long.',
-    low=0,
-    high=10**6,
+    0.0, 'Passes over the training pairs; 0: num_train_steps says how long.', low=0, high=10**6
   )
   log_every: int = row(10, 'Steps between reports.', low=1, unit='steps', role=_FREE)
   eval_every: int = row(

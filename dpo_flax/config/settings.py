@@ -1,11 +1,12 @@
 """ConfigDict or JSON -> typed settings, and the docs' table of fields."""
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from dpo_flax.config.schema import ROWS, Settings, default, get
+from dpo_flax.config.schema import ROWS, SECTIONS, Settings, get
 
 
 def settings_of(config: ConfigDict) -> Settings:
@@ -22,28 +23,23 @@ def settings_of(config: ConfigDict) -> Settings:
 def settings_from_json(values: Mapping[str, Any]) -> Settings:
   """Returns the settings that `Settings.to_json` gave, in this version or an earlier one.
 
-  A field that they lack is as its row says.
+  A field that they lack has the value `absent` of its row.
 
   Raises:
     KeyError: the schema has no such field; names those that are close.
   """
-  config = default()
-  with config.ignore_type():
-    for field, row in ROWS.items():
-      section, _, name = field.rpartition('.')
-      (config[section] if section else config)[name] = row.when_absent
-    for name, value in values.items():
-      # A mapping that is no section is the value of a field.
-      if isinstance(config[name], ConfigDict) and isinstance(value, dict):
-        for inner, one in value.items():
-          config[name][inner] = _as(config[name][inner], one)
-      else:
-        config[name] = _as(config[name], value)
-  return settings_of(config)
-
-
-def _as(old: Any, value: Any) -> Any:
-  return tuple(value) if isinstance(old, tuple) else value
+  given: dict[str, Any] = {}
+  for name, value in values.items():
+    # A mapping that is no section is the value of a field.
+    given |= (
+      {f'{name}.{each}': one for each, one in value.items()} if name in SECTIONS else {name: value}
+    )
+  if unknown := given.keys() - ROWS:
+    near = difflib.get_close_matches(min(unknown), ROWS)
+    raise KeyError(f'no field {", ".join(sorted(unknown))}; close to it: {", ".join(near)}')
+  return Settings.of(
+    {field: row.canonical(field, given.get(field, row.when_absent)) for field, row in ROWS.items()}
+  )
 
 
 def markdown() -> str:

@@ -5,83 +5,43 @@
 - `summarize(metric_sums(...))`: what it reports.
 """
 
-from dpo_flax.losses import metrics
-from dpo_flax.losses.divergences import DIVERGENCES, link
-from dpo_flax.losses.losses import (
-  CONSTANTS,
-  aot,
-  aot_unpaired,
-  apo_down,
-  apo_zero,
-  bco_pair,
-  cpo,
-  discopop,
-  dpop,
-  exo_pair,
-  hinge,
-  ipo,
-  log_ratios,
-  nca_pair,
-  orpo,
-  reward_sums,
-  robust,
-  sft,
-  sigmoid,
-  sigmoid_norm,
-  simpo,
-  sppo_hard,
-)
-from dpo_flax.losses.metrics import displacement, metric_sums, summarize
-from dpo_flax.losses.objective import (
-  Objective,
-  as_objective,
-  check_records,
-  implicit_rewards,
-  total_loss,
-  wpo_weights,
-)
-from dpo_flax.losses.pair_logps import Branches, PairLogps
-from dpo_flax.losses.registry import LOSSES, Constant, Loss, register
-
-__all__ = [
-  'CONSTANTS',
-  'DIVERGENCES',
-  'LOSSES',
-  'Branches',
-  'Constant',
-  'Loss',
-  'Objective',
-  'PairLogps',
-  'aot',
-  'aot_unpaired',
-  'apo_down',
-  'apo_zero',
-  'as_objective',
-  'bco_pair',
-  'check_records',
-  'cpo',
-  'discopop',
-  'displacement',
-  'dpop',
-  'exo_pair',
-  'hinge',
-  'implicit_rewards',
-  'ipo',
-  'link',
-  'log_ratios',
-  'metric_sums',
-  'metrics',
-  'nca_pair',
-  'orpo',
-  'register',
-  'reward_sums',
-  'robust',
-  'sft',
-  'sigmoid',
-  'sigmoid_norm',
-  'simpo',
-  'sppo_hard',
-  'summarize',
-  'total_loss',
-  'wpo_weights',
-]
+from dpo_flax.losses import metrics as metrics
+from dpo_flax.losses.divergences import DIVERGENCES as DIVERGENCES
+from dpo_flax.losses.divergences import link as link
+from dpo_flax.losses.losses import CONSTANTS as CONSTANTS
+from dpo_flax.losses.losses import aot as aot
+from dpo_flax.losses.losses import aot_unpaired as aot_unpaired
+from dpo_flax.losses.losses import apo_down as apo_down
+from dpo_flax.losses.losses import apo_zero as apo_zero
+from dpo_flax.losses.losses import bco_pair as bco_pair
+from dpo_flax.losses.losses import cpo as cpo
+from dpo_flax.losses.losses import discopop as discopop
+from dpo_flax.losses.losses import dpop as dpop
+from dpo_flax.losses.losses import exo_pair as exo_pair
+from dpo_flax.losses.losses import hinge as hinge
+from dpo_flax.losses.losses import ipo as ipo
+from dpo_flax.losses.losses import log_ratios as log_ratios
+from dpo_flax.losses.losses import nca_pair as nca_pair
+from dpo_flax.losses.losses import orpo as orpo
+from dpo_flax.losses.losses import reward_sums as reward_sums
+from dpo_flax.losses.losses import robust as robust
+from dpo_flax.losses.losses import sft as sft
+from dpo_flax.losses.losses import sigmoid as sigmoid
+from dpo_flax.losses.losses import sigmoid_norm as sigmoid_norm
+from dpo_flax.losses.losses import simpo as simpo
+from dpo_flax.losses.losses import sppo_hard as sppo_hard
+from dpo_flax.losses.metrics import displacement as displacement
+from dpo_flax.losses.metrics import metric_sums as metric_sums
+from dpo_flax.losses.metrics import summarize as summarize
+from dpo_flax.losses.objective import Objective as Objective
+from dpo_flax.losses.objective import as_objective as as_objective
+from dpo_flax.losses.objective import check_records as check_records
+from dpo_flax.losses.objective import implicit_rewards as implicit_rewards
+from dpo_flax.losses.objective import total_loss as total_loss
+from dpo_flax.losses.objective import wpo_weights as wpo_weights
+from dpo_flax.losses.pair_logps import Branches as Branches
+from dpo_flax.losses.pair_logps import PairLogps as PairLogps
+from dpo_flax.losses.registry import LOSSES as LOSSES
+from dpo_flax.losses.registry import Constant as Constant
+from dpo_flax.losses.registry import Loss as Loss
+from dpo_flax.losses.registry import register as register

@@ -1,6 +1,6 @@
 """From tokens to answers, and from answers to pairs.
 
-A batch's row holds S answers. What a model says of each token is summed over every answer first;
+A batch's row holds S answers. The numbers of each token are summed over every answer first;
 pairs then pick two answers each by their indices, so that an answer may be in several pairs.
 """
 
@@ -25,7 +25,7 @@ class TokenLogps:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnswerLogps:
-  """What the models say of every answer of a batch, float32 [B, S]; empty slots hold zeros.
+  """Log-probs and statistics of every answer of a batch, float32 [B, S]; empty slots hold zeros.
 
   Fields that are None were not asked for.
   """
@@ -83,7 +83,8 @@ def pairs_of(
   def pick(values):
     return None if values is None else _pick(values, batch)
 
-  policy, reference, lengths = map(pick, (answers.policy, answers.reference, answers.lengths))
+  policy, lengths = _pick(answers.policy, batch), _pick(answers.lengths, batch)
+  reference = pick(answers.reference)
   policy_tails = reference_tails = None
   if tails:
     if answers.tokens is None:

@@ -54,6 +54,7 @@ def link(
   if divergence == 'js':
     return jax.nn.log_sigmoid(log_ratio) + math.log(2.0)
   power = 1.0 if divergence == 'forward_kl' else alpha
+  assert power is not None
   return -_expm1(-power * log_ratio, largest_exponent) / power
 
 

@@ -6,6 +6,7 @@ hosts merge by addition, each pair counting once; `summarize` turns the merged s
 
 import itertools
 from collections.abc import Mapping
+from typing import Any
 
 import chex
 import jax
@@ -56,13 +57,13 @@ def summarize(sums: Sums) -> dict[str, float]:
   Means over real pairs, but for dpo_loss (over `logps.weights`) and perplexities (over tokens).
   Buckets with no pairs are left out, and so is the correlation where one side is constant.
   """
-  sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
-  metrics = {name: total / count for name, (total, count) in sums['means'].items()}
-  for name, (total, count) in sums['perplexities'].items():
+  merged: Any = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+  metrics = {name: total / count for name, (total, count) in merged['means'].items()}
+  for name, (total, count) in merged['perplexities'].items():
     metrics[name] = np.exp(-total / count)
-  metrics |= _calibration(sums['histograms']['confidence'])
-  metrics |= _accuracy_by_margin(sums['histograms']['margin'])
-  metrics |= _length_correlation(sums['moments'])
+  metrics |= _calibration(merged['histograms']['confidence'])
+  metrics |= _accuracy_by_margin(merged['histograms']['margin'])
+  metrics |= _length_correlation(merged['moments'])
   return {name: float(value) for name, value in metrics.items()}
 
 
@@ -99,7 +100,7 @@ def _mean_sums(
     'rejected_logps': logps.policy_rejected,
   }
   if logps.reference_chosen is not None:
-    values['dpo_margin_ref'] = logps.reference_chosen - logps.reference_rejected
+    values['dpo_margin_ref'] = logps.reference.chosen - logps.reference.rejected
   if logps.kl is not None:
     values |= {'kl_chosen': logps.kl.chosen, 'kl_rejected': logps.kl.rejected}
   if logps.entropy is not None:
@@ -126,11 +127,11 @@ def _over(values: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def _perplexity_sums(logps: PairLogps) -> dict[str, jax.Array]:
+  if logps.chosen_lengths is None or logps.rejected_lengths is None:
+    return {}
   models = {'policy': logps.policy}
   if logps.reference_chosen is not None:
     models['reference'] = logps.reference
-  if logps.chosen_lengths is None:
-    return {}
   lengths = Branches(logps.chosen_lengths, logps.rejected_lengths)
   return {
     f'{model}_perplexity_{branch}': jnp.stack(
@@ -162,7 +163,7 @@ def _histogram(buckets: jax.Array, columns: jax.Array, size: int) -> jax.Array:
 
 
 def _moment_sums(margins: jax.Array, logps: PairLogps) -> dict[str, jax.Array]:
-  if logps.chosen_lengths is None:
+  if logps.chosen_lengths is None or logps.rejected_lengths is None:
     return {}
   lengths = logps.chosen_lengths - logps.rejected_lengths
   products = {
@@ -206,4 +207,5 @@ def _length_correlation(sums: dict[str, np.ndarray]) -> dict[str, float]:
   if variances[0] <= 1e-6 * sums['xx'] / count or variances[1] <= 1e-6 * sums['yy'] / count:
     return {}
   covariance = sums['xy'] / count - x * y
-  return {'margin_length_correlation': covariance / np.sqrt(variances[0] * variances[1])}
+  correlation = covariance / np.sqrt(variances[0] * variances[1])
+  return {'margin_length_correlation': float(correlation)}

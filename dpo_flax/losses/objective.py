@@ -87,7 +87,8 @@ with simpo.
     """
     general = {name: value for name, value in locals().items() if name in DEFAULTS}
     losses = checks.resolve(loss)
-    checks.check(losses, OPTIONS, general, constants)
+    if mistake := next(checks.mistakes(losses, OPTIONS, general, constants), None):
+      raise ValueError(mistake)
     numbers = {name: float(value) for name, value in constants.items() if value is not None}
     given = {name: value for name, value in (general | constants).items() if value is not None}
     values = general | {
@@ -301,11 +302,12 @@ def modified(
   if objective.reference_free and 'reference_free' in modifiers:
     zeros = jax.tree.map(jnp.zeros_like, logps.policy)
     logps = _with_reference(logps, zeros, tails=zeros)
-  if objective.ld_alpha is None or 'ld_alpha' not in modifiers:
+  kept = objective.ld_alpha
+  if kept is None or 'ld_alpha' not in modifiers:
     return logps
 
   def cut(sums: Branches, tails: Branches) -> Branches:
-    return jax.tree.map(lambda each, tail: each - (1 - objective.ld_alpha) * tail, sums, tails)
+    return jax.tree.map(lambda each, tail: each - (1 - kept) * tail, sums, tails)
 
   policy = cut(logps.policy, logps.branches('policy_tails'))
   logps = dataclasses.replace(logps, policy_chosen=policy.chosen, policy_rejected=policy.rejected)

@@ -45,7 +45,7 @@ class Loss:
   ('wpo',)
   """
 
-  function: Callable[..., jax.Array]
+  function: Callable[..., Any]
   name: str = ''  # the function's
   _: dataclasses.KW_ONLY
   needs_reference: bool = True  # reads reference_chosen and reference_rejected
@@ -53,12 +53,12 @@ class Loss:
   sorts_batch: bool = False  # a loss belongs to a rank in the batch, not to a pair
   chosen_only: bool = False  # reads no rejected; what others of a mixture use may be set beside it
   records: tuple[str, ...] = RECORD_FIELDS  # what it reads of the records; it sees nothing else
-  modifiers: tuple[str, ...] | None = None  # None: all, or wpo alone where no reference is read
+  modifiers: tuple[str, ...] = MODIFIERS  # which apply; wpo alone where no reference is read
   needs: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)  # constant: why
 
   def __post_init__(self):
-    if self.modifiers is None:
-      modifiers = MODIFIERS if self.needs_reference else ('wpo',)
+    if not self.needs_reference:
+      modifiers = tuple(name for name in self.modifiers if name == 'wpo')
       object.__setattr__(self, 'modifiers', modifiers)
     if not self.name:
       function = getattr(self.function, 'func', self.function)  # of a partial

@@ -128,18 +128,18 @@ def attend(
   if config.attention == 'xla':
     return xla_attention(queries, keys, values, mask, scale=scale, softcap=softcap)
   queries = (queries * scale).astype(queries.dtype)
-  heads_first = (array.swapaxes(1, 2) for array in (queries, keys, values))
+  queries, keys, values = (array.swapaxes(1, 2) for array in (queries, keys, values))
   if config.attention == 'pallas' and jax.sharding.get_abstract_mesh().empty:  # one device
-    return pallas_attention(*heads_first, mask, softcap).swapaxes(1, 2)
+    return pallas_attention(queries, keys, values, mask, softcap).swapaxes(1, 2)
   # The compiler cannot split a kernel: each device runs it on its own rows and heads.
   split = partition_spec('rows', 'heads')
   kernel = jax.shard_map(
-    lambda *inputs: pallas_attention(*inputs, softcap),
+    lambda queries, keys, values, mask: pallas_attention(queries, keys, values, mask, softcap),
     in_specs=(split, split, split, partition_spec('rows')),
     out_specs=split,
     check_vma=False,
   )
-  return kernel(*heads_first, mask).swapaxes(1, 2)
+  return kernel(queries, keys, values, mask).swapaxes(1, 2)
 
 
 def xla_attention(

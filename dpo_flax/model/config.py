@@ -48,7 +48,7 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionKind:
-  """What tells the attention of some layers from that of others."""
+  """In what the attention of some layers differs from that of others."""
 
   window: int | None  # keys are less than this many positions back; None: any number
   rope: Rope | None  # None: no positions

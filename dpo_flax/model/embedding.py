@@ -50,6 +50,7 @@ class Embedding(nnx.Module):
     logits = head.matmul(hidden, jnp.float32)
     if self.shares_adapters:
       return logits + sum(adapter.transposed(hidden) for adapter in self.adapters.active)
+    assert self.head_adapters is not None  # an untied model scores by its lm_head
     return self.head_adapters(logits, hidden, self._head_weight)
 
   def weight(self) -> jax.Array:  # [V, D]

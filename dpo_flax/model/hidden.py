@@ -10,7 +10,7 @@ import jax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Hidden:
-  """Final hidden states, and what a model has to say beside them."""
+  """Final hidden states, and what else a model returns."""
 
   states: jax.Array  # [B, T, D]
   # Scalars that add up over the rows of a batch, such as an auxiliary loss of routed experts.
@@ -33,9 +33,11 @@ class Model(Protocol):
     cache: Any = None,
   ) -> Hidden | jax.Array:
     """Returns the final hidden states [B, T, D], alone or as Hidden."""
+    ...
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Applies the head: [..., D] -> [..., V], float32."""
+    ...
 
 
 def run_model(

@@ -11,10 +11,7 @@ from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.linear import Linear
 from dpo_flax.model.lora import LoraConfig
 
-ACTIVATIONS = {
-  'silu': jax.nn.silu,
-  'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
-}
+ACTIVATIONS = {'silu': jax.nn.silu, 'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True)}
 
 
 class RMSNorm(nnx.Module):

@@ -46,7 +46,7 @@ class Linear(nnx.Module):
     axes: Axes = (None, None),  # logical axes of the kernel, see sharding.py
     dtype: Any = jnp.float32,  # of products
     param_dtype: Any = jnp.float32,  # of the kernel; int8: see quantization.py
-    name: str | None = None,  # tells its dropout from that of other maps with the same key
+    name: str | None = None,  # its dropout differs from that of other names with the same key
     kernel_init: Callable[..., jax.Array] = jax.nn.initializers.lecun_normal(),  # noqa: B008
     output_dtype: Any = None,  # default: dtype
   ):
@@ -112,13 +112,13 @@ class Adapter(nnx.Module):
     if len(self.ranks) > 1:
       kept = jnp.arange(max(self.ranks)) < jnp.array(self.ranks)[lora.layer]
       a = jnp.where(kept[None], a, 0)
-    kind = nnx.LoRAParam if learns else Frozen
-    self.lora_a = kind(a, out_sharding=(_factor_axis(axes[0]), 'rank'), eager_sharding=False)
-    self.lora_b = kind(b, out_sharding=('rank', _factor_axis(axes[1])), eager_sharding=False)
+    variable = nnx.LoRAParam if learns else Frozen
+    self.lora_a = variable(a, out_sharding=(_factor_axis(axes[0]), 'rank'), eager_sharding=False)
+    self.lora_b = variable(b, out_sharding=('rank', _factor_axis(axes[1])), eager_sharding=False)
     magnitude = layer_scale = None
     if lora.dora:
       lengths = _channel_norms(weight()) if learns else jnp.ones(features[1], jnp.float32)
-      magnitude = kind(lengths, out_sharding=axes[1:], eager_sharding=False)
+      magnitude = variable(lengths, out_sharding=axes[1:], eager_sharding=False)
     if len(set(self.scales)) > 1:
       # 0 where a layer has no adapter.
       layer_scale = nnx.Variable(jnp.array(self.scales, jnp.float32)[lora.layer])
@@ -154,7 +154,7 @@ class Adapter(nnx.Module):
     if self.magnitude is None:
       return outputs + (delta * self._scale()).astype(outputs.dtype)
     wide = outputs.astype(jnp.float32) + delta.astype(jnp.float32) * self._scale()
-    gain = jnp.expand_dims(self._gain(weight()), range(outputs.ndim - 1))
+    gain = jnp.expand_dims(self._gain(weight(), self.magnitude[...]), range(outputs.ndim - 1))
     return (wide * gain).astype(outputs.dtype)
 
   def transposed(self, inputs: jax.Array) -> jax.Array:  # [..., out] -> [..., in], float32
@@ -162,7 +162,11 @@ class Adapter(nnx.Module):
     low = wide_gradient.matmul(inputs, self.lora_b[...].T, self.dtype)
     return wide_gradient.matmul(low, self.lora_a[...].T, jnp.float32) * self._scale()
 
-  def _gain(self, weight: jax.Array) -> jax.Array:  # [in, out] -> [out] float32
+  def _gain(
+    self,
+    weight: jax.Array,  # [in, out]
+    magnitude: jax.Array,  # [out]
+  ) -> jax.Array:  # [out] float32
     """Returns DoRA's magnitude / ||W + scale A B|| of each channel; its gradient is exact.
 
     The square of the norm is ||W||^2 + 2 scale <W, AB> + scale^2 ||AB||^2: nothing of W's size is
@@ -176,7 +180,7 @@ class Adapter(nnx.Module):
     squares = jnp.sum(jnp.square(wide), axis=0)
     squares += 2 * scale * jnp.sum(cross * b, axis=0)
     squares += scale**2 * jnp.sum(jnp.matmul(gram, b, precision=exact) * b, axis=0)
-    gain = self.magnitude[...] / jnp.sqrt(jnp.maximum(squares, _TINY))
+    gain = magnitude / jnp.sqrt(jnp.maximum(squares, _TINY))
     # A layer without adapter keeps its magnitudes: they are in no export.
     return gain if self.layer_scale is None else jnp.where(scale == 0, 1.0, gain)
 
@@ -184,7 +188,7 @@ class Adapter(nnx.Module):
     return self.scales[0] if self.layer_scale is None else self.layer_scale[...]
 
   def _drop(self, inputs: jax.Array, key: jax.Array) -> jax.Array:
-    # The maps of a layer share its key; the name tells their masks apart.
+    # The maps of a layer share its key; their masks differ by the name.
     key = jax.random.fold_in(key, zlib.crc32(self.name.encode()))
     kept = jax.random.bernoulli(key, 1 - self.dropout, inputs.shape)
     return jnp.where(kept, inputs / (1 - self.dropout), 0).astype(inputs.dtype)
@@ -240,19 +244,18 @@ def adapters_of(model: nnx.Module) -> Iterator[tuple[tuple, Adapter]]:
 def fit_magnitudes(model: nnx.Module) -> None:
   """Starts DoRA's magnitudes at the norms of the weights: after other weights were loaded."""
   graphdef, state = nnx.split(model)
-  kind = nnx.All(nnx.LoRAParam, nnx.PathContains('magnitude'))
-  magnitudes = nnx.filter_state(state, kind)
+  are_magnitudes = nnx.All(nnx.LoRAParam, nnx.PathContains('magnitude'))
+  magnitudes = nnx.filter_state(state, are_magnitudes)
   if not magnitudes:
     return
 
   def fitted(state):
     model = nnx.merge(graphdef, state)
     for _, module in nnx.iter_modules(model):
-      if hasattr(module, 'adapted_weights'):
-        for adapters, weight in module.adapted_weights():
-          if adapters.learned is not None and adapters.learned.magnitude is not None:
-            adapters.learned.magnitude[...] = _channel_norms(weight)
-    return nnx.state(model, kind)
+      for adapters, weight in getattr(module, 'adapted_weights', list)():
+        if adapters.learned is not None and adapters.learned.magnitude is not None:
+          adapters.learned.magnitude[...] = _channel_norms(weight)
+    return nnx.state(model, are_magnitudes)
 
   shardings = jax.tree.map(lambda array: array.sharding, magnitudes)
   nnx.update(model, jax.jit(fitted, out_shardings=shardings)(state))

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ _LARGEST = 2**16  # rank or alpha of a module
 class Frozen(nnx.Variable):
   """An array of an adapter that belongs to the reference and does not learn."""
 
+
+Module = TypeVar('Module', bound=nnx.Module)
 
 # What a model learns, and what a checkpoint of the model holds; a Trained weight is both.
 TRAINABLE = nnx.Any(nnx.LoRAParam, Trained)
@@ -79,6 +81,7 @@ class Lora:
       for field in dataclasses.fields(self)
       if field.name not in of_one and getattr(self, field.name) != field.default
     }
+    assert self.alpha is not None  # __post_init__ has set it
     if chosen:
       raise ValueError(f'a Linear has one adapter, and these fields choose among modules: {chosen}')
     return LoraConfig(
@@ -144,7 +147,7 @@ class LoraConfig:
     return dataclasses.replace(self, layer=layer, reference=reference)
 
 
-def reference_of(policy: nnx.Module) -> nnx.Module:
+def reference_of(policy: Module) -> Module:
   """Returns the policy as it was before it learned: the same variables, its adapters off.
 
   Of a model of your own, every part must be a `Linear` or have `set_view(adapted=)`. Weights that
@@ -171,10 +174,10 @@ def train_weights(model: nnx.Module, modules: Collection[str] | None) -> None:
           setattr(module, name, Trained(copy, **variable.get_metadata()))
 
 
-def _check_range(subject: str, value: Any, kind: type, below: float = _LARGEST) -> None:
-  right = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+def _check_range(subject: str, value: Any, numeric: type, below: float = _LARGEST) -> None:
+  right = isinstance(value, int if numeric is int else int | float) and not isinstance(value, bool)
   if not right or not 0 < value < below:
-    expected = 'a whole number' if kind is int else 'a number'
+    expected = 'a whole number' if numeric is int else 'a number'
     raise ValueError(
       f'{subject} {value!r}: expected {expected} greater than 0 and less than {below}'
     )

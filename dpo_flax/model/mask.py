@@ -29,7 +29,7 @@ class BlockPlan(NamedTuple):
 
 
 class Mask(NamedTuple):
-  """What each query may see, prepared once for all layers of a kind."""
+  """What each query may see, prepared once for all layers of one attention type."""
 
   visible_until: jax.Array  # [B, T] int32
   window: Window | None

@@ -13,7 +13,7 @@ keys.
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,9 @@ from jax.typing import DTypeLike
 from dpo_flax.model.layers import softly_capped
 from dpo_flax.model.mask import LANES, BlockPlan, Mask, Window, block_size
 
-_HIDDEN = -1e30  # a score that no other can be told apart from; -inf would breed NaN
+_HIDDEN = -1e30  # below every score; -inf would breed NaN
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def pallas_attention(
   queries: jax.Array,  # [B, H, T, head_dim], scaled
   keys: jax.Array,  # [B, K, T, head_dim]
@@ -37,6 +36,11 @@ def pallas_attention(
   interpret: bool = False,  # True: run on a CPU, to test
 ) -> jax.Array:  # [B, H, T, head_dim]
   """Softmax attention of each row under its mask, scores and sums in float32."""
+  return _attend(queries, keys, values, mask, softcap, interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(queries, keys, values, mask, softcap, interpret):
   return _forward(queries, keys, values, mask, softcap, interpret)[0]
 
 
@@ -190,8 +194,12 @@ class _Specs(NamedTuple):
 
   query: pl.BlockSpec  # of queries, outputs and their gradients
   key: pl.BlockSpec  # of keys, values and their gradients
-  seen: Mask  # [B, 1, T] each, without a plan
+  seen: Any  # a Mask of them: [B, 1, T] each, without a plan
   row: pl.BlockSpec  # of the log-sum-exp and delta, [B, H, 1, T]
+
+
+def _seen_specs(window: Window | None, of_keys: Any, of_queries: Any) -> Mask:
+  return Mask(of_keys, window and Window(of_keys, of_queries), None)
 
 
 def _query_specs(size: int, head_dim: int, group: int, window: Window | None) -> _Specs:
@@ -205,7 +213,7 @@ def _query_specs(size: int, head_dim: int, group: int, window: Window | None) ->
   return _Specs(
     query=pl.BlockSpec((1, 1, size, head_dim), lambda b, h, i, s, *_: (b, h, i, 0)),
     key=pl.BlockSpec((1, 1, size, head_dim), key),
-    seen=Mask(of_keys, window and Window(of_keys, of_queries), None),
+    seen=_seen_specs(window, of_keys, of_queries),
     row=pl.BlockSpec((1, 1, 1, size), lambda b, h, i, s, *_: (b, h, 0, i)),
   )
 
@@ -226,7 +234,7 @@ def _key_specs(size: int, head_dim: int, group: int, window: Window | None) -> _
   return _Specs(
     query=pl.BlockSpec((1, 1, size, head_dim), query),
     key=pl.BlockSpec((1, 1, size, head_dim), lambda b, k, j, g, s, *_: (b, k, j, 0)),
-    seen=Mask(of_keys, window and Window(of_keys, of_queries), None),
+    seen=_seen_specs(window, of_keys, of_queries),
     row=pl.BlockSpec((1, 1, 1, size), along),
   )
 
@@ -238,11 +246,11 @@ def _seen(mask: Mask) -> Mask:
 
 def _scratch(
   size: int, columns: Sequence[DTypeLike], sums: Sequence[int], window: Window | None
-) -> list[pltpu.VMEM]:
+) -> list[Any]:
   """A number for each token of a block, of these types; sums [size, width]; one for a window."""
   shapes = [(LANES, dtype) for dtype in columns] + [(width, jnp.float32) for width in sums]
   shapes += [] if window is None else [(LANES, jnp.int32)]
-  return [pltpu.VMEM((size, width), dtype) for width, dtype in shapes]
+  return [pltpu.VMEM((size, width), jnp.dtype(dtype)) for width, dtype in shapes]
 
 
 def _forward(queries, keys, values, mask, softcap, interpret):
@@ -345,4 +353,4 @@ def _parallel(parallel: int, sequential: int) -> pltpu.CompilerParams:
   )
 
 
-pallas_attention.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward)

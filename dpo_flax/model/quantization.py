@@ -4,13 +4,10 @@ A scale belongs to all inputs of a channel, so it factors out of the product: x 
 The matrix unit reads Q, converted on its way in; no float copy of W exists.
 """
 
-from typing import TypeVar
+from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
-
-Array = TypeVar('Array', jax.Array, np.ndarray)
 
 LARGEST = 127  # -128 stays unused, so that the range is symmetric
 # A channel of less than this counts as zeros: devices have no float32 small enough for its scale.
@@ -21,7 +18,10 @@ class ChannelScale(nnx.Param):
   """What int8 weights are multiplied by; derived from them, and in no checkpoint."""
 
 
-def quantize(weights: Array, axis: int) -> tuple[Array, Array]:
+def quantize(
+  weights: Any,  # a NumPy or JAX array
+  axis: int,
+) -> tuple[Any, Any]:  # arrays of the same library
   """Returns int8 weights, and float32 scales without `axis`, the one of a channel's inputs.
 
   weights = quantized * scales to within scales / 2, and exactly where they are 0 or the largest of

@@ -24,7 +24,7 @@ def make_rotation(
   rope: Rope | None,  # None: no rotation
   head_dim: int,
 ) -> Rotation:
-  """Returns the rotations of each token, computed once for all layers of a kind."""
+  """Returns the rotations of each token, computed once for all layers of one attention type."""
   frequencies, magnitude = (jnp.zeros(0), 1.0) if rope is None else _frequencies(rope)
   angles = positions[..., None, None].astype(jnp.float32) * frequencies[None, None, None]
   half = angles.shape[-1]

@@ -23,7 +23,7 @@ class Stream(NamedTuple):
 
 
 class TokenStatistics(NamedTuple):
-  """What the vocabulary says of each response token; [B, T] float32, 0 where loss_mask is 0."""
+  """Numbers of each response token; [B, T] float32, 0 where loss_mask is 0."""
 
   policy_logps: jax.Array  # log pi(target)
   reference_logps: jax.Array | None = None
@@ -32,7 +32,7 @@ class TokenStatistics(NamedTuple):
   alignments: jax.Array | None = None  # log pi(target) - log sum_v pi(v)^2 (arXiv:2406.11827)
 
 
-class Wanted(NamedTuple):
+class TokenStatisticsOptions(NamedTuple):
   """Which statistics are computed beside the log-probs, and which of them are differentiated."""
 
   kl: bool = False
@@ -47,7 +47,7 @@ def token_statistics(
   targets: jax.Array,  # [B, T] int32
   loss_mask: jax.Array,  # [B, T], bool or number; 0 where no response token is predicted
   *,
-  wanted: Wanted,
+  wanted: TokenStatisticsOptions,
   chunk: int,  # response tokens of a row in one visit to the vocabulary
   head_is_trained: bool = False,
 ) -> TokenStatistics:
@@ -80,7 +80,7 @@ def _chunk_statistics(
   policy_logits: jax.Array,  # [B, C, V] float32
   reference_logits: jax.Array | None,
   targets: jax.Array,  # [B, C]
-  wanted: Wanted,
+  wanted: TokenStatisticsOptions,
 ) -> TokenStatistics:
   # A comparison, where indexing would gather a vocabulary that is split over devices.
   is_target = jnp.arange(policy_logits.shape[-1])[None, None] == targets[..., None]
@@ -93,7 +93,7 @@ def _chunk_statistics(
   statistics = TokenStatistics(policy_logps)
   if reference_logits is not None:
     statistics = statistics._replace(reference_logps=log_prob(reference_logits))
-  if wanted.kl:
+  if wanted.kl and reference_logits is not None:
     difference = jax.nn.log_softmax(policy_logits) - jax.nn.log_softmax(reference_logits)
     kl = jnp.sum(jax.nn.softmax(policy_logits) * difference, axis=-1)
     statistics = statistics._replace(kl=kl if wanted.kl_gradient else jax.lax.stop_gradient(kl))
@@ -181,12 +181,12 @@ def _map_responses(
   # Around the condition: inside it, autodiff would keep the head's weights for each visit.
   visit = jax.checkpoint(visit, prevent_cse=False)
   _, results = jax.lax.scan(visit, None, (jnp.arange(visits), indices))
-  place = jnp.argsort(order, axis=1)
+  position = jnp.argsort(order, axis=1)
 
   def restore(result):  # [visits, B, C, ...] -> [B, T, ...]
     flat = result.swapaxes(0, 1).reshape(rows, visits * chunk, *result.shape[3:])
     keep = is_response.reshape(rows, tokens, *[1] * (flat.ndim - 2))
-    return jnp.where(keep, _take(flat, place), 0)
+    return jnp.where(keep, _take(flat, position), 0)
 
   return jax.tree.map(restore, results)
 

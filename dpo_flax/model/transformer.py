@@ -13,12 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from dpo_flax.model.attention import (
-  Attention,
-  AttentionInputs,
-  make_attention_inputs,
-  select_kind,
-)
+from dpo_flax.model.attention import Attention, AttentionInputs, make_attention_inputs, select_kind
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.embedding import Embedding
 from dpo_flax.model.hidden import Hidden

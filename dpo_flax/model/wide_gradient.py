@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(
   inputs: jax.Array,  # [..., in]
   weight: jax.Array,  # [in, out] float32
@@ -18,11 +17,16 @@ def matmul(
   Were it simply cast, its gradient would be of the inputs' dtype too, and each device's part would
   be rounded before the parts are summed over devices and slices. Here they are summed in float32.
   """
+  return _matmul(inputs, weight, dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(inputs, weight, dtype):
   return jnp.matmul(inputs, weight.astype(inputs.dtype), preferred_element_type=dtype)
 
 
 def _forward(inputs, weight, dtype):
-  return matmul(inputs, weight, dtype), (inputs, weight)
+  return _matmul(inputs, weight, dtype), (inputs, weight)
 
 
 def _backward(dtype, saved, cotangent):
@@ -35,4 +39,4 @@ def _backward(dtype, saved, cotangent):
   return back.astype(inputs.dtype), gradient
 
 
-matmul.defvjp(_forward, _backward)
+_matmul.defvjp(_forward, _backward)

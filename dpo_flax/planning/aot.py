@@ -73,7 +73,7 @@ def abstract_batch(
 def _placed(tree: TrainState | nnx.State, mesh: Mesh) -> Any:
   """Returns the shapes of `tree` with the shardings that training gives them."""
 
-  def place(shape, sharding):
+  def with_sharding(shape, sharding):
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
-  return jax.tree.map(place, tree, named_shardings(tree, mesh))
+  return jax.tree.map(with_sharding, tree, named_shardings(tree, mesh))

@@ -9,10 +9,11 @@ import difflib
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
 
 import jax
 from jax.experimental import topologies
+
+from dpo_flax.sharding import Devices
 
 _GIB = 2**30
 
@@ -55,7 +56,7 @@ class Slice:
 
   chip: Chip
   topology: str  # such as 4x4
-  devices: Sequence[jax.Device]  # for compiling alone
+  devices: Devices  # for compiling alone
 
   @property
   def ici_bandwidth(self) -> float:
@@ -70,15 +71,15 @@ def make_slice(name: str) -> Slice:
   Raises:
     ValueError: there is no such chip or grid, or no compiler for TPU is installed.
   """
-  kind, _, topology = name.partition(':')
-  if kind not in CHIPS:
-    near = difflib.get_close_matches(kind, CHIPS, n=1)
+  chip, _, topology = name.partition(':')
+  if chip not in CHIPS:
+    near = difflib.get_close_matches(chip, CHIPS, n=1)
     hint = f'did you mean {near[0]}:{topology or "2x2"}?' if near else 'such as v5e:4x4'
     raise ValueError(f'--topology={name}: chips are {", ".join(CHIPS)}; {hint}')
   # libtpu takes a grid of too many axes, and ends the process at one of no chips.
-  axes = CHIPS[kind].topologies[0].count('x') + 1
+  axes = CHIPS[chip].topologies[0].count('x') + 1
   if not re.fullmatch('x'.join([r'[1-9]\d*'] * axes), topology):
-    raise ValueError(_no_slice(name, kind, f'expected {axes} counts of chips'))
+    raise ValueError(_no_slice(name, chip, f'expected {axes} counts of chips'))
   if importlib.util.find_spec('libtpu') is None:
     raise ValueError(
       "planning needs libtpu, the compiler for TPU (but no TPU): pip install 'dpo_flax[tpu]'"
@@ -90,10 +91,10 @@ def make_slice(name: str) -> Slice:
   try:
     devices = topologies.get_topology_desc(platform='tpu', topology_name=name, **single).devices
   except jax.errors.JaxRuntimeError as error:
-    raise ValueError(_no_slice(name, kind, str(error).partition(':')[2].strip())) from None
-  return Slice(CHIPS[kind], topology, devices)
+    raise ValueError(_no_slice(name, chip, str(error).partition(':')[2].strip())) from None
+  return Slice(CHIPS[chip], topology, devices)
 
 
-def _no_slice(name: str, kind: str, reason: str) -> str:
-  known = ', '.join(f'{kind}:{topology}' for topology in CHIPS[kind].topologies)
-  return f'--topology={name} is no slice of {kind} ({reason}): give one of {known}, or a larger one'
+def _no_slice(name: str, chip: str, reason: str) -> str:
+  known = ', '.join(f'{chip}:{topology}' for topology in CHIPS[chip].topologies)
+  return f'--topology={name} is no slice of {chip} ({reason}): give one of {known}, or a larger one'

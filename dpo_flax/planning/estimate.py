@@ -1,7 +1,6 @@
 """What one training step takes of the chips of a slice, by the compiler for them."""
 
 import dataclasses
-import math
 import pathlib
 import re
 import tempfile
@@ -14,7 +13,7 @@ from dpo_flax.assembly.blueprint import Blueprint
 from dpo_flax.planning.aot import abstract_train_step
 from dpo_flax.planning.chips import Slice
 from dpo_flax.planning.compiled import hlo, memory, work
-from dpo_flax.runtime.memory import is_out_of_memory
+from dpo_flax.runtime.memory import bytes_on_a_device, is_out_of_memory
 
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 _SHOWN = 8  # sources of temporaries
@@ -29,18 +28,18 @@ class Pairs:
   source: str  # where the numbers are from
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
   """All numbers are of one chip and one optimizer step; None where the step does not fit."""
 
   fits: bool
-  peak_hbm_bytes: int | None  # of a step that does not fit: what the compiler says it needs
-  argument_bytes: int | None
-  temp_bytes: int | None
+  peak_hbm_bytes: int | None  # of a step that does not fit: what it needs by the compiler
+  argument_bytes: int
+  temp_bytes: int | None = None
   hbm_capacity_bytes: int
-  flops: float | None
-  collective_bytes: float | None  # received from other chips
-  estimated_cycles: float | None
+  flops: float | None = None
+  collective_bytes: float | None = None  # received from other chips
+  estimated_cycles: float | None = None
   compile_seconds: float
   hbm_traffic_bytes: float | None = None
   flops_without_cycles: float | None = None
@@ -88,7 +87,7 @@ def compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled,
     compiled = lowered.compile(compiler_options=options)
     # Modules called 'extracted' are parts of this one, for other cores of the chip.
     texts = list(pathlib.Path(directory).glob('*.jit_train_step.*after_codegen.txt'))
-    return compiled, texts[0].read_text() if texts else compiled.as_text()
+    return compiled, texts[0].read_text() if texts else compiled.as_text() or ''
 
 
 def _read(
@@ -137,22 +136,14 @@ def _read(
 
 def refused(message: str, arguments: Any, slice_: Slice, *, seconds: float) -> Estimate:
   """Reads the compiler's refusal: how much it would need."""
-
-  def bytes_on_a_chip(one):
-    return math.prod(one.sharding.shard_shape(one.shape)) * one.dtype.itemsize
-
   first = message.partition('\n')[0]
   sizes = re.findall(r'([\d.]+)([KMGT]?)(?:i?B)?\b', re.sub(r'E\d+:', '', first))
   needed = [float(number) * _UNITS[unit] for number, unit in sizes if unit]
   return Estimate(
     fits=False,
     peak_hbm_bytes=int(max(needed)) if needed else None,
-    argument_bytes=sum(bytes_on_a_chip(one) for one in jax.tree.leaves(arguments)),
-    temp_bytes=None,
+    argument_bytes=sum(map(bytes_on_a_device, jax.tree.leaves(arguments))),
     hbm_capacity_bytes=int(slice_.chip.hbm_bytes),
-    flops=None,
-    collective_bytes=None,
-    estimated_cycles=None,
     compile_seconds=seconds,
     message=first,
   )

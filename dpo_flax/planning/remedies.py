@@ -2,15 +2,14 @@
 
 import contextlib
 import dataclasses
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 from dpo_flax.config.sections import BatchSettings, MeshSettings, ModelSettings
-from dpo_flax.runtime.memory import is_out_of_memory
-from dpo_flax.sharding import make_mesh, row_parts
+from dpo_flax.runtime.memory import bytes_on_a_device, is_out_of_memory
+from dpo_flax.sharding import Devices, make_mesh, row_parts
 
 
 class OutOfMemoryError(ValueError):
@@ -39,7 +38,7 @@ def explained(adjustable: Adjustable, *held: Any) -> Iterator[None]:
     OutOfMemoryError: something inside did not fit.
   """
   # Before anything can be donated, and so be gone.
-  bytes_held = sum(_bytes_on_a_device(leaf) for leaf in jax.tree.leaves(held))
+  bytes_held = sum(map(bytes_on_a_device, jax.tree.leaves(held)))
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
@@ -70,13 +69,7 @@ def _share(held: int, capacity: int | None) -> str:
   )
 
 
-def _bytes_on_a_device(array: jax.Array) -> int:
-  return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
-
-
-def remedies(
-  adjustable: Adjustable, devices: Sequence[jax.Device], *, temporaries_matter: bool
-) -> list[str]:
+def remedies(adjustable: Adjustable, devices: Devices, *, temporaries_matter: bool) -> list[str]:
   """Returns what would make a step that does not fit smaller, the cheapest first.
 
   What is done already, or cannot be enough, is left out.
@@ -94,7 +87,7 @@ def remedies(
   return changes
 
 
-def _smaller_temporaries(adjustable: Adjustable, devices: Sequence[jax.Device]) -> list[str]:
+def _smaller_temporaries(adjustable: Adjustable, devices: Devices) -> list[str]:
   batch, model = adjustable.batch, adjustable.model
   shards = row_parts(make_mesh(adjustable.mesh.sizes(), devices))
   per_chip = batch.rows // (shards * batch.microbatches)

@@ -24,12 +24,15 @@ def largest(
   Raises:
     ValueError: not even one row fits.
   """
-  best = None
+
+  def changes(rows: int, remat: str) -> dict[str, Any]:
+    return {'batch.rows': rows * shards, 'batch.microbatches': 1, 'model.remat': remat}
+
+  best: tuple[float, dict[str, Any], Estimate] | None = None  # cycles of a row, changes, cost
   for remat in _REMATS:
 
     def attempt(rows: int, remat: str = remat) -> Estimate:
-      changes = {'batch.rows': rows * shards, 'batch.microbatches': 1, 'model.remat': remat}
-      found = estimate(**changes)
+      found = estimate(**changes(rows, remat))
       needed = found.peak_hbm_bytes and f'{found.peak_hbm_bytes / _GIB:.2f} GiB'
       report(
         f'remat {remat}, {rows} rows a chip: {"fits" if found.fits else "does not fit"}, {needed}'
@@ -37,22 +40,15 @@ def largest(
       return found
 
     rows, found = _most_rows(attempt)
-    if rows and (best is None or _work(found, rows) < _work(best[1], best[0]['rows'])):
-      best = {'remat': remat, 'rows': rows}, found
+    if found is not None and found.estimated_cycles is not None:
+      cycles = found.estimated_cycles / rows
+      if best is None or cycles < best[0]:
+        best = cycles, changes(rows, remat), found
   if best is None:
     raise ValueError(
       f'not one row of batch.tokens={tokens} fits a chip: plan without --search says what to change'
     )
-  changes = {
-    'batch.rows': best[0]['rows'] * shards,
-    'batch.microbatches': 1,
-    'model.remat': best[0]['remat'],
-  }
-  return changes, best[1]
-
-
-def _work(found: Estimate, rows: int) -> float:
-  return found.estimated_cycles / rows
+  return best[1:]
 
 
 def _most_rows(attempt: Callable[[int], Estimate]) -> tuple[int, Estimate | None]:
@@ -69,15 +65,18 @@ def _most_rows(attempt: Callable[[int], Estimate]) -> tuple[int, Estimate | None
 
 def _guess(tried: dict[int, Estimate]) -> int:
   """Returns how many rows should fit, memory being nearly linear in them."""
-  sized = {rows: one for rows, one in tried.items() if one.peak_hbm_bytes}
-  capacity = next(iter(tried.values())).hbm_capacity_bytes
-  fitting = sorted(rows for rows, one in sized.items() if one.fits)
+  fitting = sorted(
+    (rows, one.peak_hbm_bytes, one.temp_bytes or 0)
+    for rows, one in tried.items()
+    if one.fits and one.peak_hbm_bytes
+  )
   if not fitting:
     return 1
-  last = fitting[-1]
+  capacity = next(iter(tried.values())).hbm_capacity_bytes
+  last, peak, temporaries = fitting[-1]
   if len(fitting) == 1:
-    per_row = sized[last].temp_bytes / last
+    per_row = temporaries / last
   else:
-    before = fitting[-2]
-    per_row = (sized[last].peak_hbm_bytes - sized[before].peak_hbm_bytes) / (last - before)
-  return last + int((capacity - sized[last].peak_hbm_bytes) / max(per_row, 1))
+    before, peak_before, _ = fitting[-2]
+    per_row = (peak - peak_before) / (last - before)
+  return last + int((capacity - peak) / max(per_row, 1))

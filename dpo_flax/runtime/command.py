@@ -12,7 +12,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -25,38 +25,22 @@ from dpo_flax.runtime.peers import MISTAKE, PREEMPTED, end
 from dpo_flax.runtime.preemption import Preempted
 
 INTERRUPTED = 130  # exit code: 128 + SIGINT, as shells have it
-# What XLA says, in a ValueError too, of a collective that another process has left.
+# The text of XLA errors, ValueErrors too, about a collective that another process has left.
 _STATUS = re.compile(r'\b(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ')
 _MISTAKES = (ValueError, FloatingPointError, ImportError)
 
 
-class _Flags(NamedTuple):
-  """The flags that all commands have."""
-
-  verbose: flags.FlagHolder
-  coordinator: flags.FlagHolder
-  num_processes: flags.FlagHolder
-  process_id: flags.FlagHolder
-  join_timeout: flags.FlagHolder
-
-
 @functools.cache
-def _define_flags() -> _Flags:
-  """Defines them as a command starts, so that a program that imports this library has none."""
-  return _Flags(
-    flags.DEFINE_bool('verbose', False, "Show libraries' messages, and the traceback of an error."),
-    flags.DEFINE_string(
-      'coordinator', None, 'host:port where process 0 listens, and on no other address.'
-    ),
-    flags.DEFINE_integer('num_processes', None, 'Processes of the run, all together.'),
-    flags.DEFINE_integer('process_id', None, 'This one among them, from 0.'),
-    flags.DEFINE_integer(
-      'join_timeout',
-      hosts.JOIN_TIMEOUT,
-      'Seconds until all processes of the run must have come.',
-      lower_bound=1,
-    ),
+def _define_flags():
+  """Defines the flags of all commands: as one starts, so that importing this library has none."""
+  flags.DEFINE_bool('verbose', False, "Show libraries' messages, and the traceback of an error.")
+  flags.DEFINE_string(
+    'coordinator', None, 'host:port where process 0 listens, and on no other address.'
   )
+  flags.DEFINE_integer('num_processes', None, 'Processes of the run, all together.')
+  flags.DEFINE_integer('process_id', None, 'This one among them, from 0.')
+  help_text = 'Seconds until all processes of the run must have come.'
+  flags.DEFINE_integer('join_timeout', hosts.JOIN_TIMEOUT, help_text, lower_bound=1)
 
 
 def run(command: Callable[[ConfigDict], object], *, on_every_host: bool = False):
@@ -78,23 +62,28 @@ def run(command: Callable[[ConfigDict], object], *, on_every_host: bool = False)
   run_flags(run_config, on_every_host=on_every_host)
 
 
+def required(flag: flags.FlagHolder[str | None]) -> str:
+  """Returns a flag's value; ValueError where it has none."""
+  if not flag.value:
+    raise ValueError(f'--{flag.name} is not set')
+  return flag.value
+
+
 def run_flags(command: Callable[[], object], *, on_every_host: bool = False):
   """Parses the command line and calls a command that has flags of its own and no config."""
-  given = _define_flags()
+  _define_flags()
   keep_no_listings()
 
   def main(argv: list[str]):
     if len(argv) > 1:
       _fail(f'unexpected arguments: {" ".join(argv[1:])}')
-    if not given.verbose.value:
+    given = flags.FLAGS
+    if not given.verbose:
       _quieten_libraries()
     try:
       if on_every_host:
         hosts.connect(
-          given.coordinator.value,
-          given.num_processes.value,
-          given.process_id.value,
-          join_timeout=given.join_timeout.value,
+          given.coordinator, given.num_processes, given.process_id, join_timeout=given.join_timeout
         )
       command()
     except Preempted as stopped:
@@ -108,7 +97,7 @@ def run_flags(command: Callable[[], object], *, on_every_host: bool = False):
       if not is_mistake:
         hosts.peers().leave(1, f'{type(error).__name__}: {error}')
         raise
-      if given.verbose.value:
+      if given.verbose:
         traceback.print_exc()
       _leave(MISTAKE, f'{type(error).__name__}: {error}{_hint(error)}')
     hosts.peers().close()
@@ -138,7 +127,7 @@ def _quieten_libraries():
 
 
 def _hint(error: Exception) -> str:
-  """Returns what may help, where a library's own message does not say."""
+  """Returns what may help, where a library's own message does not."""
   if isinstance(error, ImportError) and 'gcsfs' in str(error):
     return ": pip install 'dpo_flax[gcs]' brings what reads gs:// paths"
   if isinstance(error, OSError) and str(error).startswith('Forbidden'):

@@ -1,6 +1,7 @@
 """One run on several hosts: how its processes find one another before jax looks for devices.
 
-On Cloud TPU the environment says. Elsewhere every process is given it, here the second of two:
+On Cloud TPU the environment has their addresses. Elsewhere every process is given them, here the
+second of two:
 
     --coordinator=10.0.0.1:8476 --num_processes=2 --process_id=1
 
@@ -164,11 +165,11 @@ def check_agreement(values: Mapping[str, Any]):
   digests = np.asarray(multihost_utils.process_allgather(digest))
   for other in np.flatnonzero((digests != digests[0]).any(axis=1)):
     notes = peers().notes('values')
-    mine, theirs = json.loads(notes[0]), json.loads(notes[int(other)])
-    name = next(n for n in sorted(mine | theirs) if mine.get(n) != theirs.get(n))
+    first, differing = json.loads(notes[0]), json.loads(notes[int(other)])
+    name = next(n for n in sorted(first | differing) if first.get(n) != differing.get(n))
     raise ValueError(
-      f'process {other} of {len(digests)} has {name}={theirs.get(name)!r}, where process 0 has '
-      f'{mine.get(name)!r}: start all of them with the same command, on the same data and storage'
+      f'process {other} of {len(digests)} has {name}={differing.get(name)!r}, where process 0 has '
+      f'{first.get(name)!r}: start all of them with the same command, on the same data and storage'
     )
 
 

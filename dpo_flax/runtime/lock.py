@@ -24,7 +24,7 @@ _NAME = 'lock'
 
 @contextlib.contextmanager
 def sole_writer(workdir: epath.Path) -> Iterator[str]:
-  """Holds `workdir` for this process; yields what the file `lock` in it says.
+  """Holds `workdir` for this process; yields the content of the file `lock` in it.
 
   Raises:
     ValueError: another process holds it, which is named; or it cannot be written to.

@@ -1,10 +1,18 @@
-"""How XLA says that something does not fit into a device's memory."""
+"""The memory of one device: what arrays take of it, and errors of too little."""
+
+import math
+from typing import Any
 
 
 def is_out_of_memory(error: Exception) -> bool:
-  """Whether a jax.errors.JaxRuntimeError says so. It has a text and no code.
+  """Whether a jax.errors.JaxRuntimeError is of too little memory. It has a text and no code.
 
   >>> is_out_of_memory(RuntimeError('RESOURCE_EXHAUSTED: Attempting to allocate 20.0G'))
   True
   """
   return 'RESOURCE_EXHAUSTED' in str(error)
+
+
+def bytes_on_a_device(array: Any) -> int:
+  """Returns what one device holds of a sharded array, or of the shape of one."""
+  return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize

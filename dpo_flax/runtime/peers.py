@@ -74,7 +74,7 @@ class Peers:
     self.post('stop', '')
 
   def leave(self, code: int, why: str):
-    """Says goodbye, so that the others need not wait for signs. Process 0 waits for theirs."""
+    """Takes leave, so that no other waits for signs of this one. Process 0 waits for all others."""
     if self.count == 1 or self._closed.is_set():
       return
     self._closed.set()
@@ -83,7 +83,7 @@ class Peers:
       self._keep_the_board()
 
   def _keep_the_board(self):
-    """Lets the others read what process 0 has to say: the board ends with it."""
+    """Lets the others read the last note of process 0: the board ends with it."""
     until = time.monotonic() + 3 * _INTERVAL
     while self.index == 0 and len(self.notes('parting')) < self.count and time.monotonic() < until:
       time.sleep(_INTERVAL / 10)

@@ -1,4 +1,4 @@
-"""SIGTERM, by which a machine is taken away: a checkpoint, and an exit code that says start again.
+"""SIGTERM, by which a machine is taken away: a checkpoint, and an exit code that asks to restart.
 
 All processes of a run must save the same step. Each counts the points at which it could stop, which
 are the same for all; one that was signalled posts at which point it is, waits until all have
@@ -58,7 +58,7 @@ class Preemption:
       os.close(descriptor)
 
   def save_unless(self, is_saved: Callable[[], bool]):
-    """From now on, this process ends at once only when `is_saved` says that nothing would be lost.
+    """From now on, this process ends at once only when nothing would be lost by `is_saved`.
 
     It is called on another thread.
     """

@@ -11,9 +11,14 @@ from flax import nnx
 from dpo_flax.losses.answers import AnswerLogps, TokenLogps, pairs_of, scored, sum_by_answer
 from dpo_flax.losses.objective import Objective
 from dpo_flax.losses.pair_logps import PairLogps
-from dpo_flax.model.hidden import Hidden, Model, as_hidden, run_model
+from dpo_flax.model.hidden import Hidden, Model, run_model
 from dpo_flax.model.lora import TRAINABLE
-from dpo_flax.model.token_logps import Stream, TokenStatistics, Wanted, token_statistics
+from dpo_flax.model.token_logps import (
+  Stream,
+  TokenStatistics,
+  TokenStatisticsOptions,
+  token_statistics,
+)
 from dpo_flax.model.transformer import Transformer, run_streams
 from dpo_flax.training.state import Models, as_models
 
@@ -24,12 +29,12 @@ def answer_logps(
   models: Models | Model,
   batch: Batch,
   *,
-  wanted: Wanted | None = None,
+  wanted: TokenStatisticsOptions | None = None,
   keep_tokens: bool = False,  # for pairs_of(tails=True)
   logits_chunk: int = 512,
   dropout_key: jax.Array | None = None,
 ) -> AnswerLogps:
-  """Returns what the models say of every answer of a batch, float32 [B, S].
+  """Returns log-probs and statistics of every answer of a batch, float32 [B, S].
 
   Differentiable in the policy, never in the reference. The head of a policy that is an nnx.Module
   has a gradient only where its logits read an nnx.LoRAParam (or a weight that `train_whole` lets
@@ -49,7 +54,7 @@ def answer_logps(
     ValueError: a model's hidden states have another shape; the KL is wanted, and no reference run.
   """
   policy, reference = as_models(models)
-  wanted = wanted or Wanted()
+  wanted = wanted or TokenStatisticsOptions()
   if 'reference_logps' in batch:
     reference = None
   if wanted.kl and reference is None:
@@ -60,7 +65,7 @@ def answer_logps(
   hidden, other = _run(policy, reference, batch, dropout_key)
   tokens = token_statistics(
     Stream(hidden.states, policy.logits),
-    other and Stream(other.states, reference.logits),
+    None if other is None or reference is None else Stream(other.states, reference.logits),
     batch['targets'],
     scored(batch),
     wanted=wanted,
@@ -130,18 +135,17 @@ def _run(
   """Runs both models over a batch; the reference's states have no gradient."""
   if reference is None:
     return run_model(policy, batch, dropout_key=dropout_key), None
-  if _share_a_scan(policy, reference):
+  if (
+    isinstance(policy, Transformer)
+    and isinstance(reference, Transformer)
+    and policy.config.num_layers == reference.config.num_layers
+  ):
+    # One scan can run both, in which each layer's weights are gathered once.
     hidden, other = run_streams(policy, reference, batch, dropout_key=dropout_key)
-    return as_hidden(hidden), as_hidden(other)
+    assert other is not None
+    return Hidden(hidden), Hidden(other)
   hidden = run_model(policy, batch, dropout_key=dropout_key)
   return hidden, jax.lax.stop_gradient(run_model(reference, batch))
-
-
-def _share_a_scan(policy: Model, reference: Model) -> bool:
-  """Whether one scan can run both, in which each layer's weights are gathered once."""
-  if not (isinstance(policy, Transformer) and isinstance(reference, Transformer)):
-    return False
-  return policy.config.num_layers == reference.config.num_layers
 
 
 def _head_learns(policy: Model, states: jax.Array) -> bool:
@@ -163,10 +167,10 @@ def _head_learns(policy: Model, states: jax.Array) -> bool:
   return not learned.isdisjoint(x for x in jaxpr.outvars if isinstance(x, jax.extend.core.Var))
 
 
-def _wanted(objective: Objective) -> Wanted:
+def _wanted(objective: Objective) -> TokenStatisticsOptions:
   penalised = objective.kl_penalty_weight is not None
   reported = objective.token_statistics
-  return Wanted(
+  return TokenStatisticsOptions(
     kl=penalised or (reported and objective.needs_reference),
     kl_gradient=penalised,
     entropy=reported,
@@ -178,17 +182,18 @@ def _sum_tokens(tokens: TokenStatistics, batch: Batch) -> AnswerLogps:
   """Sums, or averages, each answer's tokens."""
   ids, count = batch['answer_ids'], batch['answer_mask'].shape[1]
 
-  def total(values):
-    return None if values is None else sum_by_answer(values, ids, answers=count)
+  def total(values: jax.Array) -> jax.Array:
+    return sum_by_answer(values, ids, answers=count)
 
-  lengths = total(scored(batch))
-
-  def mean(values):
+  def mean(values: jax.Array | None) -> jax.Array | None:
     return None if values is None else total(values) / jnp.maximum(lengths, 1)
 
+  lengths, reference = total(scored(batch)), batch.get('reference_logps')
+  if reference is None and tokens.reference_logps is not None:
+    reference = total(tokens.reference_logps)
   return AnswerLogps(
     policy=total(tokens.policy_logps),
-    reference=batch.get('reference_logps', total(tokens.reference_logps)),
+    reference=reference,
     lengths=lengths,
     mask=batch['answer_mask'],
     kl=mean(tokens.kl),

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from dpo_flax.losses.metrics import Sums
 from dpo_flax.training.reporter import Reporter, summarize
@@ -29,7 +30,7 @@ class Monitor:
     *,
     log_every: int,  # steps
     max_skipped: int,  # in a row
-    learning_rate: Callable[[int], float],  # after so many updates
+    learning_rate: optax.Schedule,  # after so many updates
     describe: Callable[[np.ndarray], str],  # pair_index [B, P] -> where the records are
   ):
     self._reporter = reporter
@@ -102,7 +103,7 @@ class Monitor:
 
   def _report(self, step: int, metrics: StepMetrics):
     values = {} if self._sums is None else summarize(self._sums)
-    rate = float(self._learning_rate(int(metrics['updates'])))
+    rate = float(np.asarray(self._learning_rate(int(metrics['updates']))))
     values |= {'learning_rate': rate, 'grad_norm': float(metrics['grad_norm'])}
     if self._max_skipped:
       values['skipped_steps'] = self._skipped

@@ -19,7 +19,7 @@ from dpo_flax.data.batches.split import Side
 from dpo_flax.data.prepare import PreparedData
 from dpo_flax.files.atomic import write_file
 from dpo_flax.files.paths import fresh
-from dpo_flax.model.transformer import Transformer
+from dpo_flax.model.hidden import Model
 from dpo_flax.training.scoring import score_side
 
 _VERSION = 1  # of how the numbers are computed
@@ -28,7 +28,7 @@ _DIGEST = 32  # bytes of a SHA-256
 
 def with_reference_logps(
   data: PreparedData,
-  reference: Transformer,
+  reference: Model,
   *,
   directory: str,  # the token cache's
   fingerprint: str,  # of the reference's weights
@@ -65,7 +65,7 @@ def _key(pairs: Side, fingerprint: str, dtypes: tuple[str, str]) -> str:
 
 
 def _read(path: epath.Path, count: int) -> np.ndarray | None:
-  """Returns [count, 2] float32 chosen, rejected; None where there is no sound file."""
+  """Returns [count, 2] float32 chosen, rejected; None where there is no intact file."""
   if not fresh(path).exists():
     return None
   content = path.read_bytes()
@@ -93,7 +93,7 @@ def _check_finite(pairs: Side, logps: np.ndarray):
   """Refuses log-probs that are not finite, naming the first pair's file and line."""
   bad = np.flatnonzero(~np.isfinite(logps).all(axis=1))
   if len(bad):
-    first = bad[0]
+    first = int(bad[0])
     raise ValueError(
       f'{pairs.cache.where(pairs.pairs[first])}: the log-probs of the reference are '
       f'{logps[first].tolist()}, not finite ({len(bad)} of {len(pairs)} pairs). '

@@ -35,18 +35,13 @@ def score_side(
   for step, batch in enumerate(batches):
     for row, values in enumerate(score(batch), start=step * data.rows.rows):
       if row < len(every_row):
-        places = every_row[row]
-        found[places] = values[: len(places)]
+        pairs = every_row[row]
+        found[pairs] = values[: len(pairs)]
   return found
 
 
 def score_pairs(
-  model: Model,
-  pairs: Sequence[pack.PackedPair],
-  *,
-  layout: str,
-  logits_chunk: int,
-  mesh: Mesh,
+  model: Model, pairs: Sequence[pack.PackedPair], *, layout: str, logits_chunk: int, mesh: Mesh
 ) -> np.ndarray:
   """Returns [n, 2] float32 of a few pairs, each in a row of its own."""
   lengths = np.array([[len(ids) for ids in (p.prompt, p.chosen, p.rejected)] for p in pairs])

@@ -1,7 +1,7 @@
 """What a run learns: the trainable part of a model, the optimizer's state and the step."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +38,8 @@ class RecentNorms:
 
   def add(self, norm: jax.Array) -> 'RecentNorms':
     """Returns the norms with one more, in place of the oldest."""
-    place = self.count % len(self.values)
-    return RecentNorms(self.values.at[place].set(norm), self.count + 1)
+    index = self.count % len(self.values)
+    return RecentNorms(self.values.at[index].set(norm), self.count + 1)
 
   def spikes(self, norm: jax.Array, factor: float) -> jax.Array:
     """Whether a norm exceeds `factor` times their median, [] bool; never before 16 updates."""
@@ -70,7 +70,7 @@ class Models(NamedTuple):
 
 def as_models(models: Models | Model | tuple) -> Models:
   """Returns Models also of a policy alone, or of a plain tuple of policy and reference."""
-  return Models(*models) if isinstance(models, tuple) else Models(models)
+  return Models(*cast(tuple, models)) if isinstance(models, tuple) else Models(models)
 
 
 def split_models(models: Models) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -79,7 +79,9 @@ def split_models(models: Models) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
   Nothing of a reference does, should it have adapters of its own. Variables that both models hold
   appear once, as the policy's; `nnx.merge` of the three gives both models back.
   """
-  return nnx.split(models, nnx.All(TRAINABLE, lambda path, _: path[0] == 'policy'), ...)
+  learns = nnx.All(TRAINABLE, lambda path, _: path[0] == 'policy')
+  graphdef, trainable, frozen = nnx.split(models, learns, ...)
+  return graphdef, trainable, frozen
 
 
 def init_state(models: Models | Model, optimizer: optax.GradientTransformation) -> TrainState:

@@ -1,8 +1,8 @@
 """The learning step: packed rows -> pair losses -> gradient of the adapters -> new state."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,7 @@ def make_train_step(
   microbatches: int = 1,
   dropout_seed: int | None = None,
   spike_factor: float = 0.0,
-  compiler_options: Mapping[str, str] | None = None,
+  compiler_options: dict[str, Any] | None = None,
 ) -> TrainStep:
   """Returns the step that trains the policy's adapters: every nnx.LoRAParam, and nothing else.
 
@@ -98,8 +98,8 @@ def make_train_step(
   The step minimises sum(losses * logps.weights) / sum(logps.weights) over the pairs of a batch.
 
   Args:
-    models: policy and reference, of any kind that has the methods of `hidden.Model`. A policy alone
-      will do where the loss needs no reference, or the batches hold `reference_logps`.
+    models: policy and reference, of any class that has the methods of `hidden.Model`. A policy
+      alone will do where the loss needs no reference, or the batches hold `reference_logps`.
     optimizer: of optax; it sees the adapters alone.
     loss: the name of a loss, or an Objective, or a function PairLogps -> losses [B, P].
     logits_chunk: the scored positions of a row that meet the vocabulary at once.
@@ -123,11 +123,11 @@ def jit_train_step(
   optimizer: optax.GradientTransformation,
   options: StepOptions,
   *,
-  compiler_options: Mapping[str, str] | None = None,  # of XLA
+  compiler_options: dict[str, Any] | None = None,  # of XLA
 ) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, dict[str, Any]]]:
   """Returns the jitted step (state, frozen, batch) -> (state, metrics) of split models.
 
-  It needs no arrays, only what `split_models` says of them. It consumes `state`; see `TrainStep`.
+  It needs no arrays, only the graphdef of `split_models`. It consumes `state`; see `TrainStep`.
   """
 
   def train_step(state, frozen, batch):
@@ -158,7 +158,7 @@ def jit_train_step(
     spikes = finite & state.norms.spikes(grad_norm, options.spike_factor or jnp.inf)
     updated = TrainState(
       step=state.step + 1,
-      trainable=optax.apply_updates(state.trainable, updates),
+      trainable=cast(nnx.State, optax.apply_updates(state.trainable, updates)),
       opt_state=opt_state,
       rewards=state.rewards.add(*sums.pop('rewards')),
       norms=state.norms.add(grad_norm),
@@ -176,7 +176,7 @@ def jit_eval_step(
   graphdef: nnx.GraphDef,
   options: StepOptions,
   *,
-  compiler_options: Mapping[str, str] | None = None,  # of XLA
+  compiler_options: dict[str, Any] | None = None,  # of XLA
 ) -> Callable[[TrainState, nnx.State, Batch], Sums]:
   """Returns the jitted (state, frozen, batch) -> metric sums, without dropout."""
 

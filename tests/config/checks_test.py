@@ -82,6 +82,12 @@ def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(config, fiel
     validate(config)
 
 
+def test_the_splash_kernel_of_earlier_versions_is_refused_with_what_is_left(config):
+  config.model.attention = 'splash'
+  with pytest.raises(ValueError, match=r"attention='splash': expected one of auto, xla, pallas$"):
+    validate(config)
+
+
 @pytest.mark.parametrize(('field', 'value', 'bounds'), OUT_OF_RANGE)
 def test_a_number_out_of_range_is_refused(config, field, value, bounds):
   set_field(config, field, value)

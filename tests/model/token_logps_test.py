@@ -7,11 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_flax.model.token_logps import Stream, TokenStatistics, Wanted, token_statistics
+from dpo_flax.model.token_logps import (
+  Stream,
+  TokenStatistics,
+  TokenStatisticsOptions,
+  token_statistics,
+)
 from helpers.models import arrays_in
 
 ROWS, TOKENS, EMBED, VOCAB = 4, 37, 8, 53
-ALL = Wanted(kl=True, kl_gradient=True, entropy=True, alignments=True)
+ALL = TokenStatisticsOptions(kl=True, kl_gradient=True, entropy=True, alignments=True)
 # Chunks that divide 37 tokens, do not, are one token, or are longer than the row.
 CHUNKS = (1, 8, 37, 100)
 
@@ -156,14 +161,14 @@ def test_reference_has_no_gradient_through_a_kl_penalty(inputs, head_is_trained)
 
 
 def test_only_what_is_wanted_is_computed(inputs):
-  statistics = chunked(inputs, wanted=Wanted(), reference=False)
+  statistics = chunked(inputs, wanted=TokenStatisticsOptions(), reference=False)
   present = {name for name, values in statistics._asdict().items() if values is not None}
   assert present == {'policy_logps'}
   np.testing.assert_allclose(statistics.policy_logps, plain(inputs).policy_logps, atol=1e-5)
   expected = gradients(plain, inputs, ('policy',), ('policy_logps',))['policy']
 
   def function(inputs):
-    return chunked(inputs, wanted=Wanted(), reference=False)
+    return chunked(inputs, wanted=TokenStatisticsOptions(), reference=False)
 
   ours = gradients(function, inputs, ('policy',), ('policy_logps',))['policy']
   np.testing.assert_allclose(ours, expected, atol=1e-5)
@@ -216,7 +221,7 @@ def test_bfloat16_hidden_states_give_float32_statistics_and_bfloat16_gradients(i
 
     stream = Stream(hidden, logits)
     statistics = token_statistics(
-      stream, None, inputs['targets'], inputs['loss_mask'], wanted=Wanted(), chunk=8
+      stream, None, inputs['targets'], inputs['loss_mask'], wanted=TokenStatisticsOptions(), chunk=8
     )
     return jnp.sum(statistics.policy_logps), statistics.policy_logps
 
@@ -261,8 +266,9 @@ def test_vocabulary_is_met_only_as_often_as_the_fullest_row_needs(inputs, longes
   mask[0, TOKENS - longest :] = 1
   mask[1, : longest // 2] = 1
   stream = Stream(inputs['policy'], head)
+  mask, wanted = jnp.asarray(mask), TokenStatisticsOptions()
   jax.block_until_ready(
-    token_statistics(stream, None, inputs['targets'], jnp.asarray(mask), wanted=Wanted(), chunk=8)
+    token_statistics(stream, None, inputs['targets'], mask, wanted=wanted, chunk=8)
   )
   jax.effects_barrier()
   assert len(visits) == math.ceil(longest / 8)

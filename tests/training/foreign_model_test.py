@@ -14,7 +14,7 @@ from dpo_flax.data.batches import pack
 from dpo_flax.losses.answers import pairs_of, scored
 from dpo_flax.losses.metrics import summarize
 from dpo_flax.model.hidden import Hidden
-from dpo_flax.model.token_logps import Wanted
+from dpo_flax.model.token_logps import TokenStatisticsOptions
 from dpo_flax.training.logps import answer_logps, pair_logps
 from dpo_flax.training.state import Models, init_state, split_models
 from dpo_flax.training.step import jit_train_step, make_train_step
@@ -23,7 +23,7 @@ from helpers.models import make_lora, make_mesh_of, make_model_config, make_mode
 from helpers.steps import make_options
 
 VOCAB, EMBED, TOKENS = 97, 16, 64
-ALL = Wanted(kl=True, entropy=True, alignments=True)
+ALL = TokenStatisticsOptions(kl=True, entropy=True, alignments=True)
 
 
 class Low(nnx.Module):
@@ -298,7 +298,7 @@ def test_what_does_not_go_together_is_refused(batch):
     pair_logps(policy, batch, objective)
   with pytest.raises(ValueError, match='needs a reference that runs'):
     known = batch | {'reference_logps': np.zeros_like(batch['answer_mask'])}
-    answer_logps(Models(policy, reference), known, wanted=Wanted(kl=True))
+    answer_logps(Models(policy, reference), known, wanted=TokenStatisticsOptions(kl=True))
   with pytest.raises(ValueError, match='set it to 1'):
     make_train_step(Models(policy, reference), optax.sgd(0.1), 'aot', microbatches=2)
   with pytest.raises(ValueError, match='nothing learns'):

@@ -1,1 +1,1 @@
-"""What the text of a compiled program says of its work and its memory."""
+"""The work and the memory of a compiled program, read from its text."""

@@ -26,7 +26,7 @@ def matrix_flops(computation: Computation, instruction: Instruction) -> float:
 def _convolution_flops(computation: Computation, instruction: Instruction) -> float:
   left, kernel = (one.arrays[0].dims for one in computation.inputs(instruction))
   out = instruction.arrays[0]
-  labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', instruction.attributes).groups()
+  labels = re.split('_|->', instruction.required(r'dim_labels=(\w+_\w+->\w+)'))
   products = float(kernel[labels[1].index('i')])  # per group, if there are groups
   window = instruction.attribute(r'window=\{([^}]*)\}') or ''
   fields = dict(field.split('=') for field in window.split())
@@ -44,15 +44,15 @@ def _convolution_flops(computation: Computation, instruction: Instruction) -> fl
 def _mean_hits(  # noqa: PLR0917
   size: int, inputs: int, outputs: int, low: int, stride: int, lhs_dilate: int, rhs_dilate: int
 ) -> float:
-  """Returns how many places of a window hold an input, averaged over the outputs.
+  """Returns how many positions of a window hold an input, averaged over the outputs.
 
   The others are padding or lie between dilated inputs: a product of batches is a convolution
   whose window mostly looks at these.
   """
   if size == 1:
     return 1.0
-  place = (np.arange(outputs) * stride - low)[:, None] + np.arange(size) * rhs_dilate
-  hit = (place >= 0) & (place % lhs_dilate == 0) & (place // lhs_dilate < inputs)
+  position = (np.arange(outputs) * stride - low)[:, None] + np.arange(size) * rhs_dilate
+  hit = (position >= 0) & (position % lhs_dilate == 0) & (position // lhs_dilate < inputs)
   return float(hit.sum() / outputs)
 
 

@@ -91,6 +91,13 @@ class Instruction:
     match = re.search(pattern, self.attributes)
     return match and match.group(1)
 
+  def required(self, pattern: str) -> str:
+    """Returns what `pattern` (with one group) matches; ValueError where it matches nothing."""
+    value = self.attribute(pattern)
+    if value is None:
+      raise ValueError(f'{self.name} has no attribute {pattern}')
+    return value
+
 
 class Computation(dict[str, Instruction]):
   """Instructions by name, in the order of their execution."""
@@ -127,13 +134,13 @@ class Program:
     outside its file.
     """
     frame = instruction.attribute(_FRAME.pattern)
-    places = [
+    locations = [
       (file.rpartition(f'/{package}/')[2], line)
       for file, line in self.frames.get(int(frame or 0), ())
       if f'/{package}/' in file
     ]
-    outer = [place for place in places if place[0] != places[0][0]]
-    return ' for '.join(f'{file}:{line}' for file, line in [*places[:1], *outer[:1]]) or None
+    outer = [one for one in locations if one[0] != locations[0][0]]
+    return ' for '.join(f'{file}:{line}' for file, line in [*locations[:1], *outer[:1]]) or None
 
 
 def parse(text: str) -> Program:
@@ -181,6 +188,7 @@ def _logical_lines(text: str) -> Iterator[str]:
 
 def _instruction(line: str) -> Instruction:
   head = _INSTRUCTION.match(line)
+  assert head is not None
   rest = line[head.end() :]
   end = _closing(rest, 0) + 1 if rest.startswith('(') else rest.index(' ')
   result, rest = rest[:end], rest[end:].lstrip()
@@ -224,7 +232,7 @@ def _bits(dtype: str) -> int:
     return _BITS[dtype]
   if dtype.startswith('f8'):
     return 8
-  return int(re.search(r'\d+', dtype).group())
+  return int(re.findall(r'\d+', dtype)[0])
 
 
 def _check_reachable(computations: dict[str, Computation], entry: Computation):
@@ -252,7 +260,7 @@ def _frames(text: str) -> dict[int, tuple[tuple[str, int], ...]]:
       current[int(row.group(1))] = row.group(2) or dict(re.findall(r'(\w+)=(\d+)', row.group(3)))
     elif line.startswith('%'):
       break
-  places = {
+  locations = {
     number: (tables['FileNames'][int(row['file_name_id'])], int(row['line']))
     for number, row in tables.get('FileLocations', {}).items()
   }
@@ -260,5 +268,5 @@ def _frames(text: str) -> dict[int, tuple[tuple[str, int], ...]]:
   # A parent precedes its children; its id is counted from 1, 0 being none.
   for number, row in tables.get('StackFrames', {}).items():
     outer = frames.get(int(row.get('parent_frame_id', 0)) - 1, ())
-    frames[number] = (places[int(row['file_location_id'])], *outer)
+    frames[number] = (locations[int(row['file_location_id'])], *outer)
   return frames

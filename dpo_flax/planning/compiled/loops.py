@@ -39,7 +39,7 @@ def trip_count(program: Program, caller: Computation, loop: Instruction) -> int 
   if known:
     return int(known.group(1))
   condition, body = (
-    program.computations[loop.attribute(rf'{name}=%?([\w.\-]+)')] for name in ('condition', 'body')
+    program.computations[loop.required(rf'{name}=%?([\w.\-]+)')] for name in ('condition', 'body')
   )
   start = caller.get(loop.operands[0])
   try:
@@ -114,7 +114,7 @@ def _evaluate(
   if opcode in _COPIES:
     return value(inputs[0])
   if opcode == 'compare':
-    return int(_COMPARE[instruction.attribute(r'direction=(\w+)')](*map(value, inputs)))
+    return int(_COMPARE[instruction.required(r'direction=(\w+)')](*map(value, inputs)))
   if opcode in _ARITHMETIC:
     return _ARITHMETIC[opcode](*map(value, inputs))
   if opcode == 'fusion':
@@ -124,14 +124,12 @@ def _evaluate(
 
 
 def _read(
-  instruction: Instruction,
-  inputs: list[Instruction],
-  read: Callable[[int, int | None], int] | None,
+  instruction: Instruction, inputs: list[Instruction], read: Callable[[int, int | None], int] | None
 ) -> int:
   if read and instruction.opcode == 'parameter':
     return read(int(instruction.operands[0]), None)
   if read and instruction.opcode == 'get-tuple-element' and inputs[0].opcode == 'parameter':
-    return read(int(inputs[0].operands[0]), int(instruction.attribute(r'index=(\d+)')))
+    return read(int(inputs[0].operands[0]), int(instruction.required(r'index=(\d+)')))
   raise _UnknownError
 
 

@@ -1,7 +1,7 @@
 """Which temporaries fill the HBM when a compiled program needs most of it.
 
-The compiler does not tell, but it prints the program in the order of execution: an array lives from
-the instruction that makes it to the last that reads it.
+The compiler does not report it, but prints the program in the order of execution: an array lives
+from the instruction that makes it to the last that reads it.
 """
 
 import collections
@@ -54,14 +54,14 @@ def by_source(alive: Iterable[Temporary], program: Program, package: str) -> lis
 
 
 def _source(one: Temporary, program: Program, package: str) -> str:
-  # What the compiler puts in itself, such as a gathering of shards, is told by its neighbours.
+  # What the compiler puts in itself, such as a gathering of shards, is known by its neighbours.
   all_of_them = (one.maker, *one.near)
-  places = (program.source(instruction, package) for instruction in all_of_them)
+  sources = (program.source(instruction, package) for instruction in all_of_them)
   names = (instruction.attribute(r'op_name="([^"]*)"') for instruction in all_of_them)
   name = next(filter(None, names), one.maker.name)
   # An argument's: state.trainable[\'policy\']... .value
   name = re.sub(r"\[\\'(\w+)\\'\]", r'.\1', name).removesuffix('.value')
-  return next(filter(None, places), name)
+  return next(filter(None, sources), name)
 
 
 def _peak(program: Program, computation: Computation, known: dict[int, Peak]) -> Peak:
@@ -110,7 +110,7 @@ def _owners(program: Program, computation: Computation) -> dict[str, list[set[Te
     elif one.opcode == 'tuple':
       owners[one.name] = [set().union(*elements) for elements in given]
     elif one.opcode == 'get-tuple-element':
-      index = int(one.attribute(r'index=(\d+)'))
+      index = int(one.required(r'index=(\d+)'))
       owners[one.name] = [given[0][index]] if index < len(given[0]) else [set()]
     elif one.opcode.endswith('-done'):
       start = _start(computation, one)
@@ -174,7 +174,7 @@ def _made(
 
 
 def _updated_operand(program: Program, instruction: Instruction) -> int | None:
-  """Returns the place of the operand that an instruction updates in place, if it does."""
+  """Returns the index of the operand that an instruction updates in place, if it does."""
   if instruction.opcode == 'dynamic-update-slice':
     return 0
   if instruction.opcode != 'fusion':

@@ -38,7 +38,7 @@ def received_bytes(program: Program, computation: Computation, instruction: Inst
 
   An all-reduce counts as a reduce-scatter and an all-gather.
   """
-  kind, n = collective(instruction.opcode), _group_size(program, instruction)
+  name, n = collective(instruction.opcode), _group_size(program, instruction)
   given = sum(array.bytes for one in computation.inputs(instruction) for array in one.arrays)
   share = (n - 1) / n
   return given * {
@@ -47,7 +47,7 @@ def received_bytes(program: Program, computation: Computation, instruction: Inst
     'reduce-scatter': share,
     'all-to-all': share,
     'ragged-all-to-all': share,
-  }.get(kind, 1.0)
+  }.get(name or '', 1.0)
 
 
 def _group_size(program: Program, instruction: Instruction) -> int:
@@ -115,16 +115,16 @@ def _read_of(program: Program, computation: Computation, name: str) -> float:
   for user in computation.values():
     if name not in user.operands or user.opcode in {'tuple', 'custom-call'}:
       continue
-    place = user.operands.index(name)
+    index = user.operands.index(name)
     if user.opcode in _VIEWS:
       total += _read_of(program, computation, user.name)
-    elif user.opcode in _PARTIAL_READS and place == 0:
+    elif user.opcode in _PARTIAL_READS and index == 0:
       total += _size(user.arrays)
-    elif user.opcode == 'dynamic-update-slice' and place == 0:
+    elif user.opcode == 'dynamic-update-slice' and index == 0:
       continue  # what is not updated stays where it is
     elif user.opcode == 'fusion':
       inner = program.computations[user.called()[0]]
-      total += _read_of(program, inner, inner.parameters[place])
+      total += _read_of(program, inner, inner.parameters[index])
     elif not collective(user.opcode):
       total += _size(computation[name].arrays)
   return total

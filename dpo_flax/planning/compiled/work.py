@@ -18,7 +18,7 @@ class Work:
   """What one device does in one run of a program."""
 
   estimated_cycles: float = 0.0  # the compiler's; collectives and kernels carry none
-  flops: float = 0.0  # of matrix products, and of kernels that say theirs
+  flops: float = 0.0  # of matrix products, and of kernels that state their number
   flops_without_cycles: float = 0.0  # of them, those outside estimated_cycles
   hbm_bytes: float = 0.0
   collective_bytes: float = 0.0  # received from other devices
@@ -30,13 +30,13 @@ class Work:
   def add(self, other: 'Work', times: float = 1):
     """Adds the work of running another part `times` times."""
     for field in dataclasses.fields(self):
-      mine, theirs = getattr(self, field.name), getattr(other, field.name)
+      mine, added = getattr(self, field.name), getattr(other, field.name)
       if isinstance(mine, collections.Counter):
-        mine.update({name: count * times for name, count in theirs.items()})
+        mine.update({name: count * times for name, count in added.items()})
       elif field.name == 'unknown_loops':
-        self.unknown_loops += theirs
+        self.unknown_loops += added
       else:
-        setattr(self, field.name, mine + theirs * times)
+        setattr(self, field.name, mine + added * times)
 
 
 def measure(program: Program) -> Work:
