@@ -45,7 +45,7 @@ _HOMES = {
   'summarize': 'dpo_flax.losses.metrics',
 }
 
-__all__ = ['losses', *_HOMES]  # noqa: PLE0604  (names that are found when they are used)
+__all__ = ['losses', *_HOMES]  # noqa: PLE0604  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -76,8 +76,8 @@ def load_adapter(model: Transformer, directory: epath.PathLike) -> Transformer:
   Raises:
     ValueError: there is no such adapter, or it is for another architecture.
   """
-  mesh = mesh_of(nnx.state(model))
-  return models.load_onto(model, peft_adapter.open_adapter(directory, model.config), mesh)
+  adapter = peft_adapter.open_adapter(directory, model.config)
+  return models.load_onto(model, adapter, _mesh_of(model))
 
 
 def save_adapter(
@@ -134,9 +134,7 @@ def score_pairs(
     pairs: of `load_pairs`, or tokenized pairs.
     logits_chunk: the scored positions of a row that meet the vocabulary at once.
   """
-  mesh = mesh_of(nnx.state(model)) or make_mesh(
-    {'data': 1, 'fsdp': 1, 'tensor': 1}, jax.devices()[:1]
-  )
+  mesh = _mesh_of(model)
   if isinstance(pairs, Pairs):
     return scoring.score_side(model, pairs.prepared, 'train', logits_chunk=logits_chunk, mesh=mesh)
   return scoring.score_pairs(
@@ -167,3 +165,9 @@ def lora_of(model: nnx.Module) -> LoraConfig:
     tied=bool(getattr(getattr(model, 'embed_tokens', None), 'shares_adapters', False)),
     saved=frozenset(saved),
   )
+
+
+def _mesh_of(model: Model) -> Mesh:
+  """Returns the mesh that a model lies on, or one of the first device alone."""
+  alone = {'data': 1, 'fsdp': 1, 'tensor': 1}
+  return mesh_of(nnx.state(model)) or make_mesh(alone, jax.devices()[:1])

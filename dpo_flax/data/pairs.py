@@ -99,8 +99,10 @@ def load_pairs(
   Raises:
     ValueError: for all that is wrong with the data, naming file and line.
   """
-  weights = dict(files) if isinstance(files, Mapping) else None
-  source = RecordSource(list(weights) if weights else files, weights and list(weights.values()))
+  if isinstance(files, Mapping):
+    source = RecordSource(list(files), list(files.values()))
+  else:
+    source = RecordSource(files)
   loaded = load_tokenizer(tokenizer, chat_template, variables=template_variables)
   directory = cache_dir or tempfile.mkdtemp(prefix='dpo_flax_tokens')
   prepared = prepare(
@@ -150,7 +152,7 @@ def pack(
     ValueError: a pair is longer than a row, or has no prompt.
   """
   given = [
-    pair if isinstance(pair, PackedPair) else PackedPair(index, *map(_ids, pair))
+    pair if isinstance(pair, PackedPair) else PackedPair(index, *_ids(*pair))
     for index, pair in enumerate(pairs)
   ]
   for pair in given:
@@ -161,5 +163,7 @@ def pack(
   return pack_pairs(given, tokens=tokens, layout=layout, multiple=multiple)
 
 
-def _ids(ids: Sequence[int]) -> np.ndarray:
-  return np.asarray(ids, np.int32)
+def _ids(
+  prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  return np.asarray(prompt, np.int32), np.asarray(chosen, np.int32), np.asarray(rejected, np.int32)

@@ -6,6 +6,7 @@ import pathlib
 
 import pytest
 
+import dpo_flax
 from dpo_flax import config as config_lib
 from dpo_flax.config.identity import RunIdentity, identity_of
 from dpo_flax.config.row import Role, Row
@@ -140,6 +141,10 @@ def test_every_row_has_a_meaning():
 
 
 def test_the_table_of_fields_has_every_row():
+  page = pathlib.Path(dpo_flax.__file__).parents[1] / 'docs' / 'fields.md'
+  head, table = page.read_text().split('\n\n|', maxsplit=1)
+  again = f'write markdown() of dpo_flax/config/settings.py to {page} again, below its first lines'
+  assert f'|{table}' == markdown() and head.startswith('# '), again
   lines = markdown().splitlines()
   assert len(lines) == 2 + len(ROWS)
   assert all(f'| `{field}` |' in line for field, line in zip(ROWS, lines[2:], strict=True))
