@@ -87,7 +87,7 @@ def _open(record: RunRecord, mesh: Mesh) -> Blueprint:
   anywhere = {'model.attention': 'auto', 'model.remat': 'none'}
   blueprint = make_blueprint(record.settings.replace(anywhere), mesh, trains=False)
   paths = record.settings.weight_paths()
-  for field, found in blueprint.sources.fingerprints().items():
+  for field, found in blueprint.sources.fingerprints.items():
     if field != 'reference_model_path' and found != record.fingerprints[field]:
       raise ValueError(f'{field}={paths.get(field)} holds something else than when the run began')
   return blueprint

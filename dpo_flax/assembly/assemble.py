@@ -68,7 +68,7 @@ def build(settings: Settings, mesh: Mesh) -> tuple[Run, TrainState]:
   for pairs in (data.train, data.validation):
     check_records(pairs.columns if pairs else (), settings.objective)
   num_steps = settings.train.num_train_steps or steps_for_epochs(data, settings.train.num_epochs)
-  fingerprints = {'data': data.fingerprint, **sources.fingerprints()}
+  fingerprints = {'data': data.fingerprint, **sources.fingerprints}
   hosts.check_agreement({**fingerprints, 'steps': num_steps})
   models = load_models(
     sources,

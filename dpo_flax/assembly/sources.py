@@ -1,6 +1,7 @@
 """What the models of a run come from, opened and compared before anything is loaded."""
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -33,8 +34,9 @@ class Sources:
   adapter: AdapterFiles | None  # what the policy's adapters start as
   reference_adapter: AdapterFiles | None  # what the reference has beside the base
 
-  def fingerprints(self) -> dict[str, str | None]:
-    """Returns the fingerprint of each, by the config's field that names it."""
+  @functools.cached_property
+  def fingerprints(self) -> Mapping[str, str | None]:
+    """The fingerprint of each, by the config's field that names it; read from disk once."""
     return {
       'initialize_from_hf': self.base and weights.fingerprint(self.base),
       'reference_model_path': self.reference and weights.fingerprint(self.reference),
@@ -46,7 +48,7 @@ class Sources:
 
   def starts_as_reference(self) -> bool:
     """Whether the policy is its reference before the first step."""
-    found = self.fingerprints()
+    found = self.fingerprints
     adapter, other = found['initialize_from_adapter'], found['reference_adapter_path']
     return self.reference is None and (adapter is None or adapter == other)
 
@@ -142,10 +144,10 @@ def reference_fingerprint(sources: Sources, *, preset: str | None, seed: int) ->
 
   Of random weights, preset and seed.
   """
-  found = sources.fingerprints()
-  checkpoint = sources.reference or sources.base
+  found = sources.fingerprints
+  of_weights = found['reference_model_path'] or found['initialize_from_hf']
   parts = {
-    'weights': f'{preset} {seed}' if checkpoint is None else weights.fingerprint(checkpoint),
+    'weights': of_weights or f'{preset} {seed}',
     # Merged and applied, an adapter is rounded differently.
     'merged': None if sources.reference else found['merge_adapter_path'],
     'adapter': found['reference_adapter_path'],

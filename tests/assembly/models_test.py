@@ -23,12 +23,13 @@ from dpo_flax.config.settings import settings_of
 from dpo_flax.huggingface.peft_adapter import save_adapter
 from dpo_flax.huggingface.weights import open_checkpoint, save_merged
 from dpo_flax.model.kernels import Trained
-from dpo_flax.model.transformer import run_streams
 from dpo_flax.sharding import make_mesh
 from dpo_flax.training.state import init_train_state, split_models
 from dpo_flax.training.step import jit_eval_step, jit_train_step
 from helpers.batches import draw_pairs, fill_batch
 from helpers.configs import set_field
+from helpers.llama import our_logits, their_logits
+from helpers.models import make_mesh_of
 from helpers.steps import make_options
 
 pytestmark = [
@@ -118,23 +119,6 @@ def trained(models, batch, options, *, steps=3):
       state, metrics = step(state, frozen, batch)
     assert bool(metrics['finite'])
     return nnx.merge(graphdef, state.trainable, frozen)
-
-
-def their_logits(model, tokens):
-  with torch.no_grad():
-    return model.eval()(torch.tensor(tokens)).logits.numpy()
-
-
-@nnx.jit
-def run_alone(model, tokens):
-  positions = jnp.tile(jnp.arange(tokens.shape[1])[None], (len(tokens), 1))
-  batch = {'tokens': tokens, 'positions': positions}
-  batch['visible_until'] = jnp.full_like(tokens, tokens.shape[1])
-  return model.logits(run_streams(model, None, batch)[0])
-
-
-def our_logits(model, tokens):
-  return np.asarray(run_alone(model, jnp.asarray(tokens)))
 
 
 @pytest.fixture
@@ -297,7 +281,7 @@ def write_tokenizer(directory, vocabulary, **fields):
 
 
 def sources_of(base, reference):
-  mesh = make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, jax.devices()[:1])
+  mesh = make_mesh_of()
   checkpoints = [open_checkpoint(str(each)) for each in (base, reference)]
   shape, other = (make_model_config(ModelSettings(), each, mesh, tokens=64) for each in checkpoints)
   return make_sources(
@@ -309,7 +293,7 @@ def sources_of(base, reference):
   )
 
 
-def test_a_reference_with_another_tokenizer_is_refused(start, places, tmp_path):
+def test_a_reference_with_another_tokenizer_is_refused(places, tmp_path):
   shutil.copytree(places / 'base', tmp_path / 'base')
   vocabulary = {'a': 0, 'b': 1, 'ab': 2}
   first, second = (
@@ -328,3 +312,15 @@ def test_a_reference_of_another_shape_is_refused(places, tmp_path, field, theirs
   path.write_text(json.dumps(json.loads(path.read_text()) | {field: theirs}))
   with pytest.raises(ValueError, match=f"is {theirs}, the policy's is"):
     sources_of(places / 'base', tmp_path / 'other')
+
+
+def test_a_checkpoint_is_sampled_once_for_all_that_asks(start, monkeypatch):
+  sampled = []
+  monkeypatch.setattr(
+    'dpo_flax.huggingface.weights.fingerprint', lambda checkpoint: sampled.append(checkpoint) or 'x'
+  )
+  _, sources, _, _ = start()
+  assert sources.fingerprints['initialize_from_hf'] == 'x'
+  assert sources.starts_as_reference()
+  assert reference_fingerprint(sources, preset=None, seed=0) == 'weights x'
+  assert sampled == [sources.base]
