@@ -55,7 +55,7 @@ def sum_by_answer(
 ) -> jax.Array:  # [B, S] float32
   """Sums per-token values over each answer, in float32."""
   # A comparison and a sum, where a scatter would serialise on TPU.
-  member = answer_ids[..., None] == jnp.arange(answers)[None, None]  # [B, T, S]
+  member = _members(answer_ids, answers)
   return jnp.sum(jnp.where(member, values[..., None].astype(jnp.float32), 0.0), axis=1)
 
 
@@ -112,6 +112,11 @@ def pairs_of(
   )
 
 
+def _members(answer_ids: jax.Array, answers: int) -> jax.Array:
+  """[B, T] -> [B, T, S] bool: which of the row's answers each position belongs to."""
+  return answer_ids[..., None] == jnp.arange(answers)[None, None]
+
+
 def _pick(values: jax.Array, batch: Mapping[str, jax.Array]) -> Branches:
   """[B, S] -> [B, P] of each pair's two answers; 0 where there is no pair."""
   # A comparison and a sum again: their gradient is no scatter either.
@@ -132,7 +137,7 @@ def _sum_tails(
   rejected  y y y                  0 0 0
   """
   ids = batch['answer_ids']
-  member = ids[..., None] == jnp.arange(batch['answer_mask'].shape[1])[None, None]  # [B, T, S]
+  member = _members(ids, batch['answer_mask'].shape[1])
   # The number of each token in its answer, from 1.
   rank = jnp.sum(jnp.where(member, jnp.cumsum(member, axis=1), 0), axis=-1)  # [B, T]
   shared = jnp.minimum(*lengths)[:, None]  # [B, 1, P]

@@ -76,6 +76,16 @@ def links(
   )
 
 
+def scaled(beta: float, ratios: Branches) -> Branches:
+  """Returns beta times the value of both responses."""
+  return jax.tree.map(lambda r: beta * r, ratios)
+
+
+def per_token(values: Branches, logps: PairLogps) -> Branches:
+  """Returns sums over both responses as means over their tokens."""
+  return jax.tree.map(jnp.divide, values, logps.lengths)
+
+
 def reward_sums(logps: PairLogps, *, beta: float = 0.1) -> tuple[jax.Array, jax.Array]:
   """Returns the sum of beta r over real responses and their count; add over batches, then divide.
 
@@ -84,7 +94,7 @@ def reward_sums(logps: PairLogps, *, beta: float = 0.1) -> tuple[jax.Array, jax.
   >>> reward_sums(pairs, beta=0.25)
   (Array(0., dtype=float32), Array(2., dtype=float32))
   """
-  chosen, rejected = _scaled(beta, log_ratios(logps))
+  chosen, rejected = scaled(beta, log_ratios(logps))
   return jnp.sum((chosen + rejected) * logps.mask), 2 * jnp.sum(logps.mask)
 
 
@@ -106,8 +116,7 @@ def sigmoid(
   >>> print(sigmoid(pairs, beta=0.25, label_smoothing=0.1))
   [0.5241]
   """
-  chosen, rejected = links(logps, divergence, alpha_divergence)
-  z = _less_margin(beta * (chosen - rejected), logps)
+  z = _less_margin(_logit(logps, beta, divergence, alpha_divergence), logps)
   return _cross_entropy(z, label_smoothing, logps.chosen_probability)
 
 
@@ -125,7 +134,7 @@ def sigmoid_norm(
   >>> print(sigmoid_norm(pairs, beta=2.0))
   [0.3412]
   """
-  chosen, rejected = _per_token(links(logps, divergence, alpha_divergence), logps)
+  chosen, rejected = per_token(links(logps, divergence, alpha_divergence), logps)
   z = _less_margin(beta * (chosen - rejected), logps)
   return _cross_entropy(z, label_smoothing, logps.chosen_probability)
 
@@ -143,8 +152,8 @@ def hinge(
   >>> print(hinge(pairs, beta=0.25))
   [0.5]
   """
-  chosen, rejected = links(logps, divergence, alpha_divergence)
-  return relu(1 - _less_margin(beta * (chosen - rejected), logps))
+  z = _less_margin(_logit(logps, beta, divergence, alpha_divergence), logps)
+  return relu(1 - z)
 
 
 @register(per_token=True)
@@ -165,7 +174,7 @@ def ipo(
   # The loss is a square: half the exponent gives its gradient the size of the other losses'.
   half = LARGEST_EXPONENT / 2
   rewards = links(logps, divergence, alpha_divergence, largest_exponent=half)
-  chosen, rejected = _per_token(rewards, logps)
+  chosen, rejected = per_token(rewards, logps)
   return jnp.square(chosen - rejected - 1 / (2 * beta))
 
 
@@ -190,8 +199,7 @@ def exo_pair(
   >>> print(exo_pair(pairs, beta=0.25, label_smoothing=0.1))
   [0.2721]
   """
-  chosen, rejected = links(logps, divergence, alpha_divergence)
-  z, eps = beta * (chosen - rejected), label_smoothing
+  z, eps = _logit(logps, beta, divergence, alpha_divergence), label_smoothing
   right = jax.nn.sigmoid(z) * (log_sigmoid(z) - math.log1p(-eps))
   return right + jax.nn.sigmoid(-z) * (log_sigmoid(-z) - math.log(eps))
 
@@ -213,8 +221,7 @@ def robust(
   >>> print(robust(pairs, beta=0.25, label_smoothing=0.2))
   [0.3074]
   """
-  chosen, rejected = links(logps, divergence, alpha_divergence)
-  z, eps = beta * (chosen - rejected), label_smoothing
+  z, eps = _logit(logps, beta, divergence, alpha_divergence), label_smoothing
   return (-(1 - eps) * log_sigmoid(z) + eps * log_sigmoid(-z)) / (1 - 2 * eps)
 
 
@@ -234,8 +241,7 @@ def discopop(
   >>> print(discopop(pairs, beta=0.25))
   [0.6065]
   """
-  chosen, rejected = links(logps, divergence, alpha_divergence)
-  z = beta * (chosen - rejected)
+  z = _logit(logps, beta, divergence, alpha_divergence)
   scaled = z / discopop_temperature
   # One exponential of the sum: m exp(-z) is 0 times infinity for very negative z.
   exponential = jnp.exp(log_sigmoid(scaled) - z)
@@ -267,7 +273,7 @@ def nca_pair(logps: PairLogps, *, beta: float = 0.1) -> jax.Array:
   >>> print(nca_pair(pairs, beta=0.25))
   [1.2769]
   """
-  chosen, rejected = _scaled(beta, log_ratios(logps))
+  chosen, rejected = scaled(beta, log_ratios(logps))
   return -log_sigmoid(chosen) - (log_sigmoid(-chosen) + log_sigmoid(-rejected)) / 2
 
 
@@ -282,7 +288,7 @@ def bco_pair(logps: PairLogps, *, beta: float = 0.1) -> jax.Array:
   >>> print(bco_pair(pairs, beta=0.25))
   [1.1519]
   """
-  chosen, rejected = _scaled(beta, log_ratios(logps))
+  chosen, rejected = scaled(beta, log_ratios(logps))
   delta = logps.reward_mean
   if delta is None:
     total, count = reward_sums(logps, beta=beta)
@@ -315,7 +321,7 @@ def apo_zero(logps: PairLogps, *, beta: float = 0.1) -> jax.Array:
   >>> print(apo_zero(pairs, beta=0.25))
   [0.8756]
   """
-  chosen, rejected = _scaled(beta, log_ratios(logps))
+  chosen, rejected = scaled(beta, log_ratios(logps))
   return jax.nn.sigmoid(-chosen) + jax.nn.sigmoid(rejected)
 
 
@@ -326,7 +332,7 @@ def apo_down(logps: PairLogps, *, beta: float = 0.1) -> jax.Array:
   >>> print(apo_down(pairs, beta=0.25))
   [0.9397]
   """
-  chosen, rejected = _scaled(beta, log_ratios(logps))
+  chosen, rejected = scaled(beta, log_ratios(logps))
   return jax.nn.sigmoid(chosen) + jax.nn.sigmoid(rejected - chosen)
 
 
@@ -376,7 +382,7 @@ def simpo(logps: PairLogps, *, beta: float = 0.1, gamma: float = 0.5) -> jax.Arr
   >>> print(simpo(pairs, beta=2.0))
   [0.2014]
   """
-  chosen, rejected = _per_token(logps.policy, logps)
+  chosen, rejected = per_token(logps.policy, logps)
   return -log_sigmoid(beta * (chosen - rejected) - gamma)
 
 
@@ -404,17 +410,15 @@ def orpo(logps: PairLogps, *, orpo_lambda: float = 0.1) -> jax.Array:
   >>> print(orpo(pairs))
   [1.0238]
   """
-  chosen, rejected = _per_token(logps.policy, logps)
+  chosen, rejected = per_token(logps.policy, logps)
   odds_ratio = _log_odds(chosen) - _log_odds(rejected)
   return -chosen - orpo_lambda * log_sigmoid(odds_ratio)
 
 
-def _scaled(beta: float, ratios: Branches) -> Branches:
-  return jax.tree.map(lambda r: beta * r, ratios)
-
-
-def _per_token(values: Branches, logps: PairLogps) -> Branches:
-  return jax.tree.map(jnp.divide, values, logps.lengths)
+def _logit(logps: PairLogps, beta: float, divergence: str, alpha: float | None) -> jax.Array:
+  """Returns z."""
+  chosen, rejected = links(logps, divergence, alpha)
+  return beta * (chosen - rejected)
 
 
 def _less_margin(z: jax.Array, logps: PairLogps) -> jax.Array:

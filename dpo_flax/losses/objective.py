@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_flax.losses import checks
-from dpo_flax.losses.losses import CONSTANTS, links, sft
+from dpo_flax.losses.losses import CONSTANTS, links, per_token, scaled, sft
 from dpo_flax.losses.pair_logps import Branches, PairLogps
 from dpo_flax.losses.registry import MODIFIERS, RECORD_FIELDS, Constant, Loss, users
 
@@ -286,8 +286,8 @@ def implicit_rewards(logps: PairLogps, objective: Objective) -> Branches:
   else:
     rewards = links(seen, objective.divergence, objective.alpha_divergence)
   if objective.per_token:
-    rewards = jax.tree.map(jnp.divide, rewards, logps.lengths)
-  return jax.tree.map(lambda reward: objective.beta * reward, rewards)
+    rewards = per_token(rewards, logps)
+  return scaled(objective.beta, rewards)
 
 
 def modified(
