@@ -53,7 +53,7 @@ def separate_and_packed_losses(
   Raises:
     ValueError: a pair is longer than `tokens`.
   """
-  lengths = np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs])
+  lengths = pack.pair_lengths(pairs)
   alone, shared = (pack.row_lengths(lengths, name) for name in ('separate', layout))
   if shared.max() > tokens:
     raise ValueError(f'tokens={tokens}: the longest of the pairs takes {shared.max()}')

@@ -136,12 +136,7 @@ def _score_all(
 def _response_lengths(pairs: Side) -> np.ndarray:
   """Returns [n, 2] how many tokens of chosen and rejected have a log-prob."""
   parts = np.array_split(np.arange(len(pairs)), len(pairs) // 4096 + 1)
-  # ~id is no target.
-  counts = [
-    [np.sum(pair.chosen >= 0), np.sum(pair.rejected >= 0)]
-    for part in parts
-    for pair in pairs.packed_pairs(part)
-  ]
+  counts = [pair.targets for part in parts for pair in pairs.packed_pairs(part)]
   return np.array(counts, np.int64)
 
 

@@ -58,7 +58,7 @@ def every_pair(
   """
   rows = _shard(prepared.rows.rows, shard_index, shard_count)
   schedule = prepared.one_pass[side]
-  steps = math.ceil(len(schedule.plan(0)) / prepared.rows.rows)
+  steps = math.ceil(len(prepared.every_row(side)) / prepared.rows.rows)
   batches = _Batches(getattr(prepared, side), schedule, prepared.rows, rows, 0, steps)
   return _iterate(batches, workers=0)
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import math
+import itertools
 import shutil
 import tempfile
 import weakref
@@ -51,10 +51,7 @@ class Pairs:
       self.prepared, start_step=start_step, shard_index=0, shard_count=1
     )
     with contextlib.closing(batches):
-      for step, batch in enumerate(batches):
-        if step >= (math.inf if steps is None else steps):
-          return
-        yield batch
+      yield from itertools.islice(batches, steps)
 
 
 def load_pairs(

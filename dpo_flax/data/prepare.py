@@ -53,10 +53,14 @@ class PreparedData:
   validation: Side | None
   train_rows: RowSchedule
   one_pass: dict[str, RowSchedule]  # side -> rows with each of its pairs once: an evaluation
-  pairs_per_row: int  # slots of every batch, train and validation
   rows: RowOptions
   fingerprint: str  # SHA-256 of data, tokenizer, template and all settings that decide the order
   report: dict[str, dict[str, Any]]  # for 'train' and 'validation': counts, locations, padding
+
+  @property
+  def pairs_per_row(self) -> int:
+    """Slots of every batch, train and validation."""
+    return self.train_rows.pairs_per_row
 
   def every_row(self, side: str) -> pack.RowPlan:
     """Returns the rows of `every_pair`: the indices of the pairs in each of them."""
@@ -128,7 +132,6 @@ def prepare(
     validation_side,
     train_rows,
     one_pass,
-    pairs_per_row=slots,
     rows=rows,
     fingerprint=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
     report=report,

@@ -61,9 +61,7 @@ def compare(
   bound = max(BOUNDS[dtype] for dtype in dtypes)
   if reloaded is None:
     return ReloadCheck(None, bound, 0)
-  # ~id is no target, so it has no log-prob.
-  lengths = np.array([[np.sum(ids >= 0) for ids in (p.chosen, p.rejected)] for p in pairs])
-  lengths = np.maximum(lengths, 1)
+  lengths = np.maximum([pair.targets for pair in pairs], 1)
   differences = np.abs(live - reloaded) / lengths
   allowed = np.maximum(bound / np.sqrt(lengths), BOUNDS['float32'])
   if not np.all(differences <= allowed):  # NaN fails too

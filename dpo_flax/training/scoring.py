@@ -44,8 +44,7 @@ def score_pairs(
   model: Model, pairs: Sequence[pack.PackedPair], *, layout: str, logits_chunk: int, mesh: Mesh
 ) -> np.ndarray:
   """Returns [n, 2] float32 of a few pairs, each in a row of its own."""
-  lengths = np.array([[len(ids) for ids in (p.prompt, p.chosen, p.rejected)] for p in pairs])
-  longest = int(pack.row_lengths(lengths, layout).max())
+  longest = int(pack.row_lengths(pack.pair_lengths(pairs), layout).max())
   parts = row_parts(mesh)
   rows = [[pair] for pair in pairs] + [[] for _ in range(-len(pairs) % parts)]
   batch = pack.fill_batch(

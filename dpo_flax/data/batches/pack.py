@@ -64,6 +64,11 @@ class PackedPair(NamedTuple):
   chosen_probability: float = 1.0
   margin: float = 0.0
 
+  @property
+  def targets(self) -> tuple[int, int]:
+    """How many tokens of chosen and of rejected have a log-prob."""
+    return int(np.sum(self.chosen >= 0)), int(np.sum(self.rejected >= 0))
+
 
 @dataclasses.dataclass(frozen=True)
 class RowPlan:
@@ -82,6 +87,12 @@ class RowPlan:
   def pairs_per_row(self) -> int:
     """The largest number of pairs in a row."""
     return int(np.diff(self.starts).max(initial=0))
+
+
+def pair_lengths(pairs: Iterable[PackedPair]) -> np.ndarray:
+  """Returns the tokens of each pair's prompt, chosen and rejected, [N, 3]."""
+  lengths = [(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs]
+  return np.array(lengths, int).reshape(-1, 3)
 
 
 def row_lengths(lengths: np.ndarray, layout: str) -> np.ndarray:
@@ -208,8 +219,7 @@ def pack_pairs(
   Raises:
     ValueError: a pair is longer than a row.
   """
-  lengths = np.array([(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs], int)
-  need = row_lengths(lengths.reshape(-1, 3), layout)
+  need = row_lengths(pair_lengths(pairs), layout)
   if need.max(initial=0) > tokens:
     longest = pairs[int(need.argmax())].index
     raise ValueError(f'tokens={tokens}: pair {longest} takes {need.max()}. Cut or drop it first')
@@ -260,7 +270,7 @@ def fill_batch(
   batch['pair_index'][row, slot] = [pair.index for pair in pairs]
   for name in columns:
     batch[name][row, slot] = [getattr(pair, name) for pair in pairs]
-  lengths = np.array([(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs])
+  lengths = pair_lengths(pairs)
   run = _fill_run(pairs, lengths, row, answers, layout=layout, nothing=2 * pairs_per_row)
   ends = np.bincount(row, row_lengths(lengths, layout), len(rows)).astype(int).cumsum()
   for r, (start, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
@@ -299,7 +309,7 @@ def _fill_run(
   """Returns the token fields of all pairs one behind the other, without padding."""
   prompt, chosen, rejected = lengths.T
   again = _repeated(prompt, layout)
-  need = prompt + chosen + again + rejected
+  need = row_lengths(lengths, layout)
   before = need.cumsum() - need  # tokens of earlier pairs, in all rows
   start = before - before[np.searchsorted(row, row)]  # in the pair's own row
   middle = start + prompt + chosen  # where `again` begins

@@ -80,7 +80,7 @@ class TokenCache:
   @functools.cached_property
   def report(self) -> Report:
     """What became of the records."""
-    reports = [cache_files.read_report(self._directory, number) for number in self._shards]
+    reports = self._reports
     examples = collections.defaultdict(list)
     for report in reports:
       for reason, found in report.examples.items():
@@ -92,6 +92,10 @@ class TokenCache:
       dropped=_total(report.dropped for report in reports),
       examples={reason: shown[: cache_files.SHOWN] for reason, shown in examples.items()},
     )
+
+  @functools.cached_property
+  def _reports(self) -> list[cache_files.ShardReport]:
+    return [cache_files.read_report(self._directory, number) for number in self._shards]
 
   @functools.cached_property
   def _tokens(self) -> list[np.ndarray]:
@@ -111,8 +115,7 @@ class TokenCache:
 
   def check_ids(self, vocab_size: int) -> None:
     """Raises ValueError if a token id has no row in the embedding."""
-    for number in self._shards:
-      report = cache_files.read_report(self._directory, number)
+    for number, report in zip(self._shards, self._reports, strict=True):
       if report.largest_id >= vocab_size:
         pair = int(np.searchsorted(self._shard, number)) + report.largest_id_pair
         raise ValueError(

@@ -64,8 +64,9 @@ class ChatTemplate:
     variables: dict[str, Any],
     history: str = 'exact',
   ):
-    self._control = _any_of(controls)
     self._typed = _any_of(typed)
+    every = _any_of(controls).pattern
+    self._pieces = re.compile(f'{_TYPED}.*?{_END_TYPED}|{every}', re.DOTALL)
     self._ends = re.compile(f'{_TYPED}.*?{_END_TYPED}|({self._typed.pattern})', re.DOTALL)
     self._source, self._variables, self._history = source, variables, history
     try:
@@ -120,8 +121,7 @@ class ChatTemplate:
     Control tokens that a record's text holds stay inside the pieces that are text.
     """
     start, plain = 0, ''
-    pattern = re.compile(f'{_TYPED}.*?{_END_TYPED}|{self._control.pattern}', re.DOTALL)
-    for match in pattern.finditer(text):
+    for match in self._pieces.finditer(text):
       plain += text[start : match.start()]
       start = match.end()
       if match.group().startswith(_TYPED):
