@@ -24,6 +24,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from dpo_flax.checkpoints import steps
+from dpo_flax.files.messages import first_of
 from dpo_flax.files.paths import absolute, access_errors, is_remote
 from dpo_flax.runtime import hosts
 
@@ -267,8 +268,7 @@ def _check_finite(state: Any, step: int):
   ]
   if bad:
     raise FloatingPointError(
-      f'step {step} is not saved: values that are not finite in {", ".join(bad[:3])}'
-      + (f' and {len(bad) - 3} more' if len(bad) > 3 else '')
+      f'step {step} is not saved: values that are not finite in {first_of(bad)}'
     )
 
 

@@ -17,8 +17,9 @@ NAME = 'SHA256SUMS'
 
 def seal(directory: epath.Path):
   """Writes the manifest of a directory; returns once that and every file in it are on disk."""
-  write_file(directory / NAME, _describe(directory, synced=True))
-  for folder in {path.parent for path in _entries(directory)}:
+  entries = _entries(directory)
+  write_file(directory / NAME, _describe(directory, entries, synced=True))
+  for folder in {directory, *(path.parent for path in entries)}:
     sync(folder)
 
 
@@ -27,7 +28,8 @@ def faults(directory: epath.Path) -> list[str]:
   path = fresh(directory / NAME)
   if is_link(path) or not path.exists():
     return [f'{NAME} is missing']
-  sealed, found = path.read_bytes(), _describe(directory, synced=False).encode()
+  sealed = path.read_bytes()
+  found = _describe(directory, _entries(directory), synced=False).encode()
   if sealed == found:
     return []
   then, now = (dict(map(_entry, text.splitlines())) for text in (sealed, found))
@@ -52,10 +54,10 @@ def _entry(line: bytes) -> tuple[bytes, bytes]:
   return (name, digest) if separator and len(digest) == 64 else (b'', b'')
 
 
-def _describe(directory: epath.Path, *, synced: bool) -> str:
-  """Returns the manifest of what the directory now holds."""
+def _describe(directory: epath.Path, entries: list[epath.Path], *, synced: bool) -> str:
+  """Returns the manifest of a directory that holds these entries."""
   base = len(str(directory)) + 1
-  names = {str(path)[base:]: path for path in _entries(directory)}
+  names = {str(path)[base:]: path for path in entries}
   lines = [f'{_digest(path, synced)}  {name}\n' for name, path in sorted(names.items())]
   return ''.join(line for line in lines if not line.endswith(f'  {NAME}\n'))
 

@@ -19,6 +19,7 @@ from etils import epath
 
 from dpo_flax.checkpoints import manifest
 from dpo_flax.files.atomic import sync
+from dpo_flax.files.messages import first_of
 from dpo_flax.files.paths import access_errors, fresh, is_link, is_remote
 
 RECORD = 'step.json'  # describes the step
@@ -45,8 +46,9 @@ def newest_intact(directory: epath.Path) -> int | None:
     if not found:
       return step
     moved = _set_aside(directory, step)
-    shown = ', '.join(found[:3]) + (f' and {len(found) - 3} more' if len(found) > 3 else '')
-    logging.warning('checkpoint %s/%d is damaged (%s): moved to %s', directory, step, shown, moved)
+    logging.warning(
+      'checkpoint %s/%d is damaged (%s): moved to %s', directory, step, first_of(found), moved
+    )
   return None
 
 

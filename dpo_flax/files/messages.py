@@ -1,7 +1,7 @@
 """What messages show of values that come from elsewhere: printable, not too long, no secrets."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 _CHARACTERS, _LINES = 200, 1000
@@ -28,6 +28,16 @@ def shown(value: Any) -> str:
 def without_secrets(text: str) -> str:
   """Returns a text with what looks like a token or password taken out."""
   return SECRETS.sub('(secret)', text)
+
+
+def first_of(names: Sequence[str], count: int = 3) -> str:
+  """Returns the first few on one line, and how many more there are.
+
+  >>> first_of(['a', 'b', 'c', 'd', 'e'])
+  'a, b, c and 2 more'
+  """
+  more = len(names) - count
+  return ', '.join(names[:count]) + (f' and {more} more' if more > 0 else '')
 
 
 def shown_list(faults: Iterable[str]) -> str:
