@@ -106,11 +106,6 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, partition_spec('rows'))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of a value that every device holds whole."""
-  return NamedSharding(mesh, PartitionSpec())
-
-
 def constrain(array: jax.Array, *axes: str) -> jax.Array:
   """Places an activation by its logical axes on the mesh of `jax.set_mesh`, if there is one."""
   if jax.sharding.get_abstract_mesh().empty:

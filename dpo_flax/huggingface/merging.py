@@ -39,7 +39,7 @@ def gather_factors(adapter: Adapter, layer: int | None) -> Factors | None:
 
   All processes must call it together.
   """
-  index = 0 if layer is None or len(adapter.ranks) == 1 else layer
+  index = adapter.low_rank.index(layer)
   if not adapter.ranks[index]:
     return None
 

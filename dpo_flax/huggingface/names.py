@@ -68,6 +68,14 @@ def names_of(config: ModelConfig) -> Table:
   return {name: entry for name, entry in table.items() if name in present}
 
 
+def modules_of(config: ModelConfig) -> dict[str, str]:
+  """Returns the checkpoint name of each module that has parameters, by its path."""
+  return {
+    parameter.rpartition('.')[0]: hf_name.rpartition('.')[0]
+    for parameter, (hf_name, _) in names_of(config).items()
+  }
+
+
 def name_table(model_type: str) -> Table:
   """Returns the names of all parameters that a model of this type may have."""
   return {**NAMES, **(_OUTPUT_NORMS if FAMILIES[model_type].output_norms else _INPUT_NORMS)}

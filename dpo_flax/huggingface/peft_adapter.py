@@ -15,7 +15,14 @@ from jax.sharding import Mesh
 from dpo_flax.files.untrusted import find_file, read_json
 from dpo_flax.huggingface.merging import side_by_side
 from dpo_flax.huggingface.names import Table, names_of
-from dpo_flax.huggingface.peft_config import PREFIX, config_values, read_config, write_config
+from dpo_flax.huggingface.peft_config import (
+  FACTORS,
+  PREFIX,
+  config_values,
+  factor_names,
+  read_config,
+  write_config,
+)
 from dpo_flax.huggingface.placement import (
   Path,
   Slot,
@@ -32,14 +39,6 @@ from dpo_flax.model.lora import TRAINABLE, Lora, LoraConfig, LowRank
 from dpo_flax.model.transformer import Transformer
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
-
-# Attribute of an Adapter -> PEFT's name, below an adapted module.
-FACTORS = {
-  'lora_a': 'lora_A.weight',
-  'lora_b': 'lora_B.weight',
-  'magnitude': 'lora_magnitude_vector',
-}
-EMBEDDING_FACTORS = FACTORS | {'lora_a': 'lora_embedding_A', 'lora_b': 'lora_embedding_B'}
 
 # Beside an adapted table or head PEFT stores that module's base once more.
 HARMLESS = re.compile(r'base_model\.model\.(model\.embed_tokens|lm_head)\.base_layer\.weight')
@@ -161,10 +160,9 @@ def make_adapter_slots(state: nnx.State, lora: LoraConfig, names: Table) -> dict
   for path, variable in variables.items():
     if path in modules:
       name, hf_name = modules[path]
-      endings = EMBEDDING_FACTORS if name == 'embed_tokens' else FACTORS
-      found = _factor_slots(path, variable.shape, hf_name, lora.modules[name], endings)
+      found = _factor_slots(path, variable.shape, hf_name, lora.modules[name], factor_names(name))
       # The head maps back: its A is the table's B, neither transposed.
-      heads = {'lora_a': 'lm_head.lora_B.weight', 'lora_b': 'lm_head.lora_A.weight'}
+      heads = {'lora_a': f'lm_head.{FACTORS["lora_b"]}', 'lora_b': f'lm_head.{FACTORS["lora_a"]}'}
       head = heads.get(str(path[-1]))
     else:
       name, head = path[0], 'lm_head.weight'

@@ -9,7 +9,7 @@ from etils import epath
 
 from dpo_flax.files.messages import shown
 from dpo_flax.huggingface.fields import check_fields, typed
-from dpo_flax.huggingface.names import names_of
+from dpo_flax.huggingface.names import modules_of, names_of
 from dpo_flax.huggingface.peft_targets import adapted_modules, module_names, pattern_lookup
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.lora import Lora, LoraConfig, LowRank
@@ -34,6 +34,14 @@ FIXED_FIELDS = {
 INITIALISERS = (True, False, None, 'gaussian', 'eva', 'orthogonal')
 
 PREFIX = 'base_model.model.'
+
+# Attribute of an Adapter -> PEFT's name, below an adapted module.
+FACTORS = {
+  'lora_a': 'lora_A.weight',
+  'lora_b': 'lora_B.weight',
+  'magnitude': 'lora_magnitude_vector',
+}
+_EMBEDDING_FACTORS = FACTORS | {'lora_a': 'lora_embedding_A', 'lora_b': 'lora_embedding_B'}
 
 _REPETITIONS = 3  # in one pattern
 
@@ -95,12 +103,14 @@ def write_config(lora: LoraConfig, config: ModelConfig, base_name: str | None) -
     lora, adapted, base_name, target_modules=sorted(lora.modules if in_every_layer else adapted)
   )
   # PEFT finds a module in all layers by the end of its name.
-  ends = {
-    parameter.rpartition('.')[0]: hf_name.rpartition('.')[0].rpartition('{}.')[2]
-    for parameter, (hf_name, _) in names_of(config).items()
-  }
+  ends = {module: name.rpartition('{}.')[2] for module, name in modules_of(config).items()}
   saved = [ends[module] for module in sorted(lora.saved)]
   return values | {'ensure_weight_tying': lora.tied, 'modules_to_save': saved or None}
+
+
+def factor_names(module: str) -> Mapping[str, str]:
+  """Returns attribute of an Adapter -> PEFT's name, below the adapted module of this name."""
+  return _EMBEDDING_FACTORS if module == 'embed_tokens' else FACTORS
 
 
 def config_values(
@@ -163,8 +173,7 @@ def _modules(
   )
 
   def held(name, hf_name):
-    factor = 'lora_embedding_A' if name == 'embed_tokens' else 'lora_A.weight'
-    return f'{PREFIX}{hf_name}.{factor}' in shapes
+    return f'{PREFIX}{hf_name}.{factor_names(name)["lora_a"]}' in shapes
 
   modules = adapted_modules(names, held, rank_of, alpha_of)
   for name, module in modules.items():

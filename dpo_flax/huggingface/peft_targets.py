@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dpo_flax.files.messages import shown
-from dpo_flax.huggingface.names import names_of
+from dpo_flax.huggingface.names import modules_of, names_of
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.lora import Lora, LoraConfig, LowRank
 
@@ -139,8 +139,8 @@ def _saved(entries: Sequence[str], config: ModelConfig) -> frozenset[str]:
     entries = ['embed_tokens' if entry == 'lm_head' else entry for entry in entries]
   # With two layers, what names single layers is seen to be partial.
   modules = {
-    parameter.rpartition('.')[0]: [hf_name.rpartition('.')[0].format(layer) for layer in range(2)]
-    for parameter, (hf_name, _) in names_of(config).items()
+    module: [name.format(layer) for layer in range(2)]
+    for module, name in modules_of(config).items()
   }
   found = set()
   for entry in entries:

@@ -9,8 +9,8 @@ import numpy as np
 from flax import nnx
 
 from dpo_flax.huggingface.merging import Factors, check_mergeable, merge
-from dpo_flax.huggingface.peft_adapter import FACTORS, HARMLESS, AdapterFiles, make_adapter_slots
-from dpo_flax.huggingface.peft_config import PREFIX
+from dpo_flax.huggingface.peft_adapter import HARMLESS, AdapterFiles, make_adapter_slots
+from dpo_flax.huggingface.peft_config import FACTORS, PREFIX
 from dpo_flax.huggingface.placement import Slot, make_slots, match
 from dpo_flax.huggingface.tensor_files import TensorFile
 from dpo_flax.huggingface.weights import BaseCheckpoint
@@ -80,8 +80,8 @@ def merge_adapter(
     own = factors.get((slot.path[:-1], slot.layer), {}) if len(slot.shape) > 1 else {}
     learned = adapter.tensors[PREFIX + name] if isinstance(variables[slot.path], Trained) else None
     if name in tensors and (own or learned):
-      scales = lora.scales(slot.path[-2]) if own else (0.0,)
-      scale = scales[0] if slot.layer is None or len(scales) == 1 else scales[slot.layer]
+      module = slot.path[-2]
+      scale = lora.scales(module)[lora.modules[module].index(slot.layer)] if own else 0.0
       tensors[name] = MergedTensor(
         **vars(tensors[name]), slot=slot, factors=own, scale=scale, replacement=learned
       )

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from dpo_flax.model.kernels import float_dtype
+
 
 @dataclasses.dataclass(frozen=True)
 class LinearScaling:
@@ -94,7 +96,7 @@ class ModelConfig:
   @property
   def float_dtype(self) -> Any:
     """The dtype of the base weights that are floats in any case: norms' scales and biases."""
-    return self.dtype if self.is_quantized else self.weight_dtype
+    return float_dtype(self.dtype, self.weight_dtype)
 
   @property
   def kinds(self) -> tuple[AttentionKind, ...]:

@@ -49,16 +49,12 @@ def run_model(
     ValueError: the states are no [B, T, D] of the batch.
   """
   keywords = {} if dropout_key is None else {'dropout_key': dropout_key}
-  hidden = as_hidden(model.hidden(batch, **keywords))
-  expected, found = batch['tokens'].shape, hidden.states.shape
-  if len(found) != 3 or found[:2] != expected:
+  found = model.hidden(batch, **keywords)
+  hidden = found if isinstance(found, Hidden) else Hidden(found)
+  expected, shape = batch['tokens'].shape, hidden.states.shape
+  if len(shape) != 3 or shape[:2] != expected:
     raise ValueError(
-      f'{type(model).__name__}.hidden returned states of shape {found} for tokens of shape '
+      f'{type(model).__name__}.hidden returned states of shape {shape} for tokens of shape '
       f'{expected}: expected [B, T, D] with the same B and T'
     )
   return hidden
-
-
-def as_hidden(hidden: Hidden | jax.Array) -> Hidden:
-  """Returns Hidden also where a model returned its states alone."""
-  return hidden if isinstance(hidden, Hidden) else Hidden(hidden)

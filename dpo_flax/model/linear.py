@@ -133,7 +133,7 @@ class Adapter(nnx.Module):
   def size(self) -> int:
     """The number of parameters that learn, in all layers."""
     layers = self.lora_a.shape[0] if self.lora_a.ndim > 2 else 1
-    ranks = self.ranks if len(self.ranks) > 1 else self.ranks * layers
+    ranks = [rank for rank, _ in self.low_rank.of_layers(layers)]
     magnitudes = 0 if self.magnitude is None else self.features[1] * np.count_nonzero(ranks)
     return sum(ranks) * sum(self.features) + int(magnitudes)
 

@@ -109,6 +109,10 @@ class LowRank:
       for rank, alpha in zip(self.ranks, self.alphas, strict=True)
     )
 
+  def index(self, layer: int | None) -> int:
+    """Returns which of the ranks is that of a layer; None: the module is in no layer."""
+    return 0 if layer is None or len(self.ranks) == 1 else layer
+
   def of_layers(self, count: int) -> list[tuple[int, float]]:
     """Returns (rank, alpha) of each of `count` layers."""
     pairs = list(zip(self.ranks, self.alphas, strict=True))

@@ -142,7 +142,7 @@ def refused(message: str, arguments: Any, slice_: Slice, *, seconds: float) -> E
   return Estimate(
     fits=False,
     peak_hbm_bytes=int(max(needed)) if needed else None,
-    argument_bytes=sum(map(bytes_on_a_device, jax.tree.leaves(arguments))),
+    argument_bytes=bytes_on_a_device(arguments),
     hbm_capacity_bytes=int(slice_.chip.hbm_bytes),
     compile_seconds=seconds,
     message=first,

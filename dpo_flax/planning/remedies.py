@@ -38,7 +38,7 @@ def explained(adjustable: Adjustable, *held: Any) -> Iterator[None]:
     OutOfMemoryError: something inside did not fit.
   """
   # Before anything can be donated, and so be gone.
-  bytes_held = sum(map(bytes_on_a_device, jax.tree.leaves(held)))
+  bytes_held = bytes_on_a_device(held)
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
