@@ -1,4 +1,4 @@
-"""Settings, small models and small batches that tests share. Eight virtual CPU devices."""
+"""The environment of all tests, eight virtual CPU devices, and the smallest config."""
 
 import os
 import pathlib
@@ -18,7 +18,6 @@ os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 # The flags above must be set before the first import of jax.
 import hypothesis
 import jax
-import jax.extend.core
 import pytest
 from absl import flags
 

@@ -214,7 +214,7 @@ def test_exports_lie_beside_one_another_and_the_run(config, tmp_path, peft, merg
     train(config)
 
 
-def test_base_that_has_changed_is_refused(config, base, exports, tmp_path):
+def test_base_that_has_changed_is_refused(base, exports, tmp_path):
   changed = tmp_path / 'changed'
   shutil.copytree(base, changed)
   values = json.loads((changed / 'config.json').read_text())

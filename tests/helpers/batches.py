@@ -1,7 +1,6 @@
 """Random pairs and packed batches of them."""
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 

@@ -9,11 +9,9 @@ from flax import nnx
 
 from dpo_flax.huggingface.config_json import from_hf_config
 from dpo_flax.huggingface.weights import load_base, open_checkpoint
-from dpo_flax.model.lora import LoraConfig, LowRank
 from dpo_flax.model.transformer import Transformer, run_streams
-from dpo_flax.sharding import make_mesh
+from helpers.models import make_mesh_of
 
-LINEAR = frozenset(['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'])
 ROPE_LLAMA3 = {
   'rope_type': 'llama3',
   'rope_theta': 10_000.0,
@@ -53,14 +51,6 @@ def write_model(directory, config, *, dtype=torch.float32, max_shard_size='5GB')
   return model
 
 
-def make_lora(targets=LINEAR, *, r=4, alpha=10.0, **changes):
-  """Returns a configuration whose scale is neither 1 nor an integer."""
-  values = {'dropout': 0.0, 'rslora': False, 'dora': False, 'tied': False, 'saved': frozenset()}
-  values |= {'reference': None, 'continues': False}
-  modules = dict.fromkeys(targets, LowRank((r,), (alpha,)))
-  return LoraConfig(**{'modules': modules} | values | changes)
-
-
 def model_config(checkpoint, dtype=jnp.float32, weight_dtype=None):
   """Returns our configuration of a checkpoint."""
   run = {'dtype': dtype, 'weight_dtype': weight_dtype or dtype}
@@ -79,7 +69,7 @@ def read(directory, lora=None, *, mesh=None, dtype=jnp.float32, weight_dtype=Non
   """Loads our model; its adapters are random, B too, so that they change every output."""
   checkpoint = open_checkpoint(str(directory))
   graphdef, adapters, base = split_abstract(checkpoint, lora, dtype, weight_dtype)
-  mesh = mesh or make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, jax.devices()[:1])
+  mesh = mesh or make_mesh_of()
   generator = np.random.default_rng(0)
   adapters = jax.tree.map(
     lambda leaf: jnp.asarray(0.1 * generator.standard_normal(leaf.shape, np.float32)), adapters

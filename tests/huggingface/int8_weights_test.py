@@ -14,6 +14,7 @@ from dpo_flax.model.quantization import quantize, scale_path
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.sharding import make_mesh
 from helpers import llama
+from helpers.models import make_lora
 
 # transformers' own save_pretrained calls a name that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings('ignore:.is_gradient_checkpointing. is:FutureWarning')
@@ -62,7 +63,7 @@ def test_merged_export_adds_the_adapter_to_the_original_weights(tmp_path):
   llama.write(base, dtype=torch.bfloat16)
   exported = {}
   for dtype in (jnp.float32, jnp.int8):
-    model = llama.read(base, llama.make_lora(), weight_dtype=dtype)
+    model = llama.read(base, make_lora(), weight_dtype=dtype)
     save_merged(model, open_checkpoint(str(base)), tmp_path / 'merged')
     exported[dtype] = safetensors.numpy.load_file(tmp_path / 'merged/model.safetensors')
   for name, array in exported[jnp.float32].items():

@@ -17,6 +17,7 @@ from dpo_flax.model.transformer import run_streams
 from dpo_flax.sharding import make_mesh
 from helpers import llama
 from helpers.batches import fill_batch
+from helpers.models import make_lora
 
 # transformers' own save_pretrained calls a name that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings('ignore:.is_gradient_checkpointing. is:FutureWarning')
@@ -113,7 +114,7 @@ def test_adapters_give_our_logits_through_peft_and_merged(tokens, tmp_path, case
   checkpoint = open_checkpoint(str(tmp_path / 'base'))
   config = from_hf_config(checkpoint.config, where='config.json', **RUN)
   projections = set(module_names(config)) - {'embed_tokens', 'lm_head'}
-  lora = llama.make_lora(projections, dora=case in {'qwen2', 'gemma2', 'phi3'})
+  lora = make_lora(targets=projections, dora=case in {'qwen2', 'gemma2', 'phi3'})
   model = llama.read(tmp_path / 'base', lora)
   ours = llama.our_logits(model, tokens)
 

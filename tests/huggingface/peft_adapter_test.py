@@ -17,6 +17,7 @@ from dpo_flax.huggingface.weights import open_checkpoint, save_merged
 from dpo_flax.model.lora import TRAINABLE, LowRank, train_weights
 from dpo_flax.sharding import make_mesh
 from helpers import llama
+from helpers.models import make_lora
 
 pytestmark = [
   # transformers' own save_pretrained calls a name that transformers has deprecated.
@@ -158,15 +159,15 @@ def test_ranks_that_a_layer_lacks_are_zeros_and_in_no_file(tmp_path):
 
 def test_adapters_that_are_not_the_models_are_refused(tmp_path):
   llama.write(tmp_path / 'base')
-  model = llama.read(tmp_path / 'base', llama.make_lora({'q_proj'}))
+  model = llama.read(tmp_path / 'base', make_lora(targets={'q_proj'}))
   with pytest.raises(ValueError, match='the model has adapters on'):
-    save_adapter(model, llama.make_lora({'q_proj', 'lm_head'}), None, tmp_path / 'adapter')
+    save_adapter(model, make_lora(targets={'q_proj', 'lm_head'}), None, tmp_path / 'adapter')
   assert not (tmp_path / 'adapter').exists()
 
 
 def test_every_tensor_that_does_not_fit_is_named_in_one_error(tmp_path):
   llama.write(tmp_path / 'base')
-  lora = llama.make_lora()
+  lora = make_lora()
   save_adapter(llama.read(tmp_path / 'base', lora), lora, None, tmp_path / 'adapter')
   path = tmp_path / 'adapter' / 'adapter_model.safetensors'
   tensors = safetensors.numpy.load_file(path)
@@ -213,7 +214,7 @@ def test_a_head_that_does_not_share_the_tables_adapter_is_refused(tmp_path):
 )
 def test_adapters_of_another_kind_are_refused_by_name(tmp_path, field, value):
   llama.write(tmp_path / 'base')
-  lora = llama.make_lora()
+  lora = make_lora()
   save_adapter(llama.read(tmp_path / 'base', lora), lora, None, tmp_path / 'adapter')
   path = tmp_path / 'adapter' / 'adapter_config.json'
   path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))

@@ -18,6 +18,7 @@ from dpo_flax.huggingface.weights import open_checkpoint, save_merged
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.sharding import make_mesh
 from helpers import llama
+from helpers.models import BLOCK_PROJECTIONS, make_lora
 
 # transformers' own save_pretrained calls a name that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings('ignore:.is_gradient_checkpointing. is:FutureWarning')
@@ -205,8 +206,8 @@ def test_unreachable_hub_id_is_explained():
 def test_merged_export_equals_adapted_forward(tokens, tmp_path, tied, rslora):
   base, merged = tmp_path / 'base', tmp_path / 'merged'
   theirs = llama.write(base, tie_word_embeddings=tied)
-  targets = llama.LINEAR if tied else llama.LINEAR | {'lm_head'}
-  model = llama.read(base, llama.make_lora(targets, rslora=rslora))
+  targets = {*BLOCK_PROJECTIONS} if tied else {*BLOCK_PROJECTIONS, 'lm_head'}
+  model = llama.read(base, make_lora(targets=targets, rslora=rslora))
   save_merged(model, open_checkpoint(str(base)), merged, shard_bytes=20_000)
   assert len(list(merged.glob('model-*.safetensors'))) > 3
 
@@ -225,7 +226,7 @@ def test_merged_export_keeps_dtypes_untouched_tensors_and_files(tmp_path):
   (base / 'notes.txt').write_text('not ours to copy')
   # Float32 in memory on 8 devices, an adapter on one projection only.
   mesh = make_mesh({'data': 1, 'fsdp': 4, 'tensor': 2})
-  model = llama.read(base, llama.make_lora({'v_proj'}), mesh=mesh)
+  model = llama.read(base, make_lora(targets={'v_proj'}), mesh=mesh)
   save_merged(model, open_checkpoint(str(base)), merged)
 
   for name in ('tokenizer.model', 'config.json', 'generation_config.json'):
@@ -255,7 +256,7 @@ def test_random_model_exports_without_a_checkpoint(tokens, tmp_path):
 
 def test_view_without_adapters_exports_the_base(tmp_path):
   llama.write(tmp_path / 'base')
-  model = llama.read(tmp_path / 'base', llama.make_lora())
+  model = llama.read(tmp_path / 'base', make_lora())
   save_merged(nnx.view(model, adapted=False), None, tmp_path / 'copy')
   left, right = (
     safetensors.numpy.load_file(tmp_path / name / 'model.safetensors') for name in ('base', 'copy')

@@ -106,7 +106,7 @@ def options():
 
 
 @pytest.fixture(scope='module')
-def plain_logps(models, pairs, lora):
+def plain_logps(models, pairs):
   """Returns name -> [N] log-probs of both models, from the plain implementation."""
   policy, reference, targets, mask = plain.token_log_softmax(models, pairs, SCALE)
   found = {}
@@ -141,7 +141,7 @@ def test_log_probs_of_a_pair_do_not_depend_on_its_packing(
   np.testing.assert_array_equal(np.asarray(logps.rejected_lengths)[is_real], lengths[:, 1])
 
 
-def test_token_means_and_tails_of_a_pair_equal_plain_ones(models, pairs, rows, lora):
+def test_token_means_and_tails_of_a_pair_equal_plain_ones(models, pairs, rows):
   options = make_options(wpo=True, token_statistics=True, kl_penalty_weight=0.1, ld_alpha=0.5)
   batch = fill_batch(rows)
   logps = jax.jit(lambda batch: pair_logps(models, batch, options.objective))(batch)
@@ -176,9 +176,7 @@ def test_reference_runs_only_for_losses_that_use_it(models, rows):
 @pytest.mark.parametrize(
   ('layout', 'microbatches'), [('shared', 1), ('separate', 1), ('shared', 2), ('shared', 4)]
 )
-def test_gradient_equals_plain_implementation(
-  models, pairs, rows, mesh, lora, layout, microbatches
-):
+def test_gradient_equals_plain_implementation(models, pairs, rows, mesh, layout, microbatches):
   """However the batch is cut, with rows that hold three pairs, one and none."""
   options = make_options(microbatches=microbatches, beta=0.5)
   state, metrics = run_step(models, fill_batch(rows, layout=layout), options, mesh)
@@ -203,7 +201,7 @@ def test_gradient_under_a_frozen_head_equals_plain_implementation(pairs, rows, m
 
 
 @pytest.mark.parametrize('microbatches', [1, 2])
-def test_a_pairs_weight_counts_it_that_many_times(models, pairs, mesh, lora, microbatches):
+def test_a_pairs_weight_counts_it_that_many_times(models, pairs, mesh, microbatches):
   weights = np.array([2.0, 1.0, 0.5, 3.0, 0.25, 1.0, 0.0])
   weighted = [
     pair._replace(pair_weight=weight) for pair, weight in zip(pairs, weights, strict=True)
