@@ -29,7 +29,7 @@ CACHE = pathlib.Path(__file__).parent.parent / '.cache' / 'jax'
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_compilation_cache_dir', str(CACHE))
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 # How long an example takes says more of the machine than of the code.
 hypothesis.settings.register_profile('untimed', deadline=None)

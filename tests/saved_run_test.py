@@ -4,7 +4,6 @@ What is in tests/saved_run is told in its README.
 """
 
 import json
-import os
 import pathlib
 import platform
 import re
@@ -19,9 +18,9 @@ from safetensors.numpy import load_file
 
 from dpo_flax.checkpoints import steps
 from helpers import checkpoint_arrays
+from helpers.processes import environment
 
 SAVED = pathlib.Path(__file__).with_name('saved_run')
-ROOT = SAVED.parents[1]
 ADAPTER = 'adapter_model.safetensors'
 
 pytestmark = pytest.mark.xdist_group('saved_run')
@@ -29,14 +28,9 @@ pytestmark = pytest.mark.xdist_group('saved_run')
 
 def run(directory, *command):
   """Runs a command in the run's directory as the run itself was run."""
-  environment = os.environ | {
-    'JAX_PLATFORMS': 'cpu',
-    'PYTHONPATH': str(ROOT),
-    'XLA_FLAGS': '--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1',
-  }
   command = [sys.executable, '-m', *command]
   finished = subprocess.run(
-    command, cwd=directory, env=environment, capture_output=True, text=True, check=False
+    command, cwd=directory, env=environment(devices=1), capture_output=True, text=True, check=False
   )
   assert finished.returncode == 0, finished.stderr[-2000:]
   return finished.stdout

@@ -2,44 +2,26 @@
 
 import json
 import math
-import os
-import pathlib
 import resource
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
 from dpo_flax.losses import Objective
 from dpo_flax.train import is_plain_dpo
+from helpers.processes import ROOT, environment, short_run
 
-ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 6
-XLA_FLAGS = '--xla_backend_optimization_level=0'  # a few steps do not gain by more
 
 
 def command(workdir, *overrides, devices=1):
-  """Returns the arguments and environment of a short run of configs/tiny.py."""
-  small = {
-    'workdir': workdir,
-    'train.num_epochs': 0,
-    'train.num_train_steps': STEPS,
-    'train.eval_every': 3,
-    'train.save_every': 2,
-    'train.log_every': 2,
-    'batch.rows': 4,
-    'batch.tokens': 256,
-  }
-  flags = [f'--config.{name}={value}' for name, value in small.items()]
-  arguments = [sys.executable, '-m', 'dpo_flax.train', '--config=configs/tiny.py', *flags]
-  environment = os.environ | {
-    'XLA_FLAGS': f'{XLA_FLAGS} --xla_force_host_platform_device_count={devices}',
-    'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.cache' / 'jax'),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
-  }
-  return {'args': [*arguments, *overrides], 'env': environment, 'cwd': ROOT}
+  """Returns the arguments, environment and directory of a run of six steps."""
+  fields = {'num_train_steps': STEPS, 'eval_every': 3, 'save_every': 2, 'log_every': 2}
+  fields = {f'train.{name}': value for name, value in fields.items()}
+  arguments = short_run(workdir, *overrides, **fields)
+  return {'args': arguments, 'env': environment(devices), 'cwd': ROOT}
 
 
 def run(workdir, *overrides, devices=1):

@@ -1,8 +1,6 @@
 """Two processes on loopback are one run: real commands, two CPU devices each."""
 
 import json
-import os
-import pathlib
 import signal
 import socket
 import subprocess
@@ -12,42 +10,31 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-ROOT = pathlib.Path(__file__).parents[2]
+from helpers.processes import ROOT, environment, short_run
+
 STEPS = 4
-XLA_FLAGS = '--xla_backend_optimization_level=0'  # a few steps do not gain by more
 
 
 pytestmark = pytest.mark.slow
 
 
-def start(workdir, *overrides, devices=2, flags=()):
-  """Starts one process of a short run of configs/tiny.py."""
-  small = {
-    'workdir': workdir,
-    'train.num_epochs': 0,
-    'train.num_train_steps': STEPS,
-    'train.eval_every': 2,
-    'train.save_every': 2,
-    'train.keep': 3,  # an export saves its step as well
-    'train.log_every': 1,
-    'batch.rows': 4,
-    'batch.tokens': 256,
+def start(workdir, *overrides, devices=2):
+  """Starts one process of a run of four steps."""
+  fields = {
+    'num_train_steps': STEPS,
+    'eval_every': 2,
+    'save_every': 2,
+    'keep': 3,  # an export saves its step as well
+    'log_every': 1,
   }
-  config = [f'--config.{name}={value}' for name, value in small.items()]
-  command = ['-m', 'dpo_flax.train', '--config=configs/tiny.py', *config, *overrides, *flags]
-  return start_process(command, devices=devices)
+  fields = {f'train.{name}': value for name, value in fields.items()}
+  return start_process(short_run(workdir, *overrides, **fields), devices=devices)
 
 
-def start_process(arguments, *, devices=2):
-  """Starts Python on so many CPU devices."""
-  environment = os.environ | {
-    'XLA_FLAGS': f'{XLA_FLAGS} --xla_force_host_platform_device_count={devices}',
-    'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
-    'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.cache' / 'jax'),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
-  }
+def start_process(command, *, devices=2):
+  """Starts a command on so many CPU devices."""
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
-  return subprocess.Popen([sys.executable, *arguments], env=environment, cwd=ROOT, **pipes)
+  return subprocess.Popen(command, env=environment(devices), cwd=ROOT, **pipes)
 
 
 def finish(process):
@@ -64,7 +51,7 @@ def lonely_process(*flags):
   with socket.create_server(('127.0.0.1', 0)) as server:
     port = server.getsockname()[1]
   alone = (f'--coordinator=127.0.0.1:{port}', '--num_processes=2', *flags)
-  return start_process(['-m', 'dpo_flax.train', '--config=configs/tiny.py', *alone])
+  return start_process([sys.executable, '-m', 'dpo_flax.train', '--config=configs/tiny.py', *alone])
 
 
 @pytest.mark.parametrize('index', [0, 1])
@@ -96,7 +83,7 @@ def run_both(start_one):
 
 def run_on_two(workdir, *overrides):
   """Runs the command on both processes to its end; returns what each said."""
-  finished = run_both(lambda flags: start(workdir, *overrides, flags=flags))
+  finished = run_both(lambda flags: start(workdir, *overrides, *flags))
   for code, _, errors in finished:
     assert code == 0, errors
   return [output for _, output, _ in finished]
@@ -117,7 +104,7 @@ def test_processes_that_are_not_of_one_run_refuse_to_train(tmp_path, override, n
 
   def start_one(flags):
     more = (override.format(tmp_path),) if '--process_id=1' in flags else ()
-    return start(tmp_path / 'run', *more, flags=flags)
+    return start(tmp_path / 'run', *more, *flags)
 
   for code, _, errors in run_both(start_one):
     assert code == 2
@@ -225,6 +212,6 @@ command.run_flags(main, on_every_host=True)
 
 
 def test_rows_that_lie_apart_in_the_mesh_arrive_in_order():
-  processes = run_both(lambda flags: start_process(['-c', SCATTERED, *flags]))
+  processes = run_both(lambda flags: start_process([sys.executable, '-c', SCATTERED, *flags]))
   for code, _, errors in processes:
     assert code == 0, errors
