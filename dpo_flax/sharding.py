@@ -46,6 +46,10 @@ def make_mesh(
 
   TPUs of several slices are joined by the data centre's network alone: `data` goes over it.
 
+  >>> mesh = make_mesh({'data': 1, 'fsdp': -1, 'tensor': 1})
+  >>> mesh.shape['fsdp'] == len(jax.devices())
+  True
+
   Raises:
     ValueError: the sizes do not multiply to the number of devices, or `data` not over the slices.
   """

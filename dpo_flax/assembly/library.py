@@ -1,6 +1,6 @@
 """Models from and to disk in one call each, for programs of one's own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import jax
 import numpy as np
@@ -11,8 +11,7 @@ from jax.sharding import Mesh
 from dpo_flax.assembly import models
 from dpo_flax.assembly.sources import make_model_config
 from dpo_flax.config.sections import ModelSettings
-from dpo_flax.data.batches.pack import PackedPair
-from dpo_flax.data.pairs import Pairs
+from dpo_flax.data.pairs import Pairs, TokenPair, packed_pairs
 from dpo_flax.huggingface import peft_adapter, weights
 from dpo_flax.huggingface.peft_targets import resolve
 from dpo_flax.model.hidden import Model
@@ -38,7 +37,9 @@ def load_model(
 ) -> Transformer:
   """Loads a model, each weight read from disk straight into its shards.
 
-      policy = load_model('path/to/hf_llama', lora=Lora(rank=16))
+  >>> policy = load_model('hf_llama', Lora(rank=4))
+  >>> policy.config.num_layers
+  2
 
   Args:
     path: a directory in Hugging Face layout, local or gs://, or a hub id (needs the `hub` extra).
@@ -71,7 +72,8 @@ def load_model(
 def load_adapter(model: Transformer, directory: epath.PathLike) -> Transformer:
   """Returns a PEFT adapter on a model's base, of which no copy is made.
 
-      policy = load_adapter(load_model('path/to/hf_llama'), 'runs/mine/peft')
+  >>> save_adapter(load_model('hf_llama', Lora(rank=4)), 'adapter')
+  >>> policy = load_adapter(load_model('hf_llama'), 'adapter')
 
   Raises:
     ValueError: there is no such adapter, or it is for another architecture.
@@ -89,7 +91,10 @@ def save_adapter(
 ) -> None:
   """Writes what a model learned as a PEFT adapter in float32.
 
-      save_adapter(step.policy(state), 'out/peft', base_name='meta-llama/Llama-3.2-1B')
+  >>> policy = load_model('hf_llama', Lora(rank=4, target_modules=['q_proj']))
+  >>> save_adapter(policy, 'adapter', base_name='meta-llama/Llama-3.2-1B')
+  >>> sorted(file.name for file in epath.Path('adapter').iterdir())
+  ['adapter_config.json', 'adapter_model.safetensors']
 
   Args:
     model: of `load_model`, or any module whose adapters are those of its `Linear` maps.
@@ -107,7 +112,7 @@ def save_adapter(
 def save_merged(model: Transformer, directory: epath.PathLike, *, base: str | None = None) -> None:
   """Writes base and adapters as one Hugging Face checkpoint, which serves anywhere.
 
-      save_merged(step.policy(state), 'out/merged', base='path/to/hf_llama')
+  >>> save_merged(load_model('hf_llama', Lora(rank=4)), 'merged', base='hf_llama')
 
   Args:
     model: of `load_model`.
@@ -123,22 +128,29 @@ def save_merged(model: Transformer, directory: epath.PathLike, *, base: str | No
 
 
 def score_pairs(
-  model: Model, pairs: Pairs | Sequence[PackedPair], *, logits_chunk: int = 512
+  model: Model, pairs: Pairs | Iterable[TokenPair], *, logits_chunk: int = 512
 ) -> np.ndarray:
   """Returns the log-probs of chosen and rejected of every pair, [n, 2] float32.
 
-      margins = score_pairs(policy, pairs) - score_pairs(reference_of(policy), pairs)
+  >>> policy = load_model('hf_llama', Lora(rank=4))
+  >>> pairs = [([1, 5], [7, 2], [8, 2])]  # prompt, chosen, rejected
+  >>> margins = score_pairs(policy, pairs) - score_pairs(reference_of(policy), pairs)
+  >>> print(margins)
+  [[0. 0.]]
 
   Args:
     model: any model (`Model`); on a mesh, its rows are split over it.
-    pairs: of `load_pairs`, or tokenized pairs.
+    pairs: of `load_pairs`, or token ids as `pack` takes them.
     logits_chunk: the scored positions of a row that meet the vocabulary at once.
+
+  Raises:
+    ValueError: a pair has no prompt.
   """
   mesh = _mesh_of(model)
   if isinstance(pairs, Pairs):
     return scoring.score_side(model, pairs.prepared, 'train', logits_chunk=logits_chunk, mesh=mesh)
   return scoring.score_pairs(
-    model, list(pairs), layout='shared', logits_chunk=logits_chunk, mesh=mesh
+    model, packed_pairs(pairs), layout='shared', logits_chunk=logits_chunk, mesh=mesh
   )
 
 

@@ -18,10 +18,18 @@ from dpo_flax.data.records.formats import FormatOptions
 from dpo_flax.data.records.source import RecordSource
 from dpo_flax.data.tokens.tokenizer import load_tokenizer
 
+# Token ids of prompt, chosen and rejected; or a PackedPair, which may have a weight and a margin.
+TokenPair = PackedPair | tuple[Sequence[int], Sequence[int], Sequence[int]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-  """Tokenized preference pairs and the plan of their rows; `load_pairs` makes it."""
+  """Tokenized preference pairs and the plan of their rows; `load_pairs` makes it.
+
+  >>> pairs = load_pairs('pairs.jsonl', 'hf_llama', tokens=512, rows=8)
+  >>> len(pairs), pairs.steps_per_epoch
+  (585, 12)
+  """
 
   prepared: PreparedData
 
@@ -73,9 +81,11 @@ def load_pairs(
 ) -> Pairs:
   """Reads and tokenizes preference files, and plans their rows.
 
-      pairs = load_pairs('pairs.jsonl', 'path/to/hf_llama', tokens=4096, rows=8)
-      for batch in pairs.batches(steps=100):
-        ...
+  >>> pairs = load_pairs('pairs.jsonl', 'hf_llama', tokens=512, rows=8)
+  >>> for batch in pairs.batches(steps=2):
+  ...   print(batch['tokens'].shape)
+  (8, 512)
+  (8, 512)
 
   Args:
     files: a path, a glob or several; or a mixture, path -> passes over it in an epoch.
@@ -122,7 +132,7 @@ def load_pairs(
 
 
 def pack(
-  pairs: Iterable[PackedPair | tuple[Sequence[int], Sequence[int], Sequence[int]]],
+  pairs: Iterable[TokenPair],
   *,
   tokens: int,
   layout: str = 'shared',
@@ -148,19 +158,25 @@ def pack(
   Raises:
     ValueError: a pair is longer than a row, or has no prompt.
   """
-  given = [
-    pair if isinstance(pair, PackedPair) else PackedPair(index, *_ids(*pair))
-    for index, pair in enumerate(pairs)
-  ]
-  for pair in given:
+  return pack_pairs(packed_pairs(pairs), tokens=tokens, layout=layout, multiple=multiple)
+
+
+def packed_pairs(pairs: Iterable[TokenPair]) -> list[PackedPair]:
+  """Returns pairs of token ids as PackedPairs, each with its index.
+
+  Raises:
+    ValueError: a pair has no prompt.
+  """
+  packed = []
+  for index, given in enumerate(pairs):
+    if isinstance(given, PackedPair):
+      pair = given
+    else:
+      prompt, chosen, rejected = (np.asarray(ids, np.int32) for ids in given)
+      pair = PackedPair(index, prompt, chosen, rejected)
     if not len(pair.prompt):
       raise ValueError(
         f'pair {pair.index} has no prompt: one token, such as BOS, must predict from'
       )
-  return pack_pairs(given, tokens=tokens, layout=layout, multiple=multiple)
-
-
-def _ids(
-  prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  return np.asarray(prompt, np.int32), np.asarray(chosen, np.int32), np.asarray(rejected, np.int32)
+    packed.append(pair)
+  return packed

@@ -3,6 +3,9 @@
 - `ipo(pairs, beta=0.2)` and its like: one loss, with its constants.
 - `total_loss(pairs, Objective('ipo', beta=0.2))`: what a run minimises.
 - `summarize(metric_sums(...))`: what it reports.
+
+>>> print(sigmoid(pairs, beta=0.1).round(4))
+[0.5981]
 """
 
 from dpo_flax.losses import metrics as metrics

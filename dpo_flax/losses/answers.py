@@ -28,6 +28,11 @@ class AnswerLogps:
   """Log-probs and statistics of every answer of a batch, float32 [B, S]; empty slots hold zeros.
 
   Fields that are None were not asked for.
+
+  >>> logps, ones = jnp.array([[-4.0, -10.0]]), jnp.ones((1, 2))
+  >>> answers = AnswerLogps(policy=logps, lengths=4 * ones, mask=ones)
+  >>> answers.kl is None
+  True
   """
 
   policy: jax.Array  # log-prob of the answer, summed over its tokens
@@ -69,6 +74,12 @@ def pairs_of(
 
   The numbers do not depend on where in a row the answers are. Slots without a pair get zeros and
   pass no gradient on.
+
+  >>> logps, ones = jnp.array([[-4.0, -10.0]]), jnp.ones((1, 2))
+  >>> answers = AnswerLogps(policy=logps, lengths=4 * ones, mask=ones)
+  >>> batch = {'pairs': jnp.array([[[1, 0]]]), 'pair_mask': jnp.ones((1, 1))}
+  >>> print(pairs_of(answers, batch).policy_chosen)  # answer 1 is the better one
+  [[-10.]]
 
   Args:
     answers: of this batch, from `answer_logps`.

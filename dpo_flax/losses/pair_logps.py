@@ -22,6 +22,11 @@ class PairLogps:
 
   Only the policy's log-probs are needed. A field that is None was not asked for, or is not in the
   data; what needs it raises a ValueError that names it.
+
+  >>> pair = PairLogps(policy_chosen=jnp.array([-4.0]), policy_rejected=jnp.array([-10.0]))
+  >>> pair.lengths
+  Traceback (most recent call last):
+  ValueError: PairLogps lacks chosen_lengths and rejected_lengths, which this computation needs.
   """
 
   policy_chosen: jax.Array  # log-prob of the whole response, summed over its tokens

@@ -10,7 +10,10 @@ import jax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Hidden:
-  """Final hidden states, and what else a model returns."""
+  """Final hidden states, and what else a model returns.
+
+  >>> Hidden(jax.numpy.zeros((2, 8, 16)), statistics={'load_balance': jax.numpy.ones(())}).cache
+  """
 
   states: jax.Array  # [B, T, D]
   # Scalars that add up over the rows of a batch, such as an auxiliary loss of routed experts.

@@ -31,8 +31,11 @@ class Linear(nnx.Module):
   In a model of your own, everything that is an `nnx.LoRAParam` learns, and `reference_of(model)` is
   the model without adapters:
 
-    q_proj = Linear(512, 64, lora=Lora(rank=8), rngs=nnx.Rngs(0))
-    y = q_proj(x)  # [..., 512] -> [..., 64]
+  >>> q_proj = Linear(512, 64, lora=Lora(rank=8), rngs=nnx.Rngs(0))
+  >>> q_proj(jnp.ones((2, 512))).shape
+  (2, 64)
+  >>> [learned.shape for learned in jax.tree.leaves(nnx.state(q_proj, nnx.LoRAParam))]
+  [(512, 8), (8, 64)]
   """
 
   def __init__(

@@ -32,6 +32,9 @@ class Lora:
   `huggingface.peft_targets.resolve` finds the modules of one of our models; a `Linear` of its own
   takes rank, alpha, dropout, rslora and dora from it.
 
+  >>> Lora(rank=16, target_modules=['q_proj', 'v_proj']).alpha
+  16
+
   Raises:
     ValueError: a rank, an alpha or the dropout is out of range.
   """
@@ -156,6 +159,11 @@ def reference_of(policy: Module) -> Module:
 
   Of a model of your own, every part must be a `Linear` or have `set_view(adapted=)`. Weights that
   learn without adapters are the policy's in both: pass a second model as the reference then.
+
+  >>> from dpo_flax.model.linear import Linear
+  >>> policy = Linear(4, 4, lora=Lora(rank=2), rngs=nnx.Rngs(0))
+  >>> reference_of(policy).kernel is policy.kernel
+  True
 
   Raises:
     ValueError: no part of the model can take adapters off.

@@ -37,8 +37,11 @@ def answer_logps(
   """Returns log-probs and statistics of every answer of a batch, float32 [B, S].
 
   Differentiable in the policy, never in the reference. The head of a policy that is an nnx.Module
-  has a gradient only where its logits read an nnx.LoRAParam (or a weight that `train_whole` lets
+  has a gradient only where its logits read an nnx.LoRAParam (or a weight that `train_weights` lets
   learn), at the price of forming them twice.
+
+  >>> answer_logps(policy, batch).policy.shape  # one row of two answers
+  (1, 2)
 
   Args:
     models: policy and reference, or a policy alone. A reference's log-probs that the batch itself
@@ -88,6 +91,9 @@ def pair_logps(
   """Returns what `objective` reads of each pair, [B, P]: see `answer_logps`.
 
   Without an objective, it is the log-probs and lengths by all models that are given.
+
+  >>> print(pair_logps(policy, batch).chosen_lengths)
+  [[2.]]
 
   Raises:
     ValueError: the objective needs a reference, and there is none.

@@ -62,7 +62,13 @@ class TrainState:
 
 
 class Models(NamedTuple):
-  """The two models of a run. What the policy does not learn whole, they may share."""
+  """The two models of a run. What the policy does not learn whole, they may share.
+
+  >>> from dpo_flax.model.linear import Linear
+  >>> from dpo_flax.model.lora import Lora, reference_of
+  >>> policy = Linear(4, 4, lora=Lora(rank=2), rngs=nnx.Rngs(0))
+  >>> models = Models(policy, reference_of(policy))  # one copy of the weights
+  """
 
   policy: Model
   reference: Model | None = None  # None: no loss needs it, and it would take memory
@@ -88,6 +94,12 @@ def init_state(models: Models | Model, optimizer: optax.GradientTransformation) 
   """Returns the state at step 0 of what learns in the policy: its adapters, every nnx.LoRAParam.
 
   The state holds copies, so that the step, which consumes its state, leaves the models as they are.
+
+  >>> from dpo_flax.model.linear import Linear
+  >>> from dpo_flax.model.lora import Lora
+  >>> policy = Linear(4, 4, lora=Lora(rank=2), rngs=nnx.Rngs(0))
+  >>> int(init_state(policy, optax.adamw(1e-4)).step)
+  0
 
   Raises:
     ValueError: nothing learns.

@@ -90,10 +90,12 @@ def make_train_step(
 ) -> TrainStep:
   """Returns the step that trains the policy's adapters: every nnx.LoRAParam, and nothing else.
 
-      state = init_state(models, optimizer)
-      step = make_train_step(models, optimizer, 'ipo')
-      for batch in batches:
-        state, metrics = step(state, batch)
+  >>> models = Models(policy, reference_of(policy))
+  >>> step = make_train_step(models, optax.adamw(1e-4), 'ipo')
+  >>> state = init_state(models, optax.adamw(1e-4))
+  >>> state, metrics = step(state, batch)
+  >>> int(state.step)
+  1
 
   The step minimises sum(losses * logps.weights) / sum(logps.weights) over the pairs of a batch.
 
