@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import chex
 import jax
 import numpy as np
 import optax
@@ -148,7 +149,7 @@ def test_checkpoints_hold_the_state_of_a_loop_of_ones_own(directory, tmp_path):
   restored, number = checkpoints.resume(dpo.init_state(models, optimizer))
   checkpoints.close()
   assert number == 1
-  jax.tree.map(np.testing.assert_array_equal, restored, state)
+  chex.assert_trees_all_equal(restored, state)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import types
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -238,9 +239,8 @@ def on_one_device(train):
 
 
 def assert_same_run(ours, expected):
-  np.testing.assert_allclose(ours[0], expected[0], rtol=1e-5)
-  for our, their in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(expected[1]), strict=True):
-    np.testing.assert_allclose(our, their, atol=1e-5)
+  chex.assert_trees_all_close(ours[0], expected[0], rtol=1e-5)
+  chex.assert_trees_all_close(ours[1], expected[1], rtol=1e-7, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Every family against transformers: logits, packing, adapters, merged checkpoints."""
 
-import jax
+import chex
 import jax.numpy as jnp
 import numpy as np
 import peft
@@ -130,7 +130,7 @@ def test_adapters_give_our_logits_through_peft_and_merged(tokens, tmp_path, case
   assert adapter.lora == lora
   _, abstract, _ = llama.split_abstract(checkpoint, lora, np.float32)
   loaded = load_adapter(adapter, abstract, make_mesh(MESH))
-  jax.tree.map(np.testing.assert_array_equal, loaded, nnx.state(model, nnx.LoRAParam))
+  chex.assert_trees_all_equal(loaded, nnx.state(model, nnx.LoRAParam))
 
 
 @pytest.mark.parametrize('case', CASES)

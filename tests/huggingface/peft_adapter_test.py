@@ -2,7 +2,7 @@
 
 import json
 
-import jax
+import chex
 import numpy as np
 import peft
 import pytest
@@ -140,7 +140,7 @@ def test_adapter_survives_the_round_trip_bit_for_bit(tmp_path, name):
   assert (again.lora, again.base_name) == (adapter.lora, 'some/base')
   other = load_into(tmp_path / 'base', again, make_mesh(MESH))
   before, after = (nnx.state(each, TRAINABLE) for each in (model, other))
-  jax.tree.map(np.testing.assert_array_equal, before, after)
+  chex.assert_trees_all_equal(before, after)
 
 
 def test_ranks_that_a_layer_lacks_are_zeros_and_in_no_file(tmp_path):

@@ -1,5 +1,6 @@
 """Laws of attention: the mask is the one a reader would draw, blocks change nothing but memory."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -159,4 +160,4 @@ def test_the_kernel_needs_no_mesh_on_one_device():
     return attention.attend(queries, keys, values, mask, config=config)
 
   mixed = jax.eval_shape(run, jnp.full((2, 256), 256))
-  assert mixed.shape == queries.shape
+  chex.assert_equal_shape((mixed, queries))

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import hypothesis.extra.numpy
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ BASE = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
 def test_no_weight_moves_by_more_than_half_a_step(weights, axis):
   quantized, scales = quantize(weights, axis)
   assert quantized.dtype == np.int8 and scales.dtype == np.float32
-  assert scales.shape == (weights.shape[1 - axis],)
+  chex.assert_shape(scales, (weights.shape[1 - axis],))
   steps = np.expand_dims(scales, axis).astype(np.float64)
   # Dividing in float32 may round a weight half-way between two steps to the other one.
   assert (np.abs(weights - quantized * steps) <= steps * (0.5 + LARGEST * 2.0**-22)).all()

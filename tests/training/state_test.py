@@ -1,5 +1,6 @@
 """What is trainable, and where the optimizer keeps its moments."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,9 +71,11 @@ def test_moments_lie_where_their_parameters_lie():
   assert attention['lora_a'][...].sharding.spec == P(None, 'fsdp', None)
   assert attention['lora_b'][...].sharding.spec == P(None, None, ('tensor', 'fsdp'))
   for tree in (state.trainable, moments.mu, moments.nu):
-    for leaf, parameter in zip(jax.tree.leaves(tree), jax.tree.leaves(trainable), strict=True):
+    leaves, parameters = jax.tree.leaves(tree), jax.tree.leaves(trainable)
+    chex.assert_type(leaves, jnp.float32)
+    chex.assert_trees_all_equal_shapes(leaves, parameters)
+    for leaf, parameter in zip(leaves, parameters, strict=True):
       assert leaf.sharding.is_equivalent_to(parameter.sharding, leaf.ndim)
-      assert (leaf.dtype, leaf.shape) == (jnp.dtype('float32'), parameter.shape)
       assert not leaf.is_fully_replicated
   scalars = (state.step, moments.count, state.rewards.mean, state.rewards.count, state.norms.count)
   assert all(leaf.is_fully_replicated and leaf == 0 for leaf in scalars)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,11 +61,6 @@ def assert_trees_close(ours, expected, *, relative):
     largest = np.abs(their).max()
     assert largest > 0, path
     np.testing.assert_allclose(our, their, atol=relative * largest, rtol=0, err_msg=str(path))
-
-
-def assert_trees_equal(ours, expected):
-  for our, their in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
-    np.testing.assert_array_equal(our, their)
 
 
 @pytest.fixture(scope='module')
@@ -224,9 +220,7 @@ def test_metrics_of_microbatches_add_up_to_those_of_the_batch(models, pairs, row
   graphdef, state, frozen = start(models, RECORDER, mesh)
   evaluated = jit_eval_step(graphdef, make_options())(state, frozen, batch)
   for other in (parts, evaluated):
-    assert jax.tree.structure(whole) == jax.tree.structure(other)
-    for ours, theirs in zip(jax.tree.leaves(whole), jax.tree.leaves(other), strict=True):
-      np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(whole, other, rtol=1e-4, atol=1e-4)
   real = sum(len(p.prompt) + 1 + len(p.chosen) + len(p.rejected) for p in pairs)
   for sums in (whole, parts, evaluated):
     counts = {name: int(value) for name, value in sums['counts'].items()}
@@ -280,7 +274,7 @@ def test_step_reaches_only_adapters(models, rows, options, mesh):
     jax.tree.map(lambda new, old: np.abs(new - old).max(), state.trainable, before)
   ):
     assert leaf > 1e-3, path
-  assert_trees_equal(frozen, base)
+  chex.assert_trees_all_equal(frozen, base)
   assert int(state.step) == 1
 
 
@@ -326,7 +320,7 @@ def dropped(rows, mesh):
 
 def test_dropout_is_a_function_of_seed_and_step(dropped):
   run, _ = dropped
-  assert_trees_equal(run(0, 5), run(0, 5))
+  chex.assert_trees_all_equal(run(0, 5), run(0, 5))
   losses = [float(run(seed, step)[0]['dpo_loss'][0]) for seed, step in ((0, 5), (0, 6), (1, 5))]
   assert len(set(losses)) == 3
 
@@ -381,7 +375,7 @@ def test_a_loss_that_is_not_finite_leaves_the_state_as_it_was(poisoned, mesh, mi
   before = jax.tree.map(np.array, state)
   state, metrics = step(state, frozen, fill_batch([healthy[:2], [*healthy[2:], sick]]))
   assert not bool(metrics['finite'])
-  assert_trees_equal(state, before)
+  chex.assert_trees_all_equal(state, before)
   state, metrics = step(state, frozen, fill_batch([healthy[:2], healthy[2:]]))
   assert bool(metrics['finite']) and int(state.step) == 2
 
@@ -395,7 +389,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_state_as_it_was(models, rows, 
   state, metrics = jit_train_step(graphdef, optimizer, options)(state, frozen, fill_batch(rows))
   assert np.isfinite(metrics['sums']['means']['dpo_loss']).all()
   assert not np.isfinite(metrics['grad_norm']) and not bool(metrics['finite'])
-  assert_trees_equal(state, before)
+  chex.assert_trees_all_equal(state, before)
 
 
 def test_a_gradient_that_spikes_leaves_the_state_as_it_was(models, rows, mesh):
@@ -417,7 +411,7 @@ def test_a_gradient_that_spikes_leaves_the_state_as_it_was(models, rows, mesh):
   before = jax.tree.map(np.array, state)
   state, metrics = step(state, frozen, larger)
   assert bool(metrics['spikes']) and bool(metrics['finite'])
-  assert_trees_equal(state, before)
+  chex.assert_trees_all_equal(state, before)
   state, metrics = step(state, frozen, usual)
   assert not bool(metrics['spikes']) and int(state.step) == 32
 
