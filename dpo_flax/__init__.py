@@ -32,7 +32,7 @@ _HOMES = {
   'init_state': 'dpo_flax.training.state',
   'load_adapter': 'dpo_flax.assembly.library',
   'load_model': 'dpo_flax.assembly.library',
-  'load_pairs': 'dpo_flax.data.pairs',
+  'load_pairs': 'dpo_flax.assembly.library',
   'make_mesh': 'dpo_flax.sharding',
   'make_train_step': 'dpo_flax.training.step',
   'pack': 'dpo_flax.data.pairs',
@@ -66,12 +66,12 @@ if TYPE_CHECKING:  # what editors and type checkers see
   from dpo_flax import losses as losses
   from dpo_flax.assembly.library import load_adapter as load_adapter
   from dpo_flax.assembly.library import load_model as load_model
+  from dpo_flax.assembly.library import load_pairs as load_pairs
   from dpo_flax.assembly.library import save_adapter as save_adapter
   from dpo_flax.assembly.library import save_merged as save_merged
   from dpo_flax.assembly.library import score_pairs as score_pairs
   from dpo_flax.checkpoints.checkpoint import Checkpoints as Checkpoints
   from dpo_flax.data.pairs import Pairs as Pairs
-  from dpo_flax.data.pairs import load_pairs as load_pairs
   from dpo_flax.data.pairs import pack as pack
   from dpo_flax.losses.answers import AnswerLogps as AnswerLogps
   from dpo_flax.losses.answers import pairs_of as pairs_of

@@ -39,22 +39,26 @@ RULES = (
 
 
 def make_mesh(
-  sizes: Mapping[str, int],  # devices along each of AXES; one may be -1: the rest
+  sizes: Mapping[str, int],  # axis of AXES -> devices along it; one may be -1: the rest
   devices: Devices | None = None,
 ) -> Mesh:
   """Returns a mesh over `devices` (default: all of them).
 
-  TPUs of several slices are joined by the data centre's network alone: `data` goes over it.
+  An axis that is left out has the size 1. TPUs of several slices are joined by the data centre's
+  network alone: `data` goes over it.
 
   >>> mesh = make_mesh({'data': 1, 'fsdp': -1, 'tensor': 1})
   >>> mesh.shape['fsdp'] == len(jax.devices())
   True
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices, or `data` not over the slices.
+    ValueError: there is no such axis; the sizes do not multiply to the number of devices, or `data`
+      not over the slices.
   """
   devices = jax.devices() if devices is None else devices
-  shape = [sizes[axis] for axis in AXES]
+  if unknown := set(sizes) - set(AXES):
+    raise ValueError(f'a mesh has the axes {", ".join(AXES)}, not {", ".join(sorted(unknown))}')
+  shape = [sizes.get(axis, 1) for axis in AXES]
   asked = ' x '.join(f'mesh.{axis}={size}' for axis, size in zip(AXES, shape, strict=True))
   known = int(np.prod([size for size in shape if size != -1]))
   if shape.count(-1) > 1 or known < 1 or min(shape) < -1:

@@ -5,6 +5,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 
 import chex
 import jax
@@ -14,10 +15,10 @@ import peft
 import pytest
 import torch
 import transformers
-from flax import nnx
 from safetensors.numpy import load_file
 
 import dpo_flax as dpo
+from dpo_flax.data.batches.pack import PackedPair
 from helpers.bases import write_example_base
 
 # Of peft within transformers.
@@ -47,6 +48,7 @@ def ran(directory):
     patch.chdir(directory)
     for example in EXAMPLES:
       exec(compile(example, 'README.md', 'exec'), found)
+      found.setdefault('ours', found['policy'])  # the last example has a model of its own
   return found
 
 
@@ -153,17 +155,118 @@ def test_checkpoints_hold_the_state_of_a_loop_of_ones_own(directory, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('lora', 'message'), [(dpo.Lora(target_modules=('no_such',)), 'no_such'), (None, None)]
+  ('arguments', 'message'),
+  [
+    ({'lora': dpo.Lora(target_modules=('no_such',))}, 'no_such'),
+    ({'attention': 'flash'}, "model.attention='flash': expected one of auto, xla, pallas"),
+    ({'remat': 'some'}, 'model.remat'),
+    ({'dtype': 'float8'}, 'model.dtype'),
+    ({'weight_dtype': np.float16}, "model.weight_dtype='float16'"),
+    ({'seed': -1}, 'seed=-1'),
+  ],
 )
-def test_what_a_model_lacks_is_named(directory, tmp_path, lora, message):
-  mesh = dpo.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, jax.devices()[:1])
-  if message:
-    with pytest.raises(ValueError, match=message):
-      dpo.load_model(str(directory / 'hf_llama'), lora, mesh=mesh)
-    return
-  model = dpo.load_model(str(directory / 'hf_llama'), mesh=mesh)
+def test_a_model_is_not_loaded_with_wrong_arguments(directory, arguments, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    dpo.load_model(directory / 'hf_llama', **arguments)
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ({'layout': 'tree'}, "data.layout='tree': expected one of shared, separate"),
+    ({'too_long': 'cut'}, "data.too_long='cut'"),
+    ({'bad_record': 'drop'}, "data.bad_record='drop'"),
+    ({'format': 'alpaca'}, "data.format='alpaca'"),
+    ({'rows': 0}, 'batch.rows=0: must be between 1'),
+    ({'rows': '8'}, "batch.rows='8': expected a value of type int"),
+    ({'tokens': 0}, 'batch.tokens=0'),
+    ({'files': {'pairs.jsonl': -1.0}}, 'the weight -1.0'),
+    ({'files': 'nowhere.jsonl'}, 'nowhere.jsonl does not exist'),
+  ],
+)
+def test_pairs_are_not_loaded_with_wrong_arguments(directory, monkeypatch, arguments, message):
+  monkeypatch.chdir(directory)
+  monkeypatch.setattr(tempfile, 'tempdir', str(directory / 'temporary'))
+  (directory / 'temporary').mkdir(exist_ok=True)
+  right = {'files': 'pairs.jsonl', 'tokenizer': 'hf_llama', 'tokens': 512, 'rows': 8}
+  with pytest.raises(ValueError, match=re.escape(message)):
+    dpo.load_pairs(**right | arguments)
+  assert not list((directory / 'temporary').iterdir())
+
+
+@pytest.mark.parametrize(
+  ('pair', 'message'),
+  [
+    (([], [2], [3]), 'prompt is empty'),
+    (([1], [], [3]), 'chosen is empty'),
+    (([1], [2], [-3]), 'rejected is [-3]: expected token ids'),
+    (([1.5], [2], [3]), 'prompt is [1.5]'),
+    (('a', 'b', 'c'), 'prompt is a'),
+    (([[1]], [2], [3]), 'prompt is [[1]]'),
+    (([1], [2**40], [3]), 'chosen is [1099511627776]'),
+    (([1], [2]), 'pair 0 has 2 parts'),
+    (([1] * 9, [2] * 9, [3]), 'tokens=12: pair 0 takes'),
+    (
+      PackedPair(7, np.array([], np.int32), np.array([1]), np.array([2])),
+      'pair 7: prompt is empty',
+    ),
+  ],
+)
+def test_what_is_no_pair_of_token_ids_is_not_packed(pair, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    dpo.pack([pair], tokens=12)
+
+
+@pytest.mark.parametrize('arguments', [{'layout': 'x'}, {'tokens': 0}, {'multiple': 0}])
+def test_rows_of_no_such_form_are_not_packed(arguments):
+  (name,) = arguments
+  with pytest.raises(ValueError, match=name):
+    dpo.pack([([1], [2], [3])], **{'tokens': 12} | arguments)
+
+
+def test_ids_that_the_model_has_not_are_refused(ran):
+  policy, optimizer = ran['ours'], optax.sgd(1.0)
+  batch = dpo.pack([([1], [512], [3])], tokens=12)
+  with pytest.raises(ValueError, match='the token id 512, and the model has 512'):
+    dpo.score_pairs(policy, [([1], [512], [3])])
+  with pytest.raises(ValueError, match='the token id 512'):
+    dpo.pair_logps(policy, batch)
+  step = dpo.make_train_step((policy, dpo.reference_of(policy)), optimizer, 'ipo')
+  with pytest.raises(ValueError, match='the token id 512'):
+    step(dpo.init_state(policy, optimizer), batch)
+
+
+def test_microbatches_divide_the_rows(ran):
+  policy, optimizer = ran['ours'], optax.sgd(1.0)
+  models = (policy, dpo.reference_of(policy))
+  step = dpo.make_train_step(models, optimizer, 'ipo', microbatches=3)
+  batch = dpo.pack([([1], [2], [3])], tokens=12, multiple=8)
+  with pytest.raises(ValueError, match='microbatches=3 does not divide the 8 rows'):
+    step(dpo.init_state(models, optimizer), batch)
+
+
+def test_steps_are_not_negative(directory):
+  pairs = dpo.load_pairs(directory / 'pairs.jsonl', directory / 'hf_llama', tokens=512, rows=8)
+  for arguments in ({'steps': -1}, {'start_step': -1}):
+    with pytest.raises(ValueError, match='neither can be negative'):
+      next(pairs.batches(**arguments))
+
+
+def test_no_pairs_have_no_scores(ran):
+  assert dpo.score_pairs(ran['ours'], []).shape == (0, 2)
+
+
+def test_a_mesh_has_no_other_axes():
+  assert dict(dpo.make_mesh({'fsdp': -1}).shape) == {'data': 1, 'fsdp': 8, 'tensor': 1}
+  with pytest.raises(ValueError, match='data, fsdp, tensor, not expert'):
+    dpo.make_mesh({'expert': 2})
+
+
+def test_a_model_without_adapters_neither_learns_nor_is_saved(directory, tmp_path):
+  model = dpo.load_model(directory / 'hf_llama')
   with pytest.raises(ValueError, match='no adapters'):
     dpo.save_adapter(model, tmp_path / 'adapter')
   with pytest.raises(ValueError, match='nothing learns'):
     dpo.init_state(model, optax.sgd(1.0))
-  assert not jax.tree.leaves(nnx.state(model, nnx.LoRAParam))
+  with pytest.raises(ValueError, match='nothing learns'):
+    dpo.make_train_step(model, optax.sgd(1.0), 'simpo')

@@ -9,12 +9,12 @@ from dpo_flax.data.records.source import RecordSource
 from dpo_flax.data.tokens.tokenizer import Tokenizer, load_tokenizer
 
 
-def prepare_data(settings: Settings, *, vocab_size: int) -> PreparedData:
+def prepare_data(settings: Settings, *, vocab_size: int | None = None) -> PreparedData:
   """Tokenizes the run's data or opens their cache, and plans the rows.
 
   Args:
     settings: the run's.
-    vocab_size: rows of the model's embedding.
+    vocab_size: rows of the model's embedding; None: as many as the tokenizer has ids.
 
   Raises:
     ValueError: for all that is wrong with the data, naming file and line.
@@ -43,7 +43,7 @@ def prepare_data(settings: Settings, *, vocab_size: int) -> PreparedData:
       too_long=data.too_long,
       seed=settings.seed,
     ),
-    vocab_size=vocab_size,
+    vocab_size=tokenizer.vocab_size if vocab_size is None else vocab_size,
   )
 
 

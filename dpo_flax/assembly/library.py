@@ -1,16 +1,25 @@
-"""Models from and to disk in one call each, for programs of one's own."""
+"""Models and pairs from and to disk in one call each, for programs of one's own."""
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from dpo_flax.assembly import models
+from dpo_flax.assembly.data import prepare_data
 from dpo_flax.assembly.sources import make_model_config
-from dpo_flax.config.sections import ModelSettings
+from dpo_flax.config.checks import check_fields
 from dpo_flax.data.pairs import Pairs, TokenPair, packed_pairs
 from dpo_flax.huggingface import peft_adapter, weights
 from dpo_flax.huggingface.peft_targets import resolve
@@ -25,12 +34,12 @@ from dpo_flax.training.state import mesh_of
 
 
 def load_model(
-  path: str,
+  path: epath.PathLike,
   lora: Lora | None = None,
   *,
   mesh: Mesh | None = None,
-  dtype: str | None = None,
-  weight_dtype: str | None = None,
+  dtype: DTypeLike | None = None,
+  weight_dtype: DTypeLike | None = None,
   remat: str = 'full',
   attention: str = 'auto',
   seed: int = 0,
@@ -52,16 +61,22 @@ def load_model(
     seed: of the adapters' initial values.
 
   Raises:
-    ValueError: there is no such checkpoint, its architecture is not supported, or it lacks a module
-      that `lora` names.
+    ValueError: an argument has no legal value, there is no such checkpoint, its architecture is not
+      supported, or it lacks a module that `lora` names.
   """
   mesh = mesh or make_mesh({'data': 1, 'fsdp': -1, 'tensor': 1})
   dtype = dtype or ('float32' if mesh.devices.flat[0].platform == 'cpu' else 'bfloat16')
-  settings = ModelSettings(
-    dtype=dtype, weight_dtype=weight_dtype or dtype, remat=remat, attention=attention
+  settings = check_fields(
+    {
+      'seed': seed,
+      'model.dtype': _dtype_name(dtype),
+      'model.weight_dtype': _dtype_name(weight_dtype or dtype),
+      'model.remat': remat,
+      'model.attention': attention,
+    }
   )
-  checkpoint = weights.open_checkpoint(path)
-  config = make_model_config(settings, checkpoint, mesh, tokens=0)
+  checkpoint = weights.open_checkpoint(os.fspath(path))
+  config = make_model_config(settings.model, checkpoint, mesh, tokens=0)
   adapters = None if lora is None else resolve(lora, config)
   model = models.load_model(config, adapters, checkpoint=checkpoint, mesh=mesh, seed=seed)
   if adapters is not None and adapters.saved:
@@ -127,6 +142,79 @@ def save_merged(model: Transformer, directory: epath.PathLike, *, base: str | No
   weights.save_merged(model, checkpoint, directory)
 
 
+def load_pairs(
+  files: epath.PathLike | Sequence[epath.PathLike] | Mapping[str, float],
+  tokenizer: epath.PathLike,
+  *,
+  tokens: int,
+  rows: int,
+  layout: str = 'shared',
+  seed: int = 0,
+  shuffle: bool = True,
+  format: str = 'auto',
+  fields: Mapping[str, str] | None = None,
+  chat_template: str | None = None,
+  template_variables: Mapping[str, Any] | None = None,
+  too_long: str = 'raise',
+  bad_record: str = 'raise',
+  cache_dir: epath.PathLike | None = None,
+) -> Pairs:
+  """Reads and tokenizes preference files, and plans their rows.
+
+  >>> pairs = load_pairs('pairs.jsonl', 'hf_llama', tokens=512, rows=8)
+  >>> for batch in pairs.batches(steps=2):
+  ...   print(batch['tokens'].shape)
+  (8, 512)
+  (8, 512)
+
+  Args:
+    files: a path, a glob or several; or a mixture, path -> passes over it in an epoch.
+    tokenizer: a directory in Hugging Face layout, or a tokenizer file.
+    tokens: of a row.
+    rows: of a batch.
+    layout: shared (a prompt stands once for both answers) or separate.
+    seed: of the order of the pairs.
+    shuffle: whether each epoch has an order of its own.
+    format: of the records: auto, explicit, implicit, messages, hh, ...
+    fields: keys that have other names in the records, {'chosen': 'good'}.
+    chat_template: a file, or the template itself; None: the tokenizer's.
+    template_variables: what the template is given besides the messages.
+    too_long: what becomes of a pair longer than a row: raise, drop or truncate_prompt.
+    bad_record: what becomes of a record that cannot be read: raise or skip.
+    cache_dir: keeps the token ids for the next time; None: a temporary directory.
+
+  Raises:
+    ValueError: for all that is wrong with the arguments, by the names that they have in a config,
+      and with the data, naming file and line.
+  """
+  with contextlib.ExitStack() as cleanup:
+    if cache_dir is None:
+      cache_dir = tempfile.mkdtemp(prefix='dpo_flax_tokens')
+      cleanup.callback(shutil.rmtree, cache_dir, ignore_errors=True)
+    settings = check_fields(
+      {
+        'seed': seed,
+        'data.train': _plain_paths(files),
+        'data.validation_split_fraction': 0.0,
+        'data.format': format,
+        'data.fields': fields,
+        'data.tokenizer': os.fspath(tokenizer),
+        'data.chat_template': chat_template,
+        'data.template_variables': template_variables,
+        'data.shuffle': shuffle,
+        'data.layout': layout,
+        'data.too_long': too_long,
+        'data.bad_record': bad_record,
+        'data.cache_dir': os.fspath(cache_dir),
+        'batch.rows': rows,
+        'batch.tokens': tokens,
+      }
+    )
+    pairs = Pairs(prepare_data(settings))
+    weakref.finalize(pairs, cleanup.pop_all().close)  # its tokens are read as long as it lives
+  return pairs
+
+
 def score_pairs(
   model: Model, pairs: Pairs | Iterable[TokenPair], *, logits_chunk: int = 512
 ) -> np.ndarray:
@@ -144,7 +232,7 @@ def score_pairs(
     logits_chunk: the scored positions of a row that meet the vocabulary at once.
 
   Raises:
-    ValueError: a pair has no prompt.
+    ValueError: a pair has an empty part, or ids that the model has not.
   """
   mesh = _mesh_of(model)
   if isinstance(pairs, Pairs):
@@ -183,3 +271,17 @@ def _mesh_of(model: Model) -> Mesh:
   """Returns the mesh that a model lies on, or one of the first device alone."""
   alone = {'data': 1, 'fsdp': 1, 'tensor': 1}
   return mesh_of(nnx.state(model)) or make_mesh(alone, jax.devices()[:1])
+
+
+def _dtype_name(dtype: DTypeLike) -> str:
+  """Returns the name of a data type; what is none stays as it is."""
+  return dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+
+
+def _plain_paths(files: Any) -> Any:
+  """Returns files with their paths as strings."""
+  if isinstance(files, Mapping):
+    return {os.fspath(path): weight for path, weight in files.items()}
+  if isinstance(files, str | os.PathLike):
+    return os.fspath(files)
+  return [os.fspath(path) for path in files]

@@ -8,7 +8,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from dpo_flax.config.row import rows_of
-from dpo_flax.config.schema import ROWS, Settings, get
+from dpo_flax.config.schema import ROWS, Settings, default, get
 from dpo_flax.config.sections import BatchSettings, LoraSettings
 from dpo_flax.config.settings import settings_of
 from dpo_flax.files.messages import SECRETS
@@ -53,6 +53,26 @@ def validate(config: ConfigDict, *, planning: bool = False) -> Settings:
       *(rate, method, _HIGH_LEARNING_RATES[method]),
     )
   return settings
+
+
+def check_fields(values: Mapping[str, Any]) -> Settings:
+  """Returns the default settings but for some dotted fields, each checked by its own row alone.
+
+  This is for programs that use a part of a run; what several fields say together is `validate`'s.
+
+  Raises:
+    ValueError: a field has no legal value.
+  """
+  config = default()
+  for field, value in values.items():
+    row = ROWS[field]
+    try:
+      config.update_from_flattened_dict({field: row.canonical(field, value)})
+    except TypeError as error:
+      expected = type(get(config, field)).__name__
+      raise ValueError(f'{field}={value!r}: expected a value of type {expected}') from error
+    row.check(field, value)
+  return settings_of(config)
 
 
 def validate_rows(batch: BatchSettings, shards: int):

@@ -1,22 +1,15 @@
-"""Preference files -> tokenized pairs and packed batches, for training loops of one's own."""
+"""Tokenized pairs and packed batches, for training loops of one's own."""
 
 import contextlib
 import dataclasses
 import itertools
-import shutil
-import tempfile
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from dpo_flax.data import loader
-from dpo_flax.data.batches.pack import Batch, PackedPair, pack_pairs
-from dpo_flax.data.prepare import PreparedData, ReadOptions, RowOptions, prepare
-from dpo_flax.data.records.formats import FormatOptions
-from dpo_flax.data.records.source import RecordSource
-from dpo_flax.data.tokens.tokenizer import load_tokenizer
+from dpo_flax.data.batches.pack import LAYOUTS, Batch, PackedPair, pack_pairs
+from dpo_flax.data.prepare import PreparedData
 
 # Token ids of prompt, chosen and rejected; or a PackedPair, which may have a weight and a margin.
 TokenPair = PackedPair | tuple[Sequence[int], Sequence[int], Sequence[int]]
@@ -26,6 +19,7 @@ TokenPair = PackedPair | tuple[Sequence[int], Sequence[int], Sequence[int]]
 class Pairs:
   """Tokenized preference pairs and the plan of their rows; `load_pairs` makes it.
 
+  >>> from dpo_flax.assembly.library import load_pairs
   >>> pairs = load_pairs('pairs.jsonl', 'hf_llama', tokens=512, rows=8)
   >>> len(pairs), pairs.steps_per_epoch
   (585, 12)
@@ -54,81 +48,17 @@ class Pairs:
 
     Yields:
       The fields of `pack.fill_batch`, NumPy arrays of `rows` rows.
+
+    Raises:
+      ValueError: a number is negative.
     """
+    if start_step < 0 or (steps or 0) < 0:
+      raise ValueError(f'steps={steps}, start_step={start_step}: neither can be negative')
     batches = loader.train_batches(
       self.prepared, start_step=start_step, shard_index=0, shard_count=1
     )
     with contextlib.closing(batches):
       yield from itertools.islice(batches, steps)
-
-
-def load_pairs(
-  files: str | Sequence[str] | Mapping[str, float],
-  tokenizer: str,
-  *,
-  tokens: int,
-  rows: int,
-  layout: str = 'shared',
-  seed: int = 0,
-  shuffle: bool = True,
-  format: str = 'auto',
-  fields: Mapping[str, str] | None = None,
-  chat_template: str | None = None,
-  template_variables: Mapping[str, Any] | None = None,
-  too_long: str = 'raise',
-  bad_record: str = 'raise',
-  cache_dir: str | None = None,
-) -> Pairs:
-  """Reads and tokenizes preference files, and plans their rows.
-
-  >>> pairs = load_pairs('pairs.jsonl', 'hf_llama', tokens=512, rows=8)
-  >>> for batch in pairs.batches(steps=2):
-  ...   print(batch['tokens'].shape)
-  (8, 512)
-  (8, 512)
-
-  Args:
-    files: a path, a glob or several; or a mixture, path -> passes over it in an epoch.
-    tokenizer: a directory in Hugging Face layout, or a tokenizer file.
-    tokens: of a row.
-    rows: of a batch.
-    layout: shared (a prompt stands once for both answers) or separate.
-    seed: of the order of the pairs.
-    shuffle: whether each epoch has an order of its own.
-    format: of the records: auto, explicit, implicit, messages, hh, ...
-    fields: keys that have other names in the records, {'chosen': 'good'}.
-    chat_template: a file, or the template itself; None: the tokenizer's.
-    template_variables: what the template is given besides the messages.
-    too_long: what becomes of a pair longer than a row: raise, drop or truncate_prompt.
-    bad_record: what becomes of a record that cannot be read: raise or skip.
-    cache_dir: keeps the token ids for the next time; None: a temporary directory.
-
-  Raises:
-    ValueError: for all that is wrong with the data, naming file and line.
-  """
-  if isinstance(files, Mapping):
-    source = RecordSource(list(files), list(files.values()))
-  else:
-    source = RecordSource(files)
-  loaded = load_tokenizer(tokenizer, chat_template, variables=template_variables)
-  directory = cache_dir or tempfile.mkdtemp(prefix='dpo_flax_tokens')
-  prepared = prepare(
-    source,
-    loaded,
-    reading=ReadOptions(
-      cache_dir=directory,
-      format=FormatOptions(format, dict(fields or {})),
-      bad_record=bad_record,
-    ),
-    rows=RowOptions(
-      rows=rows, tokens=tokens, layout=layout, shuffle=shuffle, too_long=too_long, seed=seed
-    ),
-    vocab_size=loaded.vocab_size,
-  )
-  pairs = Pairs(prepared)
-  if not cache_dir:  # it lives as long as its tokens are read
-    weakref.finalize(pairs, shutil.rmtree, directory, ignore_errors=True)
-  return pairs
 
 
 def pack(
@@ -156,8 +86,12 @@ def pack(
     The fields of a batch (docs/design.md), NumPy arrays.
 
   Raises:
-    ValueError: a pair is longer than a row, or has no prompt.
+    ValueError: a pair is longer than a row, has an empty part, or holds what is no token id.
   """
+  if layout not in LAYOUTS:
+    raise ValueError(f'layout={layout!r}: expected one of {", ".join(LAYOUTS)}')
+  if tokens < 1 or multiple < 1:
+    raise ValueError(f'tokens={tokens}, multiple={multiple}: both must be at least 1')
   return pack_pairs(packed_pairs(pairs), tokens=tokens, layout=layout, multiple=multiple)
 
 
@@ -165,18 +99,27 @@ def packed_pairs(pairs: Iterable[TokenPair]) -> list[PackedPair]:
   """Returns pairs of token ids as PackedPairs, each with its index.
 
   Raises:
-    ValueError: a pair has no prompt.
+    ValueError: a pair has an empty part, or holds what is no token id.
   """
   packed = []
   for index, given in enumerate(pairs):
-    if isinstance(given, PackedPair):
-      pair = given
-    else:
-      prompt, chosen, rejected = (np.asarray(ids, np.int32) for ids in given)
-      pair = PackedPair(index, prompt, chosen, rejected)
-    if not len(pair.prompt):
-      raise ValueError(
-        f'pair {pair.index} has no prompt: one token, such as BOS, must predict from'
-      )
+    pair = given if isinstance(given, PackedPair) else _packed_pair(index, given)
+    for name in ('prompt', 'chosen', 'rejected'):
+      if not len(getattr(pair, name)):
+        raise ValueError(
+          f'pair {pair.index}: {name} is empty; it needs a token, if only BOS or EOS'
+        )
     packed.append(pair)
   return packed
+
+
+def _packed_pair(index: int, pair: Sequence[Sequence[int]]) -> PackedPair:
+  if len(pair) != 3:
+    raise ValueError(f'pair {index} has {len(pair)} parts: expected (prompt, chosen, rejected)')
+  parts = {}
+  for name, ids in zip(('prompt', 'chosen', 'rejected'), map(np.asarray, pair), strict=True):
+    are_ids = ids.ndim == 1 and ids.dtype.kind in 'iu'
+    if ids.size and not (are_ids and 0 <= ids.min() <= ids.max() < 2**31):
+      raise ValueError(f'pair {index}: {name} is {ids!s:.60}: expected token ids, integers from 0')
+    parts[name] = ids.astype(np.int32)
+  return PackedPair(index, **parts)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +26,8 @@ class Model(Protocol):
   """A language model, as everything that scores or trains it sees it; usually an nnx.Module.
 
   Its log-probs are right only if position q reads no others than those t <= q < visible_until[t].
-  A model that is never sampled from, nor trained with dropout, may leave out the keywords.
+  A model that is never sampled from, nor trained with dropout, may leave out the keywords. Where it
+  has an attribute `vocab_size`, larger token ids are refused.
   """
 
   def hidden(
@@ -41,6 +43,20 @@ class Model(Protocol):
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Applies the head: [..., D] -> [..., V], float32."""
     ...
+
+
+def check_tokens(batch: Mapping[str, Any], vocab_size: int | None) -> None:
+  """Raises ValueError where NumPy arrays hold token ids outside of a vocabulary that is known.
+
+  An embedding would take the nearest row of its table for them. Arrays on devices are not read.
+  """
+  tokens = batch['tokens']
+  if vocab_size is None or not isinstance(tokens, np.ndarray) or not tokens.size:
+    return
+  smallest, largest = tokens.min(), tokens.max()
+  if smallest < 0 or largest >= vocab_size:
+    outside = smallest if smallest < 0 else largest
+    raise ValueError(f'the batch holds the token id {outside}, and the model has {vocab_size}')
 
 
 def run_model(

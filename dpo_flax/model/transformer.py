@@ -95,6 +95,11 @@ class Transformer(nnx.Module):
       )
 
   @property
+  def vocab_size(self) -> int:
+    """Rows of the token table."""
+    return self.config.vocab_size
+
+  @property
   def segments(self) -> list[Segment]:
     """The layers in order: today one segment of blocks that are all alike."""
     return [Segment(0, self.config.num_layers, self.blocks)]

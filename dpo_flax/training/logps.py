@@ -11,7 +11,7 @@ from flax import nnx
 from dpo_flax.losses.answers import AnswerLogps, TokenLogps, pairs_of, scored, sum_by_answer
 from dpo_flax.losses.objective import Objective
 from dpo_flax.losses.pair_logps import PairLogps
-from dpo_flax.model.hidden import Hidden, Model, run_model
+from dpo_flax.model.hidden import Hidden, Model, check_tokens, run_model
 from dpo_flax.model.lora import TRAINABLE
 from dpo_flax.model.token_logps import (
   Stream,
@@ -54,7 +54,8 @@ def answer_logps(
     dropout_key: None: no dropout. The reference never has any.
 
   Raises:
-    ValueError: a model's hidden states have another shape; the KL is wanted, and no reference run.
+    ValueError: a model's hidden states have another shape; the KL is wanted, and no reference run;
+      NumPy arrays hold token ids that the policy has not.
   """
   policy, reference = as_models(models)
   wanted = wanted or TokenStatisticsOptions()
@@ -65,6 +66,7 @@ def answer_logps(
       'the KL needs a reference that runs: pass Models(policy, reference), and a batch without '
       'reference_logps, which are those of the answers alone'
     )
+  check_tokens(batch, getattr(policy, 'vocab_size', None))
   hidden, other = _run(policy, reference, batch, dropout_key)
   tokens = token_statistics(
     Stream(hidden.states, policy.logits),

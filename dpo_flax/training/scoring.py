@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from dpo_flax.data import loader
 from dpo_flax.data.batches import pack
 from dpo_flax.data.prepare import PreparedData
-from dpo_flax.model.hidden import Model
+from dpo_flax.model.hidden import Model, check_tokens
 from dpo_flax.sharding import row_parts, row_shard, shard_batch
 from dpo_flax.training.logps import Batch, pair_logps
 
@@ -44,6 +44,8 @@ def score_pairs(
   model: Model, pairs: Sequence[pack.PackedPair], *, layout: str, logits_chunk: int, mesh: Mesh
 ) -> np.ndarray:
   """Returns [n, 2] float32 of a few pairs, each in a row of its own."""
+  if not pairs:
+    return np.zeros((0, 2), np.float32)
   longest = int(pack.row_lengths(pack.pair_lengths(pairs), layout).max())
   parts = row_parts(mesh)
   rows = [[pair] for pair in pairs] + [[] for _ in range(-len(pairs) % parts)]
@@ -73,6 +75,7 @@ def _scorer(model: Model, chunk: int, mesh: Mesh) -> Callable[[dict[str, np.ndar
     return score_batch(nnx.merge(graphdef, weights), batch, chunk=chunk)
 
   def score_rows(batch):
+    check_tokens(batch, getattr(model, 'vocab_size', None))
     with jax.set_mesh(mesh):
       scores = score(weights, shard_batch(batch, mesh))
     return multihost_utils.process_allgather(scores, tiled=True)

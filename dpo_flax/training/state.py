@@ -75,8 +75,8 @@ class Models(NamedTuple):
 
 
 def as_models(models: Models | Model | tuple) -> Models:
-  """Returns Models also of a policy alone, or of a plain tuple of policy and reference."""
-  return Models(*cast(tuple, models)) if isinstance(models, tuple) else Models(models)
+  """Returns Models also of a policy alone, or of a tuple or list of policy and reference."""
+  return Models(*cast(tuple, models)) if isinstance(models, tuple | list) else Models(models)
 
 
 def split_models(models: Models) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -84,9 +84,14 @@ def split_models(models: Models) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
 
   Nothing of a reference does, should it have adapters of its own. Variables that both models hold
   appear once, as the policy's; `nnx.merge` of the three gives both models back.
+
+  Raises:
+    ValueError: nothing learns.
   """
   learns = nnx.All(TRAINABLE, lambda path, _: path[0] == 'policy')
   graphdef, trainable, frozen = nnx.split(models, learns, ...)
+  if not jax.tree.leaves(trainable):
+    raise ValueError('nothing learns: the policy has no nnx.LoRAParam. Load it with lora=Lora(...)')
   return graphdef, trainable, frozen
 
 
@@ -105,8 +110,6 @@ def init_state(models: Models | Model, optimizer: optax.GradientTransformation) 
     ValueError: nothing learns.
   """
   _, trainable, _ = split_models(as_models(models))
-  if not jax.tree.leaves(trainable):
-    raise ValueError('nothing learns: the policy has no nnx.LoRAParam. Load it with lora=Lora(...)')
   return init_train_state(jax.tree.map(jnp.copy, trainable), optimizer, mesh_of(trainable))
 
 

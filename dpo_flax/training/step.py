@@ -15,7 +15,7 @@ from dpo_flax.losses.losses import reward_sums
 from dpo_flax.losses.metrics import Sums, metric_sums
 from dpo_flax.losses.objective import Objective, as_objective, modified, total_loss
 from dpo_flax.losses.pair_logps import PairLogps
-from dpo_flax.model.hidden import Model
+from dpo_flax.model.hidden import Model, check_tokens
 from dpo_flax.sharding import shard_batch
 from dpo_flax.training.logps import Batch, objective_logps
 from dpo_flax.training.state import Models, TrainState, as_models, mesh_of, split_models
@@ -62,9 +62,15 @@ class TrainStep:
   frozen: nnx.State  # what does not learn: the second argument of `jitted`
   graphdef: nnx.GraphDef
   mesh: Mesh | None  # that the models lie on
+  vocab_size: int | None = None  # of the policy; None: unknown
 
   def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-    """Takes one step."""
+    """Takes one step.
+
+    Raises:
+      ValueError: NumPy arrays hold token ids that the policy has not.
+    """
+    check_tokens(batch, self.vocab_size)
     if self.mesh is None:
       return self.jitted(state, self.frozen, batch)
     if any(isinstance(array, np.ndarray) for array in batch.values()):
@@ -112,12 +118,13 @@ def make_train_step(
     compiler_options: of XLA.
 
   Raises:
-    ValueError: the objective is unfit, or does not go with microbatches.
+    ValueError: the objective is unfit, or does not go with microbatches; nothing learns.
   """
   options = StepOptions(as_objective(loss), logits_chunk, microbatches, dropout_seed, spike_factor)
   graphdef, trainable, frozen = split_models(as_models(models))
   jitted = jit_train_step(graphdef, optimizer, options, compiler_options=compiler_options)
-  return TrainStep(jitted, frozen, graphdef, mesh_of((trainable, frozen)))
+  vocab_size = getattr(as_models(models).policy, 'vocab_size', None)
+  return TrainStep(jitted, frozen, graphdef, mesh_of((trainable, frozen)), vocab_size)
 
 
 def jit_train_step(
@@ -232,6 +239,9 @@ def _accumulate(loss, trainable: nnx.State, batch: Batch, parts: int):
     part, index = step
     return jax.tree.map(jnp.add, total, gradient(trainable, part, index)), None
 
+  rows = len(batch['tokens'])
+  if rows % parts:
+    raise ValueError(f'microbatches={parts} does not divide the {rows} rows of the batch')
   split_batch = jax.tree.map(split, dict(batch))
   first = jax.tree.map(lambda array: array[0], split_batch)
   shapes = jax.eval_shape(gradient, trainable, first, 0)
