@@ -51,13 +51,13 @@ def cache_directory(workdir: str | None, cache_dir: str | None) -> str:
   """Returns where tokens, and the reference's log-probs of them, are kept."""
   directory = cache_dir or (workdir and f'{workdir}/token_cache')
   if not directory:
-    raise ValueError('no directory for the token cache: set workdir or data.cache_dir.')
+    raise ValueError('no directory for the token cache: set workdir or data.cache_dir')
   return directory
 
 
 def _load_tokenizer(data: DataSettings, path: str | None) -> Tokenizer:
   if not path:
-    raise ValueError('no tokenizer given: set data.tokenizer, or initialize_from_hf to have one.')
+    raise ValueError('no tokenizer given: set data.tokenizer, or initialize_from_hf to have one')
   return load_tokenizer(
     path, data.chat_template, variables=dict(data.template_variables), history=data.history
   )
@@ -70,7 +70,7 @@ def _validation_source(data: DataSettings) -> RecordSource | None:
   if weights is not None:
     raise ValueError(
       'data.validation gives weights, but every validation pair counts once: give a path or a list '
-      'of them.'
+      'of them'
     )
   return RecordSource(paths)
 
@@ -78,5 +78,5 @@ def _validation_source(data: DataSettings) -> RecordSource | None:
 def _fields(data: DataSettings) -> dict[str, str]:
   for field, key in data.fields:
     if not isinstance(key, str):
-      raise ValueError(f'data.fields takes {field!r} from {key!r}: expected the name of a key.')
+      raise ValueError(f'data.fields takes {field!r} from {key!r}: expected the name of a key')
   return dict(data.fields)

@@ -120,8 +120,6 @@ def _iterate(batches: _Batches, workers: int) -> grain.DatasetIterator:
 def _shard(rows: int, index: Shards, count: int) -> list[int]:
   size, rest = divmod(rows, count)
   if rest:
-    raise ValueError(
-      f'batch.rows={rows} cannot be divided among {count} hosts: make it a multiple.'
-    )
+    raise ValueError(f'batch.rows={rows} cannot be divided among {count} hosts: make it a multiple')
   shards = (index,) if isinstance(index, int) else index
   return [row for shard in shards for row in range(shard * size, (shard + 1) * size)]

@@ -71,7 +71,7 @@ class PreparedData:
     cache = getattr(self, side).cache
     pair = int(np.searchsorted(cache.records, pair_index))
     if pair == len(cache) or cache.records[pair] != pair_index:
-      raise ValueError(f'no {side} pair has pair_index {pair_index}.')
+      raise ValueError(f'no {side} pair has pair_index {pair_index}')
     return cache.where(pair)
 
 

@@ -222,7 +222,7 @@ def pack_pairs(
   need = row_lengths(pair_lengths(pairs), layout)
   if need.max(initial=0) > tokens:
     longest = pairs[int(need.argmax())].index
-    raise ValueError(f'tokens={tokens}: pair {longest} takes {need.max()}. Cut or drop it first')
+    raise ValueError(f'tokens={tokens}: pair {longest} takes {need.max()}: cut or drop it first')
   plan = plan_rows(need, tokens=tokens)
   rows = [[pairs[i] for i in plan[row]] for row in range(len(plan))]
   rows += [[]] * (-len(rows) % multiple)

@@ -58,7 +58,7 @@ class RowSchedule:
     order = self.mixture.epoch(epoch, seed=self.seed, shuffle=self.shuffle)
     if not len(order):
       raise ValueError(
-        f'data.train: the weights of the mixture leave no pair for epoch {epoch + 1}: raise them.'
+        f'data.train: the weights of the mixture leave no pair for epoch {epoch + 1}: raise them'
       )
     plan = plan_rows(
       row_lengths(self.lengths, self.layout),

@@ -84,7 +84,7 @@ def hold_out(prompts: np.ndarray, fraction: float, seed: int) -> np.ndarray:
   if len(unique) < 2:
     raise ValueError(
       'all pairs have the same prompt, so none can be held out without being trained on: set '
-      'data.validation, or data.validation_split_fraction=0.'
+      'data.validation, or data.validation_split_fraction=0'
     )
   order = np.argsort(hashed(unique, 'validation', seed), kind='stable')
   room = min(round(fraction * len(prompts)), len(prompts) - 1)

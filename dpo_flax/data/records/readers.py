@@ -235,7 +235,7 @@ def _import(name: str, *, file: str, extra: str) -> Any:
   try:
     return __import__(name)
   except ImportError:
-    raise ValueError(f'{file} files need {name}: pip install "dpo_flax[{extra}]".') from None
+    raise ValueError(f'{file} files need {name}: pip install "dpo_flax[{extra}]"') from None
 
 
 def table_files(directory: epath.Path) -> list[str]:
@@ -247,14 +247,14 @@ def table_files(directory: epath.Path) -> list[str]:
   splits = directory / 'dataset_dict.json'
   if splits.exists():
     names = ' or '.join(f'{directory}/{name}' for name in json.loads(splits.read_text())['splits'])
-    raise ValueError(f'{directory} holds several splits: name one, {names}.')
+    raise ValueError(f'{directory} holds several splits: name one, {names}')
   state = directory / 'state.json'
   if not state.exists():
-    raise ValueError(f'{directory} is a directory: name its files, as in {directory}/*.jsonl.')
+    raise ValueError(f'{directory} is a directory: name its files, as in {directory}/*.jsonl')
   content = json.loads(state.read_text())
   if content.get('_indices_data_files'):
     raise ValueError(
       f'{directory} selects rows by an indices file, as old versions of `datasets` wrote: load it, '
-      'flatten_indices(), and save it again.'
+      'flatten_indices(), and save it again'
     )
   return [str(directory / file['filename']) for file in content['_data_files']]

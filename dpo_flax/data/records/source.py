@@ -59,10 +59,10 @@ class RecordSource:
     self.files: list[str] = [file for files in names for file in files]
     self.parts: list[int] = [i for i, files in enumerate(names) for _ in files]  # of each file
     if not self.files:
-      raise ValueError('no data files given: set data.train to a path, a glob or a list of them.')
+      raise ValueError('no data files given: set data.train to a path, a glob or a list of them')
     if len(set(self.files)) < len(self.files):
       twice = next(file for file in self.files if self.files.count(file) > 1)
-      raise ValueError(f'{twice} is named more than once: name every file once.')
+      raise ValueError(f'{twice} is named more than once: name every file once')
     self.position = 0  # stored bytes that the iteration has passed, of `size`
 
   def __iter__(self) -> Iterator[Record]:
@@ -103,7 +103,7 @@ def _expand(pattern: str) -> list[str]:
     raise ValueError(f'{pattern} cannot be read: {error}. May this account read it?') from error
   if not glob.has_magic(pattern):
     several = ': give several paths as a tuple, not one text with commas' if ',' in pattern else ''
-    raise ValueError(f'{pattern} does not exist{several}.')
+    raise ValueError(f'{pattern} does not exist{several}')
   if '**' in pattern:
     raise ValueError(f'{pattern}: ** is not supported, as it may list a whole bucket. Use *.')
   parts = pattern.split('/')  # not path.parts, which lose the // of gs://
@@ -112,5 +112,5 @@ def _expand(pattern: str) -> list[str]:
   files = root.glob('/'.join(parts[start:])) if root.exists() else ()
   names = sorted(str(file) for file in files if not file.is_dir())
   if not names:
-    raise ValueError(f'{pattern} matches no file.')
+    raise ValueError(f'{pattern} matches no file')
   return names

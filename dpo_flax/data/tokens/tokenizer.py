@@ -170,7 +170,7 @@ def load_tokenizer(
   bos_id, eos_id, add_bos = _ends(backend, names, settings)
   if eos_id is None:
     raise ValueError(
-      f'{file} names no end-of-text token: add "eos_token" to {file.parent}/tokenizer_config.json.'
+      f'{file} names no end-of-text token: add "eos_token" to {file.parent}/tokenizer_config.json'
     )
   source = _template_source(chat_template, settings, file.parent)
   template = None
@@ -194,18 +194,18 @@ def _check_date(date: Any) -> None:
     datetime.date.fromisoformat(date)
   except (TypeError, ValueError):
     raise ValueError(
-      f"data.template_variables: strftime_now is {date!r}, not a date such as '2024-07-26'."
+      f"data.template_variables: strftime_now is {date!r}, not a date such as '2024-07-26'"
     ) from None
 
 
 def _find(path: epath.Path) -> epath.Path:
   if not path.exists():
-    raise ValueError(f'{path} does not exist: set data.tokenizer to a directory or a file.')
+    raise ValueError(f'{path} does not exist: set data.tokenizer to a directory or a file')
   if not path.is_dir():
     return path
   files = [path / name for name in _FILES if (path / name).exists()] or sorted(path.glob('*.model'))
   if not files:
-    raise ValueError(f'{path} holds neither {" nor ".join(_FILES)}.')
+    raise ValueError(f'{path} holds neither {" nor ".join(_FILES)}')
   return files[0]
 
 
@@ -257,7 +257,7 @@ def _template_source(
     if '{' in given or '\n' in given:
       return given
     if not epath.Path(given).exists():
-      raise ValueError(f'data.chat_template: {given} is neither a file nor a template.')
+      raise ValueError(f'data.chat_template: {given} is neither a file nor a template')
     return epath.Path(given).read_text()
   if (directory / 'chat_template.jinja').exists():
     return (directory / 'chat_template.jinja').read_text()
