@@ -1,19 +1,17 @@
-"""Helper processes: Python programs that answer one message at a time over their standard pipes.
+"""Helper processes: Python programs that answer one message at a time.
 
-Not multiprocessing, whose processes begin with the caller's own main module: a helper of a training
-run would import all of JAX, and a script without a main guard would start itself again.
+Not processes of multiprocessing, which begin with the caller's own main module: a helper of a
+training run would import all of JAX, and a script without a main guard would start itself again.
 """
 
 import atexit
 import contextlib
 import os
-import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
-
-_HEADER = struct.Struct('<Q')  # a message's size
+from multiprocessing import connection
 
 
 class ChildDied(Exception):
@@ -33,15 +31,16 @@ class Child:
   """
 
   def __init__(self, module: str, *, quiet: bool = False):
-    self._process = subprocess.Popen(
-      [sys.executable, '-m', module],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.DEVNULL if quiet else None,
-      env={**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, sys.path))},
-    )
-    assert self._process.stdin is not None and self._process.stdout is not None
-    self._requests, self._answers = self._process.stdin, self._process.stdout
+    output = subprocess.DEVNULL if quiet else 2  # what it prints goes to standard error
+    self._connection, theirs = connection.Pipe()
+    with theirs:
+      self._process = subprocess.Popen(
+        [sys.executable, '-m', module],
+        stdin=theirs.fileno(),
+        stdout=output,
+        stderr=output,
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, sys.path))},
+      )
     self._lock = threading.Lock()
     atexit.register(self.close)
 
@@ -53,9 +52,9 @@ class Child:
     """
     with self._lock:
       try:
-        _send(self._requests.fileno(), request)
-        return _receive(self._answers.fileno())
-      except (EOFError, BrokenPipeError, ValueError):
+        self._connection.send_bytes(request)
+        return self._connection.recv_bytes()
+      except (EOFError, OSError):
         self.close()
         raise ChildDied(self._process.returncode) from None
 
@@ -64,36 +63,11 @@ class Child:
     atexit.unregister(self.close)
     self._process.kill()
     self._process.wait()
-    self._requests.close()
-    self._answers.close()
+    self._connection.close()
 
 
 def serve(answer: Callable[[bytes], bytes]) -> None:
-  """Answers messages until there are no more; what the program prints goes to standard error."""
-  outward = os.dup(1)
-  os.dup2(2, 1)
-  with contextlib.suppress(EOFError, BrokenPipeError):  # who asked is gone
-    while True:
-      _send(outward, answer(_receive(0)))
-
-
-def _send(descriptor: int, message: bytes) -> None:
-  rest = memoryview(_HEADER.pack(len(message)) + message)
-  while rest:
-    rest = rest[os.write(descriptor, rest) :]
-
-
-def _receive(descriptor: int) -> bytes:
-  (size,) = _HEADER.unpack(_read(descriptor, _HEADER.size))
-  return _read(descriptor, size)
-
-
-def _read(descriptor: int, size: int) -> bytes:
-  parts = []
-  while size:
-    part = os.read(descriptor, min(size, 1 << 20))
-    if not part:
-      raise EOFError
-    parts.append(part)
-    size -= len(part)
-  return b''.join(parts)
+  """Answers the messages that come by standard input, until there are no more."""
+  with connection.Connection(0) as asker, contextlib.suppress(EOFError, ConnectionError):
+    while True:  # until who asks is gone
+      asker.send_bytes(answer(asker.recv_bytes()))
