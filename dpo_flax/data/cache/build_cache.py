@@ -5,14 +5,13 @@ tokenizer's files, the template, the format and the version of this code. One of
 builds it, on as many cores as there are; the others wait.
 """
 
-import collections
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 
 import tqdm
 from absl import logging
@@ -21,7 +20,7 @@ from etils import epath
 from dpo_flax.data.cache import cache_files
 from dpo_flax.data.cache.token_cache import TokenCache, local_directory
 from dpo_flax.data.records.formats import FormatOptions
-from dpo_flax.data.records.source import Record, RecordSource
+from dpo_flax.data.records.source import RecordSource
 from dpo_flax.data.tokens.encode import Chunk, Task, encode_all, worker_count
 from dpo_flax.data.tokens.tokenizer import Tokenizer
 from dpo_flax.files.atomic import SUFFIX
@@ -100,35 +99,38 @@ def _build(
   if (directory / cache_files.MANIFEST).exists():
     logging.warning('%s is damaged; what is wrong is built again.', directory)
     (directory / cache_files.MANIFEST).unlink()
-  intact = cache_files.intact_shards(directory)
-  read, tasks = 0, collections.deque()  # records, and what is being tokenized of them
+  shards = cache_files.intact_shards(directory)
+  chunks = _checked(encode(_missing(source, frozenset(shards))), source, bad_record)
+  for number, of_shard in itertools.groupby(chunks, lambda chunk: _shard(chunk.first)):
+    cache_files.write_shard(directory, number, source.files, of_shard)
+    shards.add(number)
+  return len(shards)
 
-  def missing() -> Iterator[Task]:
-    nonlocal read
-    records = iter(source)
-    while chunk := list(itertools.islice(records, _CHUNK)):
-      task = Task(read, chunk)
-      read += len(chunk)
-      if task.first // cache_files.RECORDS not in intact:
-        tasks.append(task)
-        yield task
 
-  def tokenized() -> Iterator[tuple[Chunk, list[Record]]]:
-    hidden = not sys.stderr.isatty()
-    options = {'desc': 'tokenizing', 'unit': 'B', 'unit_scale': True, 'disable': hidden}
-    with tqdm.tqdm(total=source.size, **options) as bar:
-      for chunk in encode(missing()):
-        records = tasks.popleft().records
-        if chunk.faults and bad_record == 'raise':
-          i, _, message = chunk.faults[0]
-          raise ValueError(_refusal(f'{records[i].where}: {message}'))
-        yield chunk, records
-        bar.update(source.position - bar.n)
+def _missing(source: RecordSource, intact: Set[int]) -> Iterator[Task]:
+  """Yields the records whose shards are not intact."""
+  records, first = iter(source), 0
+  while chunk := list(itertools.islice(records, _CHUNK)):
+    if _shard(first) not in intact:
+      yield first, chunk
+    first += len(chunk)
 
-  by_shard = itertools.groupby(tokenized(), lambda item: item[0].first // cache_files.RECORDS)
-  for number, chunks in by_shard:
-    cache_files.write_shard(directory, number, source.files, chunks)
-  return -(-read // cache_files.RECORDS)
+
+def _shard(record: int) -> int:
+  return record // cache_files.RECORDS
+
+
+def _checked(chunks: Iterator[Chunk], source: RecordSource, bad_record: str) -> Iterator[Chunk]:
+  """Yields the chunks and shows how far they are; refuses a bad record unless these are skipped."""
+  hidden = not sys.stderr.isatty()
+  options = {'desc': 'tokenizing', 'unit': 'B', 'unit_scale': True, 'disable': hidden}
+  with tqdm.tqdm(total=source.size, **options) as bar:
+    for chunk in chunks:
+      if chunk.faults and bad_record == 'raise':
+        file, line, _, message = chunk.faults[0]
+        raise ValueError(_refusal(f'{file}:{line}: {message}'))
+      yield chunk
+      bar.update(source.position - bar.n)
 
 
 def _copy(source: epath.Path, target: epath.Path) -> None:

@@ -16,6 +16,8 @@ import collections
 import contextlib
 import dataclasses
 import fcntl
+import functools
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from concurrent import futures
@@ -24,8 +26,6 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from dpo_flax.data.records.preference import COLUMNS
-from dpo_flax.data.records.source import Record
 from dpo_flax.data.tokens.encode import Chunk
 from dpo_flax.files.atomic import sha256_of, write_file
 from dpo_flax.files.paths import access_errors
@@ -33,6 +33,8 @@ from dpo_flax.files.paths import access_errors
 RECORDS = 1 << 14  # of a shard
 SHOWN = 5  # lines named for each reason a record was dropped
 MANIFEST = 'manifest.json'
+# Where a file system knows no locks, others may build this cache as well.
+_write = functools.partial(write_file, concurrent=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,52 +60,39 @@ def write_shard(
   directory: epath.Path,
   number: int,
   files: list[str],  # of the source
-  chunks: Iterable[tuple[Chunk, list[Record]]],  # of the shard, each with what it was made of
+  chunks: Iterable[Chunk],  # of the shard
 ) -> None:
   """Writes the files of one shard, its .json last."""
-  file_index = {file: i for i, file in enumerate(files)}
-  made, found = [], []  # chunks, and (file, line) of every pair
-  examples, dropped = collections.defaultdict(list), collections.Counter()
-  for chunk, records in chunks:
-    lines = [(file_index[record.file], record.number) for record in records]
-    made.append(chunk)
-    found += [lines[i - chunk.first] for i in chunk.records.tolist()]
-    for i, reason, message in chunk.faults:
-      dropped[reason] += 1
-      if len(examples[reason]) < SHOWN:
-        examples[reason].append((*lines[i], message))
-  arrays = _concatenated(made)
+  chunks = list(chunks)
+  arrays: dict[str, Any] = {
+    name: np.concatenate([chunk.arrays[name] for chunk in chunks]) for name in chunks[0].arrays
+  }
   tokens = arrays.pop('tokens')
-  arrays['files'], arrays['lines'] = np.array(found, np.int32).reshape(-1, 2).T
-  name = shard_name(number)
-
-  def write(suffix: str, content: Any) -> str:
-    # Where a file system knows no locks, others may build this cache as well.
-    return write_file(directory / f'{name}.{suffix}', content, concurrent=True)
-
+  index = {file: i for i, file in enumerate(files)}
+  lines = [(index[file], line) for chunk in chunks for file, line in chunk.lines]
+  arrays['files'], arrays['lines'] = np.array(lines, np.int32).reshape(-1, 2).T
+  examples, dropped = collections.defaultdict(list), collections.Counter()
+  for file, line, reason, message in itertools.chain(*(chunk.faults for chunk in chunks)):
+    dropped[reason] += 1
+    if len(examples[reason]) < SHOWN:
+      examples[reason].append((index[file], line, message))
+  stem = directory / shard_name(number)
   largest_id, largest_id_pair = _largest_id(tokens, arrays['lengths'])
-  read = sum(chunk.read for chunk in made)
+  read = sum(chunk.read for chunk in chunks)
   report = ShardReport(
     read=read,
     kept=read - dropped.total(),
-    formats=dict(sum((chunk.formats for chunk in made), collections.Counter())),
+    formats=dict(sum((chunk.formats for chunk in chunks), collections.Counter())),
     dropped=dict(dropped),
     examples=dict(examples),
     largest_id=largest_id,
     largest_id_pair=largest_id_pair,
     sha256={
-      f'{name}.tokens': write('tokens', tokens.tobytes()),
-      f'{name}.npz': write('npz', lambda file: np.savez(file, **arrays)),
+      f'{stem.name}.tokens': _write(f'{stem}.tokens', tokens.tobytes()),
+      f'{stem.name}.npz': _write(f'{stem}.npz', lambda file: np.savez(file, **arrays)),
     },
   )
-  write('json', json.dumps(dataclasses.asdict(report)))
-
-
-def _concatenated(chunks: list[Chunk]) -> dict[str, Any]:
-  fields = ('tokens', 'lengths', 'records', 'prompts')
-  arrays = {name: np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in fields}
-  columns = {name: np.concatenate([chunk.columns[name] for chunk in chunks]) for name in COLUMNS}
-  return arrays | columns
+  _write(f'{stem}.json', json.dumps(dataclasses.asdict(report)))
 
 
 def _largest_id(tokens: np.ndarray, lengths: np.ndarray) -> tuple[int, int]:
@@ -120,7 +109,7 @@ def write_manifest(directory: epath.Path, fingerprint: str, files: list[str], sh
   names = [f'{shard_name(number)}.json' for number in range(shards)]
   sha256 = {name: sha256_of(directory / name) for name in names}
   manifest = {'fingerprint': fingerprint, 'files': files, 'sha256': sha256}
-  write_file(directory / MANIFEST, json.dumps(manifest, indent=1), concurrent=True)
+  _write(directory / MANIFEST, json.dumps(manifest, indent=1))
 
 
 def read_manifest(directory: epath.Path) -> dict[str, Any]:
@@ -142,10 +131,10 @@ def file_names(directory: epath.Path) -> list[str]:
 
 def intact_shards(directory: epath.Path) -> set[int]:
   """Returns the shards whose files are there and as they were written."""
-  names = sorted(path.stem for path in directory.glob('*.json') if path.stem.isdigit())
+  numbers = [int(path.stem) for path in directory.glob('*.json') if path.stem.isdigit()]
   with futures.ThreadPoolExecutor() as threads:
-    intact = list(threads.map(lambda name: _is_intact(directory, int(name)), names))
-  return {int(name) for name, is_intact in zip(names, intact, strict=True) if is_intact}
+    intact = threads.map(lambda number: _is_intact(directory, number), numbers)
+    return set(itertools.compress(numbers, intact))
 
 
 def is_complete(directory: epath.Path, fingerprint: str) -> bool:

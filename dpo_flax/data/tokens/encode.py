@@ -25,12 +25,7 @@ _MUCH = 8 << 20  # bytes of data from which starting processes is worth it
 _MOST = 64  # processes: more would wait for the one that reads
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-  """Records to tokenize, and where they stand among all."""
-
-  first: int  # index of the first record in the source
-  records: list[Record]
+Task = tuple[int, list[Record]]  # the index of the first in the source, and the records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,51 +33,50 @@ class Chunk:
   """The pairs that a task's records gave, n of them, and what became of the other records."""
 
   first: int
-  read: int
-  tokens: np.ndarray  # int32: prompt, chosen, rejected of each pair in turn
-  lengths: np.ndarray  # [n, 3] int32
-  records: np.ndarray  # [n] int32, indices in the source
-  prompts: np.ndarray  # [n] uint64, hashes
-  columns: dict[str, np.ndarray]  # each of COLUMNS, [n] float32, NaN where the record has none
+  read: int  # records
+  arrays: dict[str, np.ndarray]  # see below
+  lines: list[tuple[str, int]]  # [n] file and line
   formats: collections.Counter[str]  # records recognised as each
-  faults: list[tuple[int, str, str]]  # index in the task, reason, message of each record dropped
+  faults: list[tuple[str, int, str, str]]  # file, line, reason, message of each record dropped
 
 
 def encode_chunk(task: Task, tokenizer: Tokenizer, options: FormatOptions) -> Chunk:
   """Tokenizes the records of a task.
 
+  Returns:
+    A chunk with the arrays tokens (int32: prompt, chosen, rejected of each pair in turn), lengths
+    [n, 3] int32, records [n] int32 (indices in the source), prompts [n] uint64 (hashes), and each
+    of COLUMNS, [n] float32, NaN where the record has none.
+
   Raises:
     ValueError: the chat template had to be ended, at a record that is named.
   """
+  first, records = task
   pairs: list[tuple[int, Preference, EncodedPair]] = []
-  formats, faults = collections.Counter(), []
-  for i, record in enumerate(task.records):
+  lines, formats, faults = [], collections.Counter(), []
+  for i, record in enumerate(records, start=first):
     try:
       preferences, name = to_preferences(record.value(), options)
       encoded = [tokenizer.encode(preference) for preference in preferences]
     except RecordError as error:
-      faults.append((i, error.reason, str(error)))
+      faults.append((record.file, record.number, error.reason, str(error)))
       continue
     except TemplateDied as death:  # not the record's fault: to skip it would cost as much for each
       raise ValueError(f'{record.where}: {death}. Mend the template.') from None
     formats[name] += 1
-    pairs += [(task.first + i, *pair) for pair in zip(preferences, encoded, strict=True)]
-  parts = itertools.chain.from_iterable(pair for *_, pair in pairs)
-  columns = {
-    name: np.array([getattr(preference, name) for _, preference, _ in pairs], np.float32)
-    for name in COLUMNS
+    lines += [(record.file, record.number)] * len(preferences)
+    pairs += [(i, *pair) for pair in zip(preferences, encoded, strict=True)]
+  ids = [part for *_, pair in pairs for part in pair]
+  arrays = {
+    'tokens': np.fromiter(itertools.chain.from_iterable(ids), np.int32),
+    'lengths': np.array([len(part) for part in ids], np.int32).reshape(-1, 3),
+    'records': np.array([index for index, *_ in pairs], np.int32),
+    'prompts': np.array([_prompt_hash(preference) for _, preference, _ in pairs], np.uint64),
   }
-  return Chunk(
-    first=task.first,
-    read=len(task.records),
-    tokens=np.fromiter(itertools.chain.from_iterable(parts), np.int32),
-    lengths=np.array([[len(part) for part in pair] for *_, pair in pairs], np.int32).reshape(-1, 3),
-    records=np.array([index for index, *_ in pairs], np.int32),
-    prompts=np.array([_prompt_hash(preference) for _, preference, _ in pairs], np.uint64),
-    columns=columns,
-    formats=formats,
-    faults=faults,
-  )
+  for name in COLUMNS:
+    values = [getattr(preference, name) for _, preference, _ in pairs]
+    arrays[name] = np.array(values, np.float32)
+  return Chunk(first, len(records), arrays, lines, formats, faults)
 
 
 def encode_all(
