@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from dpo_flax.data.batches import pack
+from dpo_flax.data.batches.plan import plan_rows
 from dpo_flax.data.tokens.tokenizer import Tokenizer
 from dpo_flax.losses.objective import implicit_rewards, total_loss
 from dpo_flax.losses.pair_logps import PairLogps
@@ -57,7 +58,7 @@ def separate_and_packed_losses(
   alone, shared = (pack.row_lengths(lengths, name) for name in ('separate', layout))
   if shared.max() > tokens:
     raise ValueError(f'tokens={tokens}: the longest of the pairs takes {shared.max()}')
-  plan = pack.plan_rows(shared, tokens=tokens)
+  plan = plan_rows(shared, tokens=tokens)
   columns = pack.given_columns(pairs)
   separate = pack.fill_batch(
     [[pair] for pair in pairs],

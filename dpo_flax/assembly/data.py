@@ -3,7 +3,9 @@
 from dpo_flax.config.named_values import split_paths
 from dpo_flax.config.schema import Settings
 from dpo_flax.config.sections import DataSettings
-from dpo_flax.data.prepare import PreparedData, ReadOptions, RowOptions, prepare
+from dpo_flax.data.batches.schedule import RowOptions
+from dpo_flax.data.cache.build_cache import ReadOptions
+from dpo_flax.data.prepare import PreparedData, prepare
 from dpo_flax.data.records.formats import FormatOptions
 from dpo_flax.data.records.source import RecordSource
 from dpo_flax.data.tokens.tokenizer import Tokenizer, load_tokenizer

@@ -15,7 +15,7 @@ import numpy as np
 
 from dpo_flax.data.batches import pack, split
 from dpo_flax.data.batches.schedule import RowSchedule
-from dpo_flax.data.prepare import PreparedData, RowOptions
+from dpo_flax.data.prepare import PreparedData
 
 Shards = int | tuple[int, ...]  # one of the equal parts of a batch's rows, or several
 
@@ -38,7 +38,7 @@ def train_batches(
   another in that order. Close the iterator when done.
   """
   rows = _shard(prepared.rows.rows, shard_index, shard_count)
-  batches = _Batches(prepared.train, prepared.train_rows, prepared.rows, rows, start_step, _ENDLESS)
+  batches = _Batches(prepared.train, prepared.train_rows, rows, start_step, _ENDLESS)
   return _iterate(batches, workers)
 
 
@@ -59,7 +59,7 @@ def every_pair(
   rows = _shard(prepared.rows.rows, shard_index, shard_count)
   schedule = prepared.one_pass[side]
   steps = math.ceil(len(prepared.every_row(side)) / prepared.rows.rows)
-  batches = _Batches(getattr(prepared, side), schedule, prepared.rows, rows, 0, steps)
+  batches = _Batches(getattr(prepared, side), schedule, rows, 0, steps)
   return _iterate(batches, workers=0)
 
 
@@ -78,7 +78,6 @@ class _Batches:
 
   pairs: split.Side
   schedule: RowSchedule
-  options: RowOptions
   rows: list[int]  # of the global batch: this shard's
   start: int  # step of batch 0
   steps: int  # _ENDLESS, or as many as one epoch fills
@@ -87,16 +86,17 @@ class _Batches:
     return self.steps
 
   def __getitem__(self, index: int) -> pack.Batch:
-    first = (self.start + index) * self.options.rows
+    options = self.schedule.options
+    first = (self.start + index) * options.rows
     numbers = [first + row for row in self.rows]
     end = math.inf if self.steps == _ENDLESS else len(self.schedule.plan(0))
     indices = [self.schedule.row(n) if n < end else np.zeros(0, np.int32) for n in numbers]
     pairs = iter(self.pairs.packed_pairs(np.concatenate(indices)))
     batch = pack.fill_batch(
       [list(itertools.islice(pairs, len(row))) for row in indices],
-      tokens=self.options.tokens,
+      tokens=options.tokens,
       pairs_per_row=self.schedule.pairs_per_row,
-      layout=self.options.layout,
+      layout=options.layout,
       columns=self.pairs.columns,
     )
     if self.pairs.reference_logps is not None:

@@ -1,7 +1,6 @@
 """Data files -> all that a run needs of them: tokenized, divided, planned, and counted."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 from typing import Any
@@ -9,39 +8,15 @@ from typing import Any
 import numpy as np
 
 from dpo_flax.data.batches import pack, split
-from dpo_flax.data.batches.schedule import RowSchedule
+from dpo_flax.data.batches.plan import RowPlan
+from dpo_flax.data.batches.schedule import Mixture, RowOptions, RowSchedule
 from dpo_flax.data.batches.split import Side
-from dpo_flax.data.cache.build_cache import open_or_build
+from dpo_flax.data.cache.build_cache import ReadOptions, open_or_build
 from dpo_flax.data.cache.token_cache import TokenCache
-from dpo_flax.data.records.formats import FormatOptions
 from dpo_flax.data.records.source import RecordSource
 from dpo_flax.data.tokens.tokenizer import Tokenizer
 
 _SHOWN = 5  # locations named in the report
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReadOptions:
-  """How records become tokens, and where these are kept."""
-
-  cache_dir: str
-  format: FormatOptions
-  bad_record: str = 'raise'  # raise | skip
-  workers: int = 0  # processes that tokenize; 0: one a core, for much data
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RowOptions:
-  """How pairs are laid into rows, and rows into steps."""
-
-  rows: int  # of a step
-  tokens: int  # of a row
-  pairs_per_row: int = 0  # slots; 0: the largest number the first epoch needs
-  layout: str = 'shared'  # shared | separate
-  pack: bool = True  # False: one pair a row
-  shuffle: bool = True
-  too_long: str = 'raise'  # raise | drop | truncate_prompt
-  seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +37,7 @@ class PreparedData:
     """Slots of every batch, train and validation."""
     return self.train_rows.pairs_per_row
 
-  def every_row(self, side: str) -> pack.RowPlan:
+  def every_row(self, side: str) -> RowPlan:
     """Returns the rows of `every_pair`: the indices of the pairs in each of them."""
     return self.one_pass[side].plan(0)
 
@@ -101,82 +76,61 @@ def prepare(
   """
   cache = _open(source, tokenizer, reading, vocab_size)
   other = None if validation is None else _open(validation, tokenizer, reading, vocab_size)
-  sides = _divide(cache, other, validation_split_fraction, rows, bos_id=tokenizer.bos_id)
-  schedule = functools.partial(
-    RowSchedule, tokens=rows.tokens, layout=rows.layout, seed=rows.seed, pack=rows.pack
-  )
-  train_rows = schedule(
-    sides['train'].lengths,
-    sides['train'].mixture(source.weights, source.parts),
-    shuffle=rows.shuffle,
-    pairs_per_row=rows.pairs_per_row if rows.pack else 1,
-  )
-  slots = train_rows.pairs_per_row
-  one_pass, report = {}, {}
-  for name, side in sides.items():
-    unmixed = side.mixture([1.0], [0] * len(side.cache.files))
-    one_pass[name] = schedule(side.lengths, unmixed, shuffle=False, pairs_per_row=slots)
-    plan = (train_rows if name == 'train' else one_pass[name]).plan(0)
-    report[name] = _report(side, plan, rows)
-  validation_side = sides.get('validation')
-  parts = [
+  parts = _divide(cache, other, validation_split_fraction, rows.seed)
+  sides = {name: split.fit(*part, rows, bos_id=tokenizer.bos_id) for name, part in parts.items()}
+  train = sides['train']
+  train_rows = RowSchedule(train.lengths, train.mixture(source.weights, source.parts), rows)
+  in_order = dataclasses.replace(rows, shuffle=False, pairs_per_row=train_rows.pairs_per_row)
+  one_pass = {
+    name: RowSchedule(side.lengths, Mixture((np.arange(len(side)),), (1.0,)), in_order)
+    for name, side in sides.items()
+  }
+  settings = [
     cache.fingerprint,
     [source.weights, source.parts],
-    validation_side and validation_side.cache.fingerprint,
+    sides['validation'].cache.fingerprint if 'validation' in sides else None,
     [rows.seed, validation_split_fraction, rows.shuffle, rows.layout, rows.pack],
     [rows.too_long, rows.rows, rows.tokens, rows.pairs_per_row],
   ]
   return PreparedData(
     tokenizer,
-    sides['train'],
-    validation_side,
+    train,
+    sides.get('validation'),
     train_rows,
     one_pass,
     rows=rows,
-    fingerprint=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
-    report=report,
+    fingerprint=hashlib.sha256(json.dumps(settings).encode()).hexdigest(),
+    report={
+      name: _report(side, train_rows if side is train else one_pass[name])
+      for name, side in sides.items()
+    },
   )
-
-
-def _divide(
-  cache: TokenCache,
-  other: TokenCache | None,  # the validation pairs, where they have files of their own
-  fraction: float,
-  rows: RowOptions,
-  *,
-  bos_id: int | None,
-) -> dict[str, Side]:
-  """Returns 'train' and, where there is one, 'validation', after deciding on long pairs."""
-  fit = functools.partial(
-    split.fit, tokens=rows.tokens, layout=rows.layout, too_long=rows.too_long, bos_id=bos_id
-  )
-  pairs, held = np.arange(len(cache), dtype=np.int32), np.zeros(len(cache), bool)
-  if other is None and fraction:
-    held = split.hold_out(cache.prompts, fraction, rows.seed)
-  sides = {'train': fit(cache, pairs[~held])}
-  if other is not None:
-    sides['validation'] = fit(other, np.arange(len(other), dtype=np.int32))
-  elif fraction:
-    sides['validation'] = fit(cache, pairs[held])
-  return sides
 
 
 def _open(
   source: RecordSource, tokenizer: Tokenizer, reading: ReadOptions, vocab_size: int
 ) -> TokenCache:
-  cache = open_or_build(
-    source,
-    tokenizer,
-    directory=reading.cache_dir,
-    options=reading.format,
-    bad_record=reading.bad_record,
-    workers=reading.workers,
-  )
+  cache = open_or_build(source, tokenizer, reading)
   cache.check_ids(vocab_size)
   return cache
 
 
-def _report(pairs: Side, plan: pack.RowPlan, rows: RowOptions) -> dict[str, Any]:
+def _divide(
+  cache: TokenCache, validation: TokenCache | None, fraction: float, seed: int
+) -> dict[str, tuple[TokenCache, np.ndarray]]:
+  """Returns the pairs of 'train' and, where there is one, of 'validation': indices in a cache."""
+  pairs = np.arange(len(cache), dtype=np.int32)
+  if validation is not None:
+    others = np.arange(len(validation), dtype=np.int32)
+    return {'train': (cache, pairs), 'validation': (validation, others)}
+  if not fraction:
+    return {'train': (cache, pairs)}
+  held = split.hold_out(cache.prompts, fraction, seed)
+  return {'train': (cache, pairs[~held]), 'validation': (cache, pairs[held])}
+
+
+def _report(pairs: Side, schedule: RowSchedule) -> dict[str, Any]:
+  rows, plan = schedule.options, schedule.plan(0)
   tokens = int(pack.row_lengths(pairs.lengths, rows.layout)[plan.pairs].sum())
   return {
     **dataclasses.asdict(pairs.cache.report),  # of the files, before they are divided

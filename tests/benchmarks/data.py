@@ -21,6 +21,7 @@ from dpo_flax.assembly.data import prepare_data
 from dpo_flax.config.settings import settings_of
 from dpo_flax.data import loader
 from dpo_flax.data.batches import pack
+from dpo_flax.data.batches.plan import plan_rows
 from dpo_flax.data.prepare import PreparedData
 
 CHATML = (
@@ -81,7 +82,7 @@ def measure_planning(pairs: int, tokens: int):
   lengths = lengths.clip(8, tokens).astype(np.int32)
   before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   start = time.perf_counter()
-  plan = pack.plan_rows(lengths, tokens=tokens)
+  plan = plan_rows(lengths, tokens=tokens)
   seconds = time.perf_counter() - start
   memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
   padding = 1 - lengths.sum() / (len(plan) * tokens)

@@ -24,6 +24,7 @@ from dpo_flax import config as config_lib
 from dpo_flax.assembly.tuning import make_lora_config
 from dpo_flax.config.sections import LoraSettings
 from dpo_flax.data.batches import pack
+from dpo_flax.data.batches.plan import plan_rows
 from dpo_flax.huggingface.config_json import from_hf_config
 from dpo_flax.losses.objective import Objective
 from dpo_flax.model.transformer import Transformer
@@ -58,7 +59,7 @@ def make_pairs(count: int) -> list[pack.PackedPair]:
 def make_batches(pairs: list[pack.PackedPair], rows: int, tokens: int) -> list[pack.Batch]:
   """Packs all pairs once, shared layout; the last incomplete batch is filled with empty rows."""
   lengths = np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs])
-  plan = pack.plan_rows(pack.row_lengths(lengths, 'shared'), tokens=tokens)
+  plan = plan_rows(pack.row_lengths(lengths, 'shared'), tokens=tokens)
   contents = [[pairs[i] for i in plan[row]] for row in range(len(plan))]
   contents += [[]] * (-len(contents) % rows)
   return [

@@ -16,7 +16,7 @@ import random
 import tempfile
 from typing import Any
 
-from dpo_flax.data.cache.build_cache import open_or_build
+from dpo_flax.data.cache.build_cache import ReadOptions, open_or_build
 from dpo_flax.data.cache.token_cache import Report
 from dpo_flax.data.records.formats import FormatOptions
 from dpo_flax.data.records.source import RecordSource
@@ -112,14 +112,12 @@ def run(count: int, seed: int, tokenizer: Tokenizer, directory: pathlib.Path) ->
   path = directory / 'mutated.jsonl'
   lines = [mutate(generator.choice(SEEDS), generator) for _ in range(count)]
   path.write_bytes(b''.join(line + b'\n' for line in lines if line.strip()))
-  options = FormatOptions(completions='all')
-  return open_or_build(
-    RecordSource(str(path)),
-    tokenizer,
-    directory=str(directory / 'cache'),
-    options=options,
+  reading = ReadOptions(
+    cache_dir=str(directory / 'cache'),
+    format=FormatOptions(completions='all'),
     bad_record='skip',
-  ).report
+  )
+  return open_or_build(RecordSource(str(path)), tokenizer, reading).report
 
 
 def main():

@@ -1,4 +1,4 @@
-"""Lengths -> a plan of rows; planned rows -> the arrays of a packed batch.
+"""Planned rows -> the arrays of a packed batch.
 
 A row holds several complete pairs. Here prompt a b c, chosen X $, rejected Y Z $ ($ is EOS) of
 record 7 meet a row of 12 tokens and P = 1 pair slot, so S = 2 answers. In the shared layout,
@@ -35,18 +35,15 @@ targets          the token that comes next in the same answer; 0 where it is no 
 answer_ids       the answer that the target belongs to, an index in [0, S); S where a position
                  predicts nothing that counts.
 optional         reference_logps [S]; pair_weight, chosen_probability, margin [P], float32.
-
-Packing is best-fit decreasing, window by window, on counts of equal lengths instead of single
-pairs: one step places pairs of one length in all rows with the same contents, so that the time
-grows with the number of distinct lengths, not of pairs.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from dpo_flax.data.batches.plan import plan_rows
 
 LAYOUTS = ('shared', 'separate')
 
@@ -70,25 +67,6 @@ class PackedPair(NamedTuple):
     return int(np.sum(self.chosen >= 0)), int(np.sum(self.rejected >= 0))
 
 
-@dataclasses.dataclass(frozen=True)
-class RowPlan:
-  """Which pairs share a row: row i holds pairs[starts[i]:starts[i + 1]]."""
-
-  pairs: np.ndarray  # [N] int32
-  starts: np.ndarray  # [rows + 1] int64
-
-  def __len__(self) -> int:
-    return len(self.starts) - 1
-
-  def __getitem__(self, row: int) -> np.ndarray:
-    return self.pairs[self.starts[row] : self.starts[row + 1]]
-
-  @property
-  def pairs_per_row(self) -> int:
-    """The largest number of pairs in a row."""
-    return int(np.diff(self.starts).max(initial=0))
-
-
 def pair_lengths(pairs: Iterable[PackedPair]) -> np.ndarray:
   """Returns the tokens of each pair's prompt, chosen and rejected, [N, 3]."""
   lengths = [(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs]
@@ -107,96 +85,6 @@ def _repeated(prompt: np.ndarray, layout: str) -> np.ndarray:
   The shared layout repeats the last token alone, because it predicts the answer's first.
   """
   return np.ones_like(prompt) if layout == 'shared' else prompt
-
-
-def plan_rows(
-  lengths: np.ndarray,  # [N] tokens each pair takes, all <= tokens
-  *,
-  tokens: int,
-  pairs_per_row: int = 0,  # at most; 0: any number
-  order: np.ndarray | None = None,  # [N] the pairs as they enter the windows; None: 0 .. N - 1
-  window: int = 1 << 16,  # pairs packed together; 0: one pair per row
-) -> RowPlan:
-  """Assigns every pair to one row. Pairs of a window stay together, so order survives roughly."""
-  order = np.arange(len(lengths), dtype=np.int32) if order is None else order.astype(np.int32)
-  if not window:
-    return RowPlan(order, np.arange(len(order) + 1))
-  if len(lengths):
-    assert lengths.min() > 0 and lengths.max() <= tokens, 'a pair that fits no row'
-  pairs, sizes = [], []
-  for start in range(0, len(order), window):
-    block = order[start : start + window]
-    packed, counts = _pack_window(lengths[block], tokens, pairs_per_row or window)
-    pairs.append(block[packed])
-    sizes.append(counts)
-  starts = np.zeros(sum(map(len, sizes)) + 1, np.int64)
-  if pairs:
-    np.cumsum(np.concatenate(sizes), out=starts[1:])
-  return RowPlan(np.concatenate(pairs) if pairs else order, starts)
-
-
-def reorder(plan: RowPlan, rows: np.ndarray) -> RowPlan:
-  """Returns the plan with its rows in another order."""
-  sizes = np.diff(plan.starts)[rows]
-  starts = np.zeros(len(rows) + 1, np.int64)
-  np.cumsum(sizes, out=starts[1:])
-  index = np.arange(starts[-1]) + np.repeat(plan.starts[rows] - starts[:-1], sizes)
-  return RowPlan(plan.pairs[index], starts)
-
-
-def _pack_window(lengths: np.ndarray, tokens: int, cap: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the positions of the window's pairs row after row, [n], and pairs per row, [rows]."""
-  groups = _pack_lengths(lengths, tokens, cap)
-  contents = [np.tile(np.array(content, np.int32), rows) for content, rows in groups]
-  sizes = np.concatenate([np.full(rows, len(content)) for content, rows in groups])
-  slots = np.argsort(np.concatenate(contents), kind='stable')  # slots of a length, all together
-  packed = np.empty(len(lengths), np.int32)
-  packed[slots] = np.argsort(lengths, kind='stable')  # meet the pairs of that length
-  return packed, sizes
-
-
-def _pack_lengths(lengths: np.ndarray, tokens: int, cap: int) -> list[tuple[list[int], int]]:
-  """Returns (the lengths in a row, how many rows are filled so): best-fit decreasing."""
-  found, counts = np.unique(lengths, return_counts=True)
-  # room -> rows with that much left, in groups (contents as a chain, pairs in it, number of rows)
-  open_rows: dict[int, list[tuple[tuple, int, int]]] = {}
-  rooms = 0  # bit r is set when rows with room r are open
-  done = []
-  for length, count in zip(found[::-1].tolist(), counts[::-1].tolist(), strict=True):
-    left = count
-    while left:
-      above = rooms >> length
-      if above:
-        room = length + (above & -above).bit_length() - 1  # the smallest that is large enough
-        chain, n, rows = open_rows[room].pop()
-        copies = 1
-      else:
-        room, chain, n, rows = tokens, (), 0, left
-        copies = max(1, min(left, tokens // length, cap))
-        rows = left // copies
-      used = min(rows, left // copies)
-      if above and used < rows:
-        open_rows[room].append((chain, n, rows - used))
-      if above and not open_rows[room]:
-        rooms &= ~(1 << room)
-      left -= used * copies
-      group = (chain, length, copies), n + copies, used
-      rest = room - copies * length
-      if rest and group[1] < cap:
-        open_rows.setdefault(rest, []).append(group)
-        rooms |= 1 << rest
-      else:
-        done.append(group)
-  done += [group for groups in open_rows.values() for group in groups]
-  return [(_unchain(chain), rows) for chain, _, rows in done]
-
-
-def _unchain(chain: tuple) -> list[int]:
-  content = []
-  while chain:
-    chain, length, copies = chain
-    content += [length] * copies
-  return content[::-1]
 
 
 def pack_pairs(

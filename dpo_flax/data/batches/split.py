@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpo_flax.data.batches import pack
-from dpo_flax.data.batches.mixture import Mixture, hashed
+from dpo_flax.data.batches.schedule import Mixture, RowOptions, hashed
 from dpo_flax.data.cache.token_cache import TokenCache
 
 
@@ -99,29 +99,28 @@ def hold_out(prompts: np.ndarray, fraction: float, seed: int) -> np.ndarray:
   return held[prompt]
 
 
-def fit(
-  cache: TokenCache,
-  pairs: np.ndarray,
-  *,
-  tokens: int,
-  layout: str,
-  too_long: str,
-  bos_id: int | None,
-) -> Side:
+def fit(cache: TokenCache, pairs: np.ndarray, rows: RowOptions, *, bos_id: int | None) -> Side:
   """Returns the pairs as a Side, after deciding on those longer than a row.
 
   `drop` leaves them out. `truncate_prompt` cuts the beginning of the prompt, behind BOS: its end
   is what the response answers. Responses are never cut, so a pair whose responses leave no room for
   a prompt is dropped. Either way their locations are reported.
 
+  Args:
+    cache: holds the pairs.
+    pairs: their indices in it, increasing.
+    rows: the tokens of a row, its layout, and what becomes of long pairs.
+    bos_id: what a truncated prompt keeps, where all begin with it.
+
   Raises:
     ValueError: under `raise`, naming the first pair; or if no pair is left.
   """
+  tokens, layout = rows.tokens, rows.layout
   lengths = cache.lengths[pairs]
   need = pack.row_lengths(lengths, layout)
   long = np.flatnonzero(need > tokens)
   where = [cache.where(pair) for pair in pairs[long]]
-  if len(long) and too_long == 'raise':
+  if len(long) and rows.too_long == 'raise':
     raise ValueError(
       f'{where[0]}: the pair takes {need[long[0]]} tokens in the {layout} layout, and a row has '
       f'{tokens} ({len(long)} of {len(pairs)} pairs are too long; the longest takes {need.max()}). '
@@ -129,7 +128,7 @@ def fit(
     )
   keep_first = bos_id is not None and all(cache[pair][0][0] == bos_id for pair in pairs[long])
   cut = np.zeros(len(pairs), bool)
-  if too_long == 'truncate_prompt':
+  if rows.too_long == 'truncate_prompt':
     copies = 1 if layout == 'shared' else 2
     room = lengths[long, 0] - -((tokens - need[long]) // copies)
     cut[long] = room >= 1 + keep_first

@@ -6,12 +6,11 @@ builds it, on as many cores as there are; the others wait.
 """
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Iterator, Set
 
 import tqdm
 from absl import logging
@@ -30,15 +29,17 @@ VERSION = 4  # of the files and of the code that decides token ids
 _CHUNK = 256  # records that go to a process at once; divides cache_files.RECORDS
 
 
-def open_or_build(
-  source: RecordSource,
-  tokenizer: Tokenizer,
-  *,
-  directory: str,
-  options: FormatOptions,
-  bad_record: str = 'raise',
-  workers: int = 0,
-) -> TokenCache:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+  """How records become tokens, and where these are kept."""
+
+  cache_dir: str
+  format: FormatOptions
+  bad_record: str = 'raise'  # raise | skip
+  workers: int = 0  # processes that tokenize; 0: one a core, for much data
+
+
+def open_or_build(source: RecordSource, tokenizer: Tokenizer, reading: ReadOptions) -> TokenCache:
   """Opens the cache of these records under these settings, after building what of it is missing.
 
   Every byte is checked against its checksum; shards that are damaged are built again.
@@ -46,18 +47,15 @@ def open_or_build(
   Args:
     source: the records.
     tokenizer: makes the ids.
-    directory: local or gs://, of many caches.
-    options: how records are read.
-    bad_record: raise | skip.
-    workers: processes that tokenize; 0: one a core, where the data are many.
+    reading: how records are read, and the directory of many caches, local or gs://.
 
   Raises:
     ValueError: a record that cannot be used, with its file and line, unless bad_record is 'skip';
       no record that can be used.
   """
-  parts = [VERSION, source.fingerprint, tokenizer.fingerprint, dataclasses.astuple(options)]
+  parts = [VERSION, source.fingerprint, tokenizer.fingerprint, dataclasses.astuple(reading.format)]
   fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-  path = fresh(epath.Path(directory) / fingerprint[:16])
+  path = fresh(epath.Path(reading.cache_dir) / fingerprint[:16])
   local = local_directory(path)
   with cache_files.locked(local, shared=True):
     complete = cache_files.is_complete(local, fingerprint)
@@ -66,18 +64,14 @@ def open_or_build(
       if local != path and (path / cache_files.MANIFEST).exists():
         _copy(path, local)
       if not cache_files.is_complete(local, fingerprint):  # no other process was faster
-        workers = worker_count(workers, source.size)
-        encode = functools.partial(
-          encode_all, tokenizer=tokenizer, options=options, workers=workers
-        )
-        shards = _build(source, local, encode, bad_record=bad_record)
+        shards = _build(source, tokenizer, local, reading)
         cache_files.write_manifest(local, fingerprint, source.files, shards)
   if local != path and not fresh(path / cache_files.MANIFEST).exists():
     _copy(local, path)
   cache = TokenCache(str(path))
   cache.files = source.files  # the same bytes may now be under another name
   dropped = cache.report.dropped
-  if dropped and bad_record == 'raise':
+  if dropped and reading.bad_record == 'raise':
     raise ValueError(_refusal(next(iter(cache.report.examples.values()))[0]))
   if not len(cache):
     raise ValueError(
@@ -87,11 +81,7 @@ def open_or_build(
 
 
 def _build(
-  source: RecordSource,
-  directory: epath.Path,
-  encode: Callable[[Iterator[Task]], Iterator[Chunk]],
-  *,
-  bad_record: str,
+  source: RecordSource, tokenizer: Tokenizer, directory: epath.Path, reading: ReadOptions
 ) -> int:
   """Makes the missing shards of a cache, with one of them in memory; returns the number of all."""
   for left in directory.glob(f'*{SUFFIX}'):
@@ -100,8 +90,11 @@ def _build(
     logging.warning('%s is damaged; what is wrong is built again.', directory)
     (directory / cache_files.MANIFEST).unlink()
   shards = cache_files.intact_shards(directory)
-  chunks = _checked(encode(_missing(source, frozenset(shards))), source, bad_record)
-  for number, of_shard in itertools.groupby(chunks, lambda chunk: _shard(chunk.first)):
+  tasks = _missing(source, frozenset(shards))
+  workers = worker_count(reading.workers, source.size)
+  chunks = encode_all(tasks, tokenizer, reading.format, workers=workers)
+  checked = _checked(chunks, source, reading.bad_record)
+  for number, of_shard in itertools.groupby(checked, lambda chunk: _shard(chunk.first)):
     cache_files.write_shard(directory, number, source.files, of_shard)
     shards.add(number)
   return len(shards)

@@ -5,8 +5,8 @@ import itertools
 
 import numpy as np
 
-from dpo_flax.data.batches.mixture import permutation
 from dpo_flax.data.batches.pack import PackedPair
+from dpo_flax.data.batches.schedule import permutation
 from dpo_flax.data.batches.split import Side
 from dpo_flax.data.tokens.tokenizer import Tokenizer
 

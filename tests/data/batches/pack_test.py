@@ -3,7 +3,7 @@
 import chex
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_flax.data.batches import pack
@@ -144,41 +144,6 @@ def test_a_later_turn_of_the_user_is_read_and_not_a_target():
     np.testing.assert_array_equal(row['answer_ids'][at], [0, 0, 2, 2, 0, 0])
 
 
-@given(
-  st.lists(st.integers(1, 64), max_size=200),
-  st.integers(0, 5),
-  st.sampled_from([0, 7, 1 << 16]),
-  st.randoms(use_true_random=False),
-)
-@settings(max_examples=200)
-def test_plan_holds_every_pair_once_and_no_row_overflows(lengths, cap, window, random):
-  lengths = np.array(lengths, np.int32)
-  order = list(range(len(lengths)))
-  random.shuffle(order)
-  plan = pack.plan_rows(
-    lengths, tokens=64, pairs_per_row=cap, order=np.array(order, int), window=window
-  )
-  assert sorted(plan.pairs) == sorted(order)
-  for i in range(len(plan)):
-    assert 1 <= len(plan[i]) <= ((cap or len(lengths)) if window else 1)
-    assert lengths[plan[i]].sum() <= 64
-  rows = np.array(random.sample(range(len(plan)), len(plan)), int)
-  moved = pack.reorder(plan, rows)
-  assert [list(moved[i]) for i in range(len(plan))] == [list(plan[r]) for r in rows]
-
-
-@given(st.lists(st.integers(1, 64), min_size=1, max_size=100))
-def test_plan_is_as_tight_as_textbook_best_fit_decreasing(lengths):
-  rooms = []
-  for length in sorted(lengths, reverse=True):
-    fitting = [i for i, room in enumerate(rooms) if room >= length]
-    if not fitting:
-      rooms.append(64)
-      fitting = [len(rooms) - 1]
-    rooms[min(fitting, key=lambda i: rooms[i])] -= length
-  assert len(pack.plan_rows(np.array(lengths), tokens=64)) == len(rooms)
-
-
 @given(pair_lists, layouts, st.integers(1, 3))
 def test_packed_pairs_are_in_the_batch_once(pairs, layout, multiple):
   batch = pack.pack_pairs(pairs, tokens=32, layout=layout, multiple=multiple)
@@ -198,14 +163,3 @@ def test_packed_pairs_bring_the_columns_they_give():
 def test_a_pair_longer_than_a_row_is_refused():
   with pytest.raises(ValueError, match='tokens=8: pair 1 takes 9'):
     pack.pack_pairs([_pair(0, 2, 2, 2), _pair(1, 2, 3, 3)], tokens=8)
-
-
-def test_one_pair_per_row_without_packing():
-  plan = pack.plan_rows(np.array([3, 1, 2]), tokens=64, window=0)
-  assert [list(plan[i]) for i in range(3)] == [[0], [1], [2]]
-
-
-def test_plan_wastes_little_on_realistic_lengths():
-  lengths = np.random.RandomState(0).lognormal(np.log(300), 0.7, 20_000).clip(8, 2048).astype(int)
-  plan = pack.plan_rows(lengths, tokens=2048)
-  assert 1 - lengths.sum() / (len(plan) * 2048) < 0.002

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_flax.data.batches import pack, split
-from dpo_flax.data.cache.build_cache import open_or_build
+from dpo_flax.data.batches.schedule import RowOptions
+from dpo_flax.data.cache.build_cache import ReadOptions, open_or_build
 from dpo_flax.data.records.formats import FormatOptions
 from dpo_flax.data.records.source import RecordSource
 from dpo_flax.data.tokens.tokenizer import load_tokenizer
@@ -59,11 +60,13 @@ def cache(json_directory, tmp_path_factory):
   (directory / 'pairs.jsonl').write_text('\n'.join(map(json.dumps, records)))
   source = RecordSource(str(directory / 'pairs.jsonl'))
   tokenizer = load_tokenizer(str(json_directory))
-  return open_or_build(source, tokenizer, directory=str(directory), options=FormatOptions())
+  reading = ReadOptions(cache_dir=str(directory), format=FormatOptions())
+  return open_or_build(source, tokenizer, reading)
 
 
 def _fit(cache, too_long, layout='shared', tokens=40):
-  return split.fit(cache, np.arange(3), tokens=tokens, layout=layout, too_long=too_long, bos_id=0)
+  rows = RowOptions(rows=1, tokens=tokens, layout=layout, too_long=too_long)
+  return split.fit(cache, np.arange(3), rows, bos_id=0)
 
 
 def test_pairs_that_all_fit_are_left_as_they_are(cache):

@@ -30,10 +30,10 @@ BAD = [
 
 
 def open_or_build(source, tokenizer, directory, options=None, **settings):
-  options = options or FormatOptions()
-  return build_cache.open_or_build(
-    source, tokenizer, directory=str(directory), options=options, **settings
+  reading = build_cache.ReadOptions(
+    cache_dir=str(directory), format=options or FormatOptions(), **settings
   )
+  return build_cache.open_or_build(source, tokenizer, reading)
 
 
 def tokens(cache):
@@ -213,8 +213,9 @@ def write_shard(directory, number, *rest):
   if name == last:
     os.kill(os.getpid(), signal.SIGKILL)
 cache_files.write_shard = write_shard
-build_cache.open_or_build(RecordSource(data), load_tokenizer(tokenizer), directory=directory,
-                          options=FormatOptions(), bad_record='skip', workers=2)
+reading = build_cache.ReadOptions(
+  cache_dir=directory, format=FormatOptions(), bad_record='skip', workers=2)
+build_cache.open_or_build(RecordSource(data), load_tokenizer(tokenizer), reading)
 """
 
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_flax.data.batches.mixture import Mixture, permutation
+from dpo_flax.data.batches.schedule import Mixture, permutation
 
 parts = st.lists(
   st.tuples(st.integers(0, 30), st.sampled_from([0.1, 1 / 3, 0.5, 1.0, 1.5, 2.0, 3.7])),
