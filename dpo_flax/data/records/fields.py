@@ -1,11 +1,38 @@
-"""Reading typed values from a record, with errors that name the key."""
+"""Reading a record: strict JSON, and typed values, with errors that name the key."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_flax.data.records.preference import Message
-from dpo_flax.data.records.raw import RecordError
+from dpo_flax.files.strict_json import StrictJsonError, parse_object
+
+
+class RecordError(ValueError):
+  """A record that cannot be used; `reason` is short, so that equal reasons can be counted."""
+
+  def __init__(self, reason: str, detail: str = ''):
+    super().__init__(reason, detail)  # both, so that the error can be pickled
+    self.reason = reason
+    self.detail = detail
+
+  def __str__(self) -> str:
+    return f'{self.reason}: {self.detail}' if self.detail else self.reason
+
+
+def parse(line: bytes) -> dict[str, Any]:
+  """Parses one JSON object strictly: no NaN or infinity, no key twice.
+
+  Raises:
+    RecordError: anything else.
+  """
+  try:
+    return parse_object(line)
+  except StrictJsonError as error:
+    details = {
+      'duplicate key': repr(error.detail),
+      'not a JSON object': f'it is a {error.detail}',
+    }
+    raise RecordError(error.reason, details.get(error.reason, str(error.detail))) from None
 
 
 def rename(record: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
@@ -50,7 +77,7 @@ def get_text(record: dict[str, Any], key: str) -> str:
   return _typed(record, key, str, 'a string')
 
 
-def get_chat(record: dict[str, Any], key: str) -> list[Message]:
+def get_chat(record: dict[str, Any], key: str) -> list[dict[str, Any]]:
   """Returns a value that must be a chat; its messages are checked later."""
   return _typed(record, key, list, 'a list of messages')
 

@@ -17,9 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 from dpo_flax.data.records import published
-from dpo_flax.data.records.fields import get, get_chat, get_text, rename, shared_length
+from dpo_flax.data.records.fields import RecordError, get, get_chat, get_text, rename, shared_length
 from dpo_flax.data.records.preference import Preference, Span, check, with_extras
-from dpo_flax.data.records.raw import RecordError
 
 _ASSISTANT = '\n\nAssistant:'
 _OTHERS = re.compile('\n\nHuman:.*?(?:\n\nAssistant:|$)', re.DOTALL)  # the turns of the user
@@ -126,17 +125,14 @@ def explicit(record: dict[str, Any]) -> Preference:
       'wrong type',
       f'prompt, chosen, rejected are {names}; they must be three strings or three chats',
     )
-  if isinstance(prompt, str) and len(prompt.strip()) >= _ECHO and _begin(prompt, chosen, rejected):
+  echoes = isinstance(prompt, str) and chosen.startswith(prompt) and rejected.startswith(prompt)
+  if echoes and len(prompt.strip()) >= _ECHO:
     raise RecordError(
       'prompt inside the responses',
       'chosen and rejected both begin with the whole prompt, which would be scored as their text: '
       'take it off them',
     )
   return Preference(prompt, chosen, rejected)
-
-
-def _begin(prompt: str, *responses: str) -> bool:
-  return all(response.startswith(prompt) for response in responses)
 
 
 def implicit(record: dict[str, Any]) -> Preference:

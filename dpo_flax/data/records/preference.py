@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from dpo_flax.data.records.raw import RecordError
+from dpo_flax.data.records.fields import RecordError
 
 Message = dict[str, Any]  # at least 'role'; 'content' for all but tool calls
 Text = str | list[Message]

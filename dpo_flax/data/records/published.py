@@ -14,9 +14,8 @@ import hashlib
 import json
 from typing import Any
 
-from dpo_flax.data.records.fields import get, get_chat, get_list, get_number, get_text
+from dpo_flax.data.records.fields import RecordError, get, get_chat, get_list, get_number, get_text
 from dpo_flax.data.records.preference import Message, Preference, Text
-from dpo_flax.data.records.raw import RecordError
 
 
 def shp(record: dict[str, Any]) -> Preference:

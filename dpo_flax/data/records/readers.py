@@ -15,12 +15,12 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
 
 from etils import epath
 
-from dpo_flax.data.records.raw import RecordError
+from dpo_flax.data.records.fields import RecordError
 from dpo_flax.files.paths import is_remote
 
 Raw = bytes | dict[str, Any] | RecordError  # JSON, a row of a table, or what is wrong
@@ -54,23 +54,26 @@ def read(file: str, stream: IO[bytes]) -> Iterator[Numbered]:
 
 
 def _reader(file: str, plain: Plain) -> Callable[[Any], Iterator[Numbered]]:
-  name = _stem(file)
-  if name.endswith('.parquet'):
-    return _parquet
-  if name.endswith('.arrow'):
-    return _arrow
-  if name.endswith(('.array_record', '.arrayrecord')):
-    return lambda _: _array_record(file)
-  if name.endswith('.json') and plain.peek(_CHUNK).lstrip(b'\xef\xbb\xbf \t\r\n')[:1] == b'[':
-    return _array
+  match _suffix(file):
+    case 'parquet':
+      return _parquet
+    case 'arrow':
+      return _arrow
+    case 'array_record' | 'arrayrecord':
+      return lambda _: _array_record(file)
+    case 'json' if plain.peek(_CHUNK).lstrip(b'\xef\xbb\xbf \t\r\n')[:1] == b'[':
+      return _array
   return _lines
 
 
 def format_of(file: str) -> str:
   """Returns what decides how bytes are read: equal bytes of one format hold equal records."""
-  stem = _stem(file)
-  suffix = re.search(r'\.(parquet|arrow|array_?record|json)$', stem)
-  return (suffix[1] if suffix else 'lines') + file[len(stem) :]
+  return _suffix(file) + file[len(_stem(file)) :]
+
+
+def _suffix(file: str) -> str:
+  suffix = re.search(r'\.(parquet|arrow|array_?record|json)$', _stem(file))
+  return suffix[1] if suffix else 'lines'
 
 
 def _stem(file: str) -> str:
@@ -132,13 +135,16 @@ def _lines(stream: IO[bytes]) -> Iterator[Numbered]:
 
 
 def _array(stream: Plain) -> Iterator[Numbered]:
-  with io.TextIOWrapper(stream, 'utf-8-sig') as text:
-    yield from _items(text)
+  try:
+    with io.TextIOWrapper(stream, 'utf-8-sig') as text:
+      yield from _items(text)
+  except UnicodeDecodeError as error:
+    raise RecordError('not UTF-8', str(error)) from None
 
 
 def _items(text: io.TextIOWrapper) -> Iterator[Numbered]:
   """Yields the items of one JSON array as text, holding little more than one item at a time."""
-  rest, number = _read_text(text, _CHUNK).lstrip()[1:].lstrip(), 0
+  rest, number = text.read(_CHUNK).lstrip()[1:].lstrip(), 0
   while not rest.startswith(']'):
     try:
       end = _DECODER.raw_decode(rest)[1]
@@ -151,53 +157,41 @@ def _items(text: io.TextIOWrapper) -> Iterator[Numbered]:
       yield number, rest[:end].encode(errors='surrogatepass')
       rest = behind if behind[0] == ']' else behind[1:].lstrip()
       continue
-    more = _read_text(text, max(_CHUNK, len(rest)))  # doubled, so that no item is scanned often
+    more = text.read(max(_CHUNK, len(rest)))  # doubled, so that no item is scanned often
     if behind or not more or len(rest) > _LONGEST:
       raise RecordError('not JSON', failure)
     rest = (rest + more).lstrip()
-  if rest[1:].strip() or _read_text(text, _CHUNK).strip():
+  if rest[1:].strip() or text.read(_CHUNK).strip():
     raise RecordError('not JSON', 'text follows the array')
-
-
-def _read_text(text: io.TextIOWrapper, size: int) -> str:
-  try:
-    return text.read(size)
-  except UnicodeDecodeError as error:
-    raise RecordError('not UTF-8', str(error)) from None
 
 
 def _parquet(stream: IO[bytes]) -> Iterator[Numbered]:
   _import('pyarrow', file='.parquet', extra='parquet')
-  import pyarrow
-  import pyarrow.parquet
+  from pyarrow import parquet
 
-  try:
-    file = pyarrow.parquet.ParquetFile(stream)
-    yield from _rows(file.iter_batches(_ROWS))
-  except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-    raise RecordError('not a parquet file', str(error)) from None
+  return _rows(lambda: parquet.ParquetFile(stream).iter_batches(_ROWS), 'a parquet file')
 
 
 def _arrow(stream: IO[bytes]) -> Iterator[Numbered]:
-  _import('pyarrow', file='.arrow', extra='parquet')
+  pyarrow = _import('pyarrow', file='.arrow', extra='parquet')
+  return _rows(lambda: pyarrow.ipc.open_stream(stream), 'an Arrow stream')
+
+
+def _rows(open_table: Callable[[], Iterable[Any]], name: str) -> Iterator[Numbered]:
   import pyarrow
 
-  try:
-    yield from _rows(pyarrow.ipc.open_stream(stream))
-  except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-    raise RecordError('not an Arrow stream', str(error)) from None
-
-
-def _rows(batches: Any) -> Iterator[Numbered]:
   number = 0
-  for batch in batches:
-    names = batch.schema.names
-    if len(set(names)) < len(names):
-      raise RecordError('duplicate key', repr(next(n for n in names if names.count(n) > 1)))
-    for start in range(0, len(batch), _ROWS):
-      for row in _decode(batch.slice(start, _ROWS)):
-        number += 1
-        yield number, _without_nulls(row)
+  try:
+    for batch in open_table():
+      names = batch.schema.names
+      if len(set(names)) < len(names):
+        raise RecordError('duplicate key', repr(next(n for n in names if names.count(n) > 1)))
+      for start in range(0, len(batch), _ROWS):
+        for row in _decode(batch.slice(start, _ROWS)):
+          number += 1
+          yield number, _without_nulls(row)
+  except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    raise RecordError(f'not {name}', str(error)) from None
 
 
 def _decode(rows: Any) -> list[Raw]:

@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from dpo_flax.data.records import readers
-from dpo_flax.data.records.raw import RecordError, parse
+from dpo_flax.data.records.fields import RecordError, parse
 from dpo_flax.files.paths import access_errors
 
 _CHUNK = 1 << 20  # bytes read at once when hashing

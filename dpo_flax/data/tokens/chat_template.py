@@ -14,9 +14,8 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_flax.data.records.fields import shared_length
+from dpo_flax.data.records.fields import RecordError, shared_length
 from dpo_flax.data.records.preference import Message, Preference, Span
-from dpo_flax.data.records.raw import RecordError
 from dpo_flax.data.tokens.helper_process import Child, ChildDied
 from dpo_flax.data.tokens.rendering_checks import check_kept, check_tools
 from dpo_flax.data.tokens.template_process import END_SPAN, SECONDS, SPAN, WALL_SECONDS

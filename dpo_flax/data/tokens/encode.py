@@ -13,9 +13,9 @@ from concurrent import futures
 
 import numpy as np
 
+from dpo_flax.data.records.fields import RecordError
 from dpo_flax.data.records.formats import FormatOptions, to_preferences
 from dpo_flax.data.records.preference import COLUMNS, Preference
-from dpo_flax.data.records.raw import RecordError
 from dpo_flax.data.records.source import Record
 from dpo_flax.data.tokens.chat_template import TemplateDied
 from dpo_flax.data.tokens.helper_process import Child

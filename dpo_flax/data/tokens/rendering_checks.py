@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from dpo_flax.data.records.fields import RecordError
 from dpo_flax.data.records.preference import Message
-from dpo_flax.data.records.raw import RecordError
 
 _TEXT_KEYS = ('reasoning_content', 'content')  # of a message
 

@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from dpo_flax.data.records.fields import shared_length
+from dpo_flax.data.records.fields import RecordError, shared_length
 from dpo_flax.data.records.preference import Preference, Span
-from dpo_flax.data.records.raw import RecordError
 from dpo_flax.data.tokens.backends import Backend, SentencePieceBackend, TokenizersBackend
 from dpo_flax.data.tokens.chat_template import ChatTemplate, Rendering
 from dpo_flax.files.strict_json import StrictJsonError, parse_object

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
+from dpo_flax.data.records.fields import RecordError
 from dpo_flax.data.records.formats import FORMATS, FormatOptions, to_preferences
 from dpo_flax.data.records.preference import Preference
-from dpo_flax.data.records.raw import RecordError
 
 
 def user(text):

@@ -2,8 +2,8 @@
 
 import pytest
 
+from dpo_flax.data.records.fields import RecordError
 from dpo_flax.data.records.formats import FormatOptions, to_preferences
-from dpo_flax.data.records.raw import RecordError
 
 SHP = {
   'post_id': 'qt3nxl',

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from dpo_flax.data.records.raw import RecordError
+from dpo_flax.data.records.fields import RecordError
 from dpo_flax.data.records.source import RecordSource
 
 _RANDOM = random.Random(0)

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from dpo_flax.config.named_values import data_paths, split_paths
-from dpo_flax.data.records.raw import RecordError
+from dpo_flax.data.records.fields import RecordError
 from dpo_flax.data.records.source import RecordSource
 
 

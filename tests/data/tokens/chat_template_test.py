@@ -11,8 +11,8 @@ import pytest
 import tokenizers
 import transformers
 
+from dpo_flax.data.records.fields import RecordError
 from dpo_flax.data.records.preference import Preference
-from dpo_flax.data.records.raw import RecordError
 from dpo_flax.data.tokens.chat_template import TemplateDied
 from dpo_flax.data.tokens.tokenizer import load_tokenizer
 

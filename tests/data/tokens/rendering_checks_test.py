@@ -4,8 +4,8 @@ import pathlib
 
 import pytest
 
+from dpo_flax.data.records.fields import RecordError
 from dpo_flax.data.records.preference import Preference
-from dpo_flax.data.records.raw import RecordError
 from dpo_flax.data.tokens.rendering_checks import check_kept
 from dpo_flax.data.tokens.tokenizer import load_tokenizer
 

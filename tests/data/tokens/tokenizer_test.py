@@ -8,8 +8,8 @@ import transformers
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from dpo_flax.data.records.fields import RecordError
 from dpo_flax.data.records.preference import Preference
-from dpo_flax.data.records.raw import RecordError
 from dpo_flax.data.tokens.tokenizer import load_tokenizer
 
 CHATML = (

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from dpo_flax.data.records.raw import RecordError, parse
+from dpo_flax.data.records.fields import RecordError, parse
 
 
 @pytest.mark.parametrize(
