@@ -20,7 +20,7 @@ from dpo_flax.data.prepare import PreparedData
 Shards = int | tuple[int, ...]  # one of the equal parts of a batch's rows, or several
 
 _AHEAD = 4  # batches prepared before they are asked for
-_ENDLESS = 1 << 40  # steps: more than any run takes
+_ENDLESS = 1 << 50  # rows: more than any run takes
 
 
 def train_batches(
@@ -38,7 +38,7 @@ def train_batches(
   another in that order. Close the iterator when done.
   """
   rows = _shard(prepared.rows.rows, shard_index, shard_count)
-  batches = _Batches(prepared.train, prepared.train_rows, rows, start_step, _ENDLESS)
+  batches = _Batches(prepared.train, prepared.train_rows, rows, start_step)
   return _iterate(batches, workers)
 
 
@@ -57,10 +57,8 @@ def every_pair(
   The last batch ends in empty rows.
   """
   rows = _shard(prepared.rows.rows, shard_index, shard_count)
-  schedule = prepared.one_pass[side]
-  steps = math.ceil(len(prepared.every_row(side)) / prepared.rows.rows)
-  batches = _Batches(getattr(prepared, side), schedule, rows, 0, steps)
-  return _iterate(batches, workers=0)
+  end = len(prepared.every_row(side))
+  return _iterate(_Batches(getattr(prepared, side), prepared.one_pass[side], rows, end=end))
 
 
 def steps_for_epochs(prepared: PreparedData, num_epochs: float) -> int:
@@ -79,18 +77,18 @@ class _Batches:
   pairs: split.Side
   schedule: RowSchedule
   rows: list[int]  # of the global batch: this shard's
-  start: int  # step of batch 0
-  steps: int  # _ENDLESS, or as many as one epoch fills
+  start: int = 0  # step of batch 0
+  end: int = _ENDLESS  # rows that the schedule gives; those behind are empty
 
   def __len__(self) -> int:
-    return self.steps
+    return math.ceil(self.end / self.schedule.options.rows)
 
   def __getitem__(self, index: int) -> pack.Batch:
     options = self.schedule.options
     first = (self.start + index) * options.rows
     numbers = [first + row for row in self.rows]
-    end = math.inf if self.steps == _ENDLESS else len(self.schedule.plan(0))
-    indices = [self.schedule.row(n) if n < end else np.zeros(0, np.int32) for n in numbers]
+    nothing = np.zeros(0, np.int32)
+    indices = [self.schedule.row(n) if n < self.end else nothing for n in numbers]
     pairs = iter(self.pairs.packed_pairs(np.concatenate(indices)))
     batch = pack.fill_batch(
       [list(itertools.islice(pairs, len(row))) for row in indices],
@@ -107,7 +105,7 @@ class _Batches:
     return batch
 
 
-def _iterate(batches: _Batches, workers: int) -> grain.DatasetIterator:
+def _iterate(batches: _Batches, workers: int = 0) -> grain.DatasetIterator:
   dataset = grain.MapDataset.source(batches).to_iter_dataset(
     grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD)
   )

@@ -1,6 +1,7 @@
 """One comparison of two answers to a prompt, and what makes it usable."""
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Iterable
@@ -31,10 +32,11 @@ class Preference:
   rejected_context: tuple[Span, ...] = ()
 
   @property
-  def prompt_key(self) -> bytes:
-    """The prompt alone, as bytes: equal prompts have equal keys."""
+  def prompt_hash(self) -> int:
+    """64 bits of the prompt alone: equal prompts have equal hashes."""
     shown = [self.prompt, self.tools] if self.tools else self.prompt
-    return json.dumps(shown, sort_keys=True).encode()
+    content = json.dumps(shown, sort_keys=True).encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), 'little')
 
 
 def with_extras(preference: Preference, record: dict[str, Any]) -> Preference:

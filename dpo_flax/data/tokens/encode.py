@@ -1,9 +1,9 @@
 """Records -> tokenized pairs, a chunk at a time, in this process or in several."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 import os
 import pickle
@@ -71,7 +71,7 @@ def encode_chunk(task: Task, tokenizer: Tokenizer, options: FormatOptions) -> Ch
     'tokens': np.fromiter(itertools.chain.from_iterable(ids), np.int32),
     'lengths': np.array([len(part) for part in ids], np.int32).reshape(-1, 3),
     'records': np.array([index for index, *_ in pairs], np.int32),
-    'prompts': np.array([_prompt_hash(preference) for _, preference, _ in pairs], np.uint64),
+    'prompts': np.array([preference.prompt_hash for _, preference, _ in pairs], np.uint64),
   }
   for name in COLUMNS:
     values = [getattr(preference, name) for _, preference, _ in pairs]
@@ -89,16 +89,13 @@ def encode_all(
     return
   setting = pickle.dumps((tokenizer, options))
   children: queue.SimpleQueue[Child] = queue.SimpleQueue()
-  started = [Child('dpo_flax.data.tokens.encode_process') for _ in range(workers)]
-  for child in started:
-    children.put(child)
-  try:
-    with futures.ThreadPoolExecutor(workers) as threads:
-      function = functools.partial(_ask, children, setting)
-      yield from _ordered(threads, function, tasks, ahead=2 * workers)
-  finally:
-    for child in started:
-      child.close()
+  with contextlib.ExitStack() as stack:
+    for _ in range(workers):
+      child = Child('dpo_flax.data.tokens.encode_process')
+      children.put(stack.enter_context(contextlib.closing(child)))
+    threads = stack.enter_context(futures.ThreadPoolExecutor(workers))
+    function = functools.partial(_ask, children, setting)
+    yield from _ordered(threads, function, tasks, ahead=2 * workers)
 
 
 def worker_count(wanted: int, size: int) -> int:
@@ -132,7 +129,3 @@ def _ordered(
   finally:
     for future in pending:
       future.cancel()
-
-
-def _prompt_hash(preference: Preference) -> int:
-  return int.from_bytes(hashlib.blake2b(preference.prompt_key, digest_size=8).digest(), 'little')

@@ -76,7 +76,7 @@ def test_tools_are_a_list_or_its_json():
     assert to_preference({**record, 'tools': given})[0].tools == tools
   for nothing in (None, [], ''):
     assert to_preference({**record, 'tools': nothing})[0] == CHAT
-  assert to_preference({**record, 'tools': tools})[0].prompt_key != CHAT.prompt_key
+  assert to_preference({**record, 'tools': tools})[0].prompt_hash != CHAT.prompt_hash
 
 
 def test_fields_move_a_record_s_keys_to_the_names_the_formats_know():
