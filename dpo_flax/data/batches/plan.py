@@ -43,23 +43,19 @@ def plan_rows(
     return RowPlan(order, np.arange(len(order) + 1))
   if len(lengths):
     assert lengths.min() > 0 and lengths.max() <= tokens, 'a pair that fits no row'
-  pairs, sizes = [], []
+  pairs, sizes = [order[:0]], [np.zeros(0, np.int64)]
   for start in range(0, len(order), window):
     block = order[start : start + window]
     packed, counts = _pack_window(lengths[block], tokens, pairs_per_row or window)
     pairs.append(block[packed])
     sizes.append(counts)
-  starts = np.zeros(sum(map(len, sizes)) + 1, np.int64)
-  if pairs:
-    np.cumsum(np.concatenate(sizes), out=starts[1:])
-  return RowPlan(np.concatenate(pairs) if pairs else order, starts)
+  return RowPlan(np.concatenate(pairs), np.append(0, np.cumsum(np.concatenate(sizes))))
 
 
 def reorder(plan: RowPlan, rows: np.ndarray) -> RowPlan:
   """Returns the plan with its rows in another order."""
   sizes = np.diff(plan.starts)[rows]
-  starts = np.zeros(len(rows) + 1, np.int64)
-  np.cumsum(sizes, out=starts[1:])
+  starts = np.append(0, np.cumsum(sizes))
   index = np.arange(starts[-1]) + np.repeat(plan.starts[rows] - starts[:-1], sizes)
   return RowPlan(plan.pairs[index], starts)
 
@@ -75,11 +71,10 @@ def _pack_window(lengths: np.ndarray, tokens: int, cap: int) -> tuple[np.ndarray
   return packed, sizes
 
 
-def _pack_lengths(lengths: np.ndarray, tokens: int, cap: int) -> list[tuple[list[int], int]]:
+def _pack_lengths(lengths: np.ndarray, tokens: int, cap: int) -> list[tuple[tuple[int, ...], int]]:
   """Returns (the lengths in a row, how many rows are filled so): best-fit decreasing."""
   found, counts = np.unique(lengths, return_counts=True)
-  # room -> rows with that much left, in groups (contents as a chain, pairs in it, number of rows)
-  open_rows: dict[int, list[tuple[tuple, int, int]]] = {}
+  open_rows: dict[int, list[tuple[tuple[int, ...], int]]] = {}  # room -> rows with that much left
   rooms = 0  # bit r is set when rows with room r are open
   done = []
   for length, count in zip(found[::-1].tolist(), counts[::-1].tolist(), strict=True):
@@ -88,32 +83,22 @@ def _pack_lengths(lengths: np.ndarray, tokens: int, cap: int) -> list[tuple[list
       above = rooms >> length
       if above:
         room = length + (above & -above).bit_length() - 1  # the smallest that is large enough
-        chain, n, rows = open_rows[room].pop()
-        copies = 1
+        content, rows = open_rows[room].pop()
+        copies, used = 1, min(rows, left)
+        if used < rows:
+          open_rows[room].append((content, rows - used))
+        if not open_rows[room]:
+          rooms &= ~(1 << room)
       else:
-        room, chain, n, rows = tokens, (), 0, left
+        room, content = tokens, ()
         copies = max(1, min(left, tokens // length, cap))
-        rows = left // copies
-      used = min(rows, left // copies)
-      if above and used < rows:
-        open_rows[room].append((chain, n, rows - used))
-      if above and not open_rows[room]:
-        rooms &= ~(1 << room)
+        used = left // copies
       left -= used * copies
-      group = (chain, length, copies), n + copies, used
+      content += (length,) * copies
       rest = room - copies * length
-      if rest and group[1] < cap:
-        open_rows.setdefault(rest, []).append(group)
+      if rest and len(content) < cap:
+        open_rows.setdefault(rest, []).append((content, used))
         rooms |= 1 << rest
       else:
-        done.append(group)
-  done += [group for groups in open_rows.values() for group in groups]
-  return [(_unchain(chain), rows) for chain, _, rows in done]
-
-
-def _unchain(chain: tuple) -> list[int]:
-  content = []
-  while chain:
-    chain, length, copies = chain
-    content += [length] * copies
-  return content[::-1]
+        done.append((content, used))
+  return done + [group for groups in open_rows.values() for group in groups]

@@ -190,13 +190,7 @@ def _human_turns(name: str, response: str) -> tuple[Span, ...]:
   return spans
 
 
+_OF_DATA_SETS = (published.shp, published.webgpt, published.binarized, published.orca)
 FORMATS: dict[str, Callable[[dict[str, Any]], Preference]] = {
-  'explicit': explicit,
-  'implicit': implicit,
-  'messages': messages,
-  'hh': hh,
-  'shp': published.shp,
-  'webgpt': published.webgpt,
-  'binarized': published.binarized,
-  'orca': published.orca,
+  function.__name__: function for function in (explicit, implicit, messages, hh, *_OF_DATA_SETS)
 }

@@ -52,12 +52,11 @@ class RecordSource:
 
   def __init__(self, paths: str | Sequence[str], weights: Sequence[float] | None = None):
     paths = [paths] if isinstance(paths, str) else paths
-    # Without weights, all is one part.
-    parts = [paths] if weights is None else [[path] for path in paths]
     self.weights = [1.0] if weights is None else list(map(float, weights))  # of each part
-    names = [[file for path in part for file in _expand(path)] for part in parts]
-    self.files: list[str] = [file for files in names for file in files]
-    self.parts: list[int] = [i for i, files in enumerate(names) for _ in files]  # of each file
+    found = [(i, file) for i, path in enumerate(paths) for file in _expand(path)]
+    self.files: list[str] = [file for _, file in found]
+    # Of each file; without weights, all is one part.
+    self.parts: list[int] = [0 if weights is None else i for i, _ in found]
     if not self.files:
       raise ValueError('no data files given: set data.train to a path, a glob or a list of them')
     if len(set(self.files)) < len(self.files):
