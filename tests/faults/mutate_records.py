@@ -17,7 +17,7 @@ import tempfile
 from typing import Any
 
 from dpo_flax.data.cache.build_cache import ReadOptions, open_or_build
-from dpo_flax.data.cache.token_cache import Report
+from dpo_flax.data.cache.cache_files import Report
 from dpo_flax.data.records.formats import FormatOptions
 from dpo_flax.data.records.source import RecordSource
 from dpo_flax.data.tokens.tokenizer import Tokenizer, load_tokenizer

@@ -119,10 +119,9 @@ def pack_pairs(
   return fill_batch(rows, tokens=tokens, pairs_per_row=slots, layout=layout, columns=columns)
 
 
-def given_columns(pairs: Iterable[PackedPair]) -> tuple[str, ...]:
+def given_columns(pairs: Sequence[PackedPair]) -> tuple[str, ...]:
   """Returns the optional fields that any of the pairs gives."""
   defaults = PackedPair._field_defaults
-  pairs = list(pairs)
   return tuple(
     name for name, value in defaults.items() if any(getattr(pair, name) != value for pair in pairs)
   )
@@ -197,37 +196,36 @@ def _fill_run(
   """Returns the token fields of all pairs one behind the other, without padding."""
   prompt, chosen, rejected = lengths.T
   again = _repeated(prompt, layout)
-  need = row_lengths(lengths, layout)
+  sizes = np.stack([prompt - again, again, chosen, again, rejected], axis=1)  # [n, 5] parts
+
+  def spread(*values: np.ndarray | int) -> np.ndarray:
+    """Repeats the value of each part, [n] or one, for each of its tokens."""
+    columns = np.stack(np.broadcast_arrays(*values), axis=1)
+    return np.repeat(columns.ravel().astype(np.int32), sizes.ravel())
+
+  need = sizes.sum(axis=1)
   before = need.cumsum() - need  # tokens of earlier pairs, in all rows
   start = before - before[np.searchsorted(row, row)]  # in the pair's own row
-  middle = start + prompt + chosen  # where `again` begins
-  end = start + need
-  one, none = np.ones_like(prompt), np.full_like(prompt, nothing)
-  of_chosen, of_rejected = (chosen, answers[:, 0]), (rejected, answers[:, 1])
-  answer_ids = _repeat((prompt - 1, none), of_chosen, (again, none), of_rejected, (one, none))
-  parts = [
-    part
-    for p, n in zip(pairs, again.tolist(), strict=True)
-    for part in (p.prompt, p.chosen, p.prompt[len(p.prompt) - n :], p.rejected)
-  ]
-  tokens = np.concatenate(parts)
-  inverted = np.flatnonzero(tokens < 0)  # read, but no targets
-  tokens[inverted] = ~tokens[inverted]
-  answer_ids[inverted - 1] = nothing
+  middle, end = start + prompt + chosen, start + need  # `again` begins, rejected ends
   second = before + chosen + again  # where position 0 of the rejected sequence would be
-  origins = _repeat((prompt + chosen, before), (again + rejected, second))
-  shared, last = (prompt - again, end), (again + rejected, end)
+  tokens = np.concatenate(
+    [
+      part
+      for p, n in zip(pairs, again.tolist(), strict=True)
+      for part in (p.prompt, p.chosen, p.prompt[len(p.prompt) - n :], p.rejected)
+    ]
+  )
+  answer = spread(
+    nothing, nothing, answers[:, 0], nothing, answers[:, 1]
+  )  # that a token is part of
+  answer[tokens < 0] = nothing  # read, but no targets
+  tokens = np.where(tokens < 0, ~tokens, tokens)
+  # The next token is the target, in either layout.
+  answer_ids = np.append(answer[1:], nothing)
   return {
     'tokens': tokens,
-    'positions': np.arange(len(tokens)) - origins,
-    'visible_until': _repeat(shared, (again + chosen, middle), last),
-    # The next token, in either layout.
+    'positions': np.arange(len(tokens)) - spread(before, before, before, second, second),
+    'visible_until': spread(end, middle, middle, end, end),
     'targets': np.append(tokens[1:], 0) * (answer_ids != nothing),
     'answer_ids': answer_ids,
   }
-
-
-def _repeat(*pieces: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-  """Returns the values of (sizes, values) of pieces, [n] each, repeated pair after pair, int32."""
-  sizes, values = (np.stack(arrays, axis=1).ravel() for arrays in zip(*pieces, strict=True))
-  return np.repeat(values.astype(np.int32), sizes)

@@ -38,14 +38,20 @@ _write = functools.partial(write_file, concurrent=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class ShardReport:
-  """What a shard's .json holds."""
+class Report:
+  """What became of the records: read = kept + the sum of dropped."""
 
   read: int
-  kept: int
-  formats: dict[str, int]
+  kept: int  # a record of several comparisons is one record
+  formats: dict[str, int]  # format -> records recognised as such
   dropped: dict[str, int]  # reason -> records
-  examples: dict[str, list[tuple[int, int, str]]]  # reason -> the first (file, line, message)
+  examples: dict[str, list[Any]]  # reason -> 'file:line: message' of the first few
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardReport(Report):
+  """What a shard's .json holds; an example is [index of the file, line, message]."""
+
   largest_id: int
   largest_id_pair: int  # the first pair that has it, by its index in the shard
   sha256: dict[str, str]  # of the other files

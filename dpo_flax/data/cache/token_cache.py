@@ -1,7 +1,6 @@
 """Reading the tokenized pairs: cache_files.py describes the files of a cache."""
 
 import collections
-import dataclasses
 import functools
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -15,17 +14,6 @@ from dpo_flax.data.records.preference import COLUMNS
 from dpo_flax.files.paths import is_remote
 
 Ids = tuple[np.ndarray, np.ndarray, np.ndarray]  # prompt, chosen, rejected, int32
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-  """What became of the records: read = kept + the sum of dropped."""
-
-  read: int
-  kept: int  # a record of several comparisons is one record
-  formats: dict[str, int]  # format -> records recognised as such
-  dropped: dict[str, int]  # reason -> records
-  examples: dict[str, list[str]]  # reason -> 'file:line: message' of the first few
 
 
 class TokenCache:
@@ -78,14 +66,14 @@ class TokenCache:
     return TokenCache, (self.path,)
 
   @functools.cached_property
-  def report(self) -> Report:
+  def report(self) -> cache_files.Report:
     """What became of the records."""
     reports = self._reports
     examples = collections.defaultdict(list)
     for report in reports:
       for reason, found in report.examples.items():
         examples[reason] += [f'{self.files[file]}:{line}: {text}' for file, line, text in found]
-    return Report(
+    return cache_files.Report(
       read=sum(report.read for report in reports),
       kept=sum(report.kept for report in reports),
       formats=_total(report.formats for report in reports),

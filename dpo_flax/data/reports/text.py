@@ -36,12 +36,9 @@ def tables(found: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]
 
 
 def _records(side: dict[str, Any]) -> list[tuple[str, str]]:
-  rows = [
-    ('read', f'{side["read"]:,}'),
-    ('kept', f'{side["kept"]:,}'),
-    ('dropped', f'{side["dropped"]:,}'),
-    ('format', ', '.join(f'{name} ({count:,})' for name, count in side['formats'].items())),
-  ]
+  rows = [(name, f'{side[name]:,}') for name in ('read', 'kept', 'dropped')]
+  formats = ', '.join(f'{name} ({count:,})' for name, count in side['formats'].items())
+  rows.append(('format', formats))
   for reason, count in side['dropped_by_reason'].items():
     rows.append((f'  {reason}', f'{count:,}'))
     rows += [('', example) for example in side['examples'][reason]]
@@ -54,15 +51,13 @@ def _records(side: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _rows(side: dict[str, Any]) -> list[tuple[str, str]]:
+  saved = f'{side["prefix_saving"]:.1%} ({side["prefix_saving_tokens"]:,} tokens)'
   rows = [
     ('rows per epoch', f'{side["rows"]:,}'),
     ('tokens per epoch', f'{side["tokens"]:,}'),
     ('padding', f'{side["padding_fraction"]:.2%}'),
     ('pairs per row', f'{side["mean_pairs_per_row"]:.1f}, at most {side["pairs_per_row"]}'),
-    (
-      'saved by sharing prompts',
-      f'{side["prefix_saving"]:.1%} ({side["prefix_saving_tokens"]:,} tokens)',
-    ),
+    ('saved by sharing prompts', saved),
   ]
   if 'steps_per_epoch' in side:
     rows.append(('steps per epoch', f'{side["steps_per_epoch"]:,}'))

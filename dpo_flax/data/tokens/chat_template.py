@@ -103,9 +103,8 @@ class ChatTemplate:
     renderings = []
     for response, (text, blocks) in zip(responses, rendered, strict=True):
       _check_prefix(prefix, text)
-      chat = _Chat(prompt, response, tools, prefix, text)
       spans = [self._extend(text, span) for span in blocks if span[0] >= len(prefix)]
-      spans = spans or self._find_spans(chat)
+      spans = spans or self._find_spans(prompt, response, tools, prefix, text)
       check_kept(response, text[spans[0][0] :], 'response')
       closing = self._closing(text, spans[-1])
       closed = closing is not None and not text[closing : spans[-1][1]].strip()
@@ -136,22 +135,40 @@ class ChatTemplate:
     """Whether a rendered text holds control tokens that came from a record."""
     return _TYPED in text or _END_TYPED in text
 
-  def _find_spans(self, chat: '_Chat') -> list[Span]:
-    """Returns the spans of the response's turns, by difference of two renderings."""
-    self._check_header(chat)
-    prefix, text = chat.prefix, chat.text
-    until = text if len(chat.response) == 1 else self._part(chat, 1)
-    spans = [self._close(text, (len(prefix), len(until)))]
-    for i, message in enumerate(chat.response[1:], start=1):
-      if message['role'] == 'assistant':
-        start = len(self._part(chat, i, header=True))
-        spans.append(self._close(text, (start, len(self._part(chat, i + 1)))))
-    return spans
+  def _find_spans(
+    self,
+    prompt: list[Message],
+    response: list[Message],
+    tools: list[Any] | None,
+    prefix: str,  # the prompt, rendered
+    text: str,  # prompt and response, rendered
+  ) -> list[Span]:
+    """Returns the spans of the response's turns, by difference of two renderings.
 
-  def _part(self, chat: '_Chat', turns: int, *, header: bool = False) -> str:
-    """Renders the chat with the first turns of its response alone."""
-    ((part, _),) = self._render([(chat.prompt + chat.response[:turns], header)], chat.tools)
-    return _check_prefix(part, chat.text)
+    Refuses a template that opens the answer with a header it does not give to generation.
+    """
+
+    def render(turns: int, *, header: bool = False) -> str:
+      """Renders the chat with the first turns of its response alone."""
+      return self._render([(prompt + response[:turns], header)], tools)[0][0]
+
+    content = response[0].get('content')
+    added = text[len(prefix) :].lstrip()
+    begins = not isinstance(content, str) or added.startswith(content.strip())
+    if not begins and prefix == render(0):
+      raise RecordError(
+        'chat template without add_generation_prompt',
+        'its header of the assistant turn would be part of the response; add '
+        '"{% if add_generation_prompt %}", or {% generation %} around the response',
+      )
+    until = text if len(response) == 1 else _check_prefix(render(1), text)
+    spans = [self._close(text, (len(prefix), len(until)))]
+    for i, message in enumerate(response[1:], start=1):
+      if message['role'] == 'assistant':
+        start = len(_check_prefix(render(i, header=True), text))
+        end = len(_check_prefix(render(i + 1), text))
+        spans.append(self._close(text, (start, end)))
+    return spans
 
   def _closing(self, text: str, span: Span) -> int | None:
     """Returns where the last token of a span that can end a turn ends."""
@@ -174,19 +191,6 @@ class ChatTemplate:
     closed = closing is not None and not text[closing:end].strip()
     return (start, behind.end()) if behind and behind[1] and not closed else span
 
-  def _check_header(self, chat: '_Chat') -> None:
-    """Refuses a template that opens the answer with a header it does not give to generation."""
-    content = chat.response[0].get('content')
-    added = chat.text[len(chat.prefix) :].lstrip()
-    if not isinstance(content, str) or added.startswith(content.strip()):
-      return
-    if chat.prefix == self._render([(chat.prompt, False)], chat.tools)[0][0]:
-      raise RecordError(
-        'chat template without add_generation_prompt',
-        'its header of the assistant turn would be part of the response; add '
-        '"{% if add_generation_prompt %}", or {% generation %} around the response',
-      )
-
   def _render(
     self, chats: list[tuple[list[Message], bool]], tools: list[Any] | None
   ) -> list[tuple[str, list[Span]]]:
@@ -206,17 +210,6 @@ class ChatTemplate:
     if isinstance(value, dict):
       return {self._mark(key): self._mark(item) for key, item in value.items()}
     return [self._mark(item) for item in value] if isinstance(value, list) else value
-
-
-@dataclasses.dataclass(frozen=True)
-class _Chat:
-  """A chat with one response, and its rendering."""
-
-  prompt: list[Message]
-  response: list[Message]
-  tools: list[Any] | None
-  prefix: str  # the prompt, rendered
-  text: str  # all of it, rendered
 
 
 def _spans(marked: str) -> tuple[str, list[Span]]:
