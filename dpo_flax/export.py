@@ -73,7 +73,7 @@ def export(workdir: str, output: str, *, merged: bool, step: int | None = None):
 
 def _check_record(record: RunRecord, workdir: epath.Path, step: int):
   """Refuses a record that is not of the run that saved the step, which is sealed."""
-  now = RunIdentity(identity_of(record.settings), record.fingerprints)
+  now = RunIdentity(identity_of(record.settings.flat_json()), record.fingerprints)
   for found in saved_identity(workdir / 'checkpoints', step, RunIdentity).differences(now):
     if not found.is_of_the_data:
       raise ValueError(f'{workdir}/{NAME} is not that of step {step}. {found}')

@@ -82,7 +82,7 @@ def train(config: ConfigDict) -> dict[str, float]:
     mesh = make_mesh(settings.mesh.sizes())
     enter(jax.set_mesh(mesh))
     enter(explained(adjustable))
-    hosts.check_agreement(shared(settings))
+    hosts.check_agreement(shared(settings.flat_json()))
     hosts.check_agreement({'lock in workdir': lock or holder(workdir)})  # a disk of each host's own
     hosts.first_does(
       lambda: check_outputs(exports, workdir=settings.workdir, sources=settings.weight_paths())

@@ -81,7 +81,7 @@ def build(settings: Settings, mesh: Mesh) -> tuple[Run, TrainState]:
     data = _with_reference_logps(data, models, blueprint)
   graphdef, trainable, frozen = split_models(models)
   optimizer = blueprint.make_optimizer(num_steps)
-  identity = RunIdentity(identity_of(settings), fingerprints)
+  identity = RunIdentity(identity_of(settings.flat_json()), fingerprints)
   run = Run(
     blueprint=blueprint,
     data=data,

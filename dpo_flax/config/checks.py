@@ -19,9 +19,6 @@ _SHORTEST_PAIR = 4  # tokens: one of a prompt before one of a response, twice
 # Above this, DPO tends to leave the reference faster than the loss can tell.
 _HIGH_LEARNING_RATES = {'lora': 5e-5, 'dora': 5e-5, 'full': 5e-6}
 
-# Of the lora section, what an adapter to start from leaves to the run.
-_FREE_OF_ADAPTERS = ('dropout', 'zero_init_b')
-
 
 def validate(config: ConfigDict, *, planning: bool = False) -> Settings:
   """Returns a checked config as frozen settings, with what has only one right value put right.
@@ -133,9 +130,7 @@ def _mistakes(settings: Settings, *, planning: bool) -> Iterator[str]:
       'find its checkpoints again'
     )
   yield from _batch_mistakes(settings.batch, pack=settings.data.pack)
-  if settings.tuning.method == 'full':
-    yield from _full_tuning_mistakes(settings)
-  yield from _ignored_adapter_fields(settings)
+  yield from _tuning_mistakes(settings)
 
 
 def _weight_mistakes(paths: Mapping[str, str], preset: str | None) -> Iterator[str]:
@@ -169,24 +164,23 @@ def _batch_mistakes(batch: BatchSettings, *, pack: bool) -> Iterator[str]:
     yield f'batch.rows={batch.rows} is not a multiple of batch.microbatches={batch.microbatches}'
 
 
-def _full_tuning_mistakes(settings: Settings) -> Iterator[str]:
-  for field in ('peft_save_path', 'initialize_from_adapter', 'reference_adapter_path'):
-    if path := getattr(settings, field):
-      yield f'{field}={path} has no meaning with tuning.method=full: unset it'
-  if settings.model.weight_dtype == 'int8':
-    yield 'model.weight_dtype=int8: such weights cannot learn (tuning.method=full)'
-
-
-def _ignored_adapter_fields(settings: Settings) -> Iterator[str]:
-  """Yields the fields of the section lora that this way of tuning would ignore."""
+def _tuning_mistakes(settings: Settings) -> Iterator[str]:
+  """Yields what does not go with the way of tuning, or with an adapter to start from."""
   start = settings.initialize_from_adapter
   if settings.tuning.method == 'full':
-    why, free = 'tuning.method=full has no adapters', ('zero_init_b',)
+    for field in ('peft_save_path', 'initialize_from_adapter', 'reference_adapter_path'):
+      if path := getattr(settings, field):
+        yield f'{field}={path} has no meaning with tuning.method=full: unset it'
+    if settings.model.weight_dtype == 'int8':
+      yield 'model.weight_dtype=int8: such weights cannot learn (tuning.method=full)'
+    yield from _ignored(settings.lora, 'tuning.method=full has no adapters', ('zero_init_b',))
   elif start:
-    why, free = f'those of {start} are kept', _FREE_OF_ADAPTERS
-  else:
-    return
+    yield from _ignored(settings.lora, f'those of {start} are kept', ('dropout', 'zero_init_b'))
+
+
+def _ignored(lora: LoraSettings, why: str, but: tuple[str, ...]) -> Iterator[str]:
+  """Yields the fields of the section lora that are set for nothing; `but` are left to the run."""
   for field, row in rows_of(LoraSettings).items():
-    value = getattr(settings.lora, field)
-    if field not in free and value != row.canonical(field, row.default):
+    value = getattr(lora, field)
+    if field not in but and value != row.canonical(field, row.default):
       yield f'lora.{field}={value!r} would be ignored: {why}. Leave it at {row.default!r}'

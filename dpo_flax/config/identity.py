@@ -5,26 +5,24 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from dpo_flax.config.row import Role
-from dpo_flax.config.schema import ROWS, Settings
+from dpo_flax.config.schema import ROWS
 
 _DATA = 'data'  # the fingerprint of data, tokenizer, template and the order of the pairs
 
 
-def identity_of(settings: Settings) -> dict[str, Any]:
-  """Returns dotted field -> value of all that decides a run's numbers, as plain JSON values."""
-  return of_run(settings.flat_json())
+def identity_of(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns those of `Settings.flat_json` that decide a run's numbers."""
+  return _without(values, Role.SOURCE, Role.FREE)
 
 
-def shared(settings: Settings) -> dict[str, Any]:
-  """Returns dotted field -> value of all that must be the same on every host of a run."""
-  values = settings.flat_json()
-  return {field: value for field, value in values.items() if ROWS[field].role is not Role.SOURCE}
+def shared(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns those of `Settings.flat_json` that must be the same on every host of a run."""
+  return _without(values, Role.SOURCE)
 
 
-def of_run(values: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns those of the dotted fields that decide a run's numbers."""
-  others = {field for field, row in ROWS.items() if row.role in {Role.SOURCE, Role.FREE}}
-  return {field: value for field, value in values.items() if field not in others}
+def _without(values: Mapping[str, Any], *roles: Role) -> dict[str, Any]:
+  left_out = {field for field, row in ROWS.items() if row.role in roles}
+  return {field: value for field, value in values.items() if field not in left_out}
 
 
 class Difference(NamedTuple):
@@ -74,7 +72,7 @@ def _meant(config: Mapping[str, Any]) -> dict[str, Any]:
   a list of pairs, or a JSON object in a text.
   """
   meant: dict[str, Any] = {}
-  for name, value in of_run(config).items():
+  for name, value in identity_of(config).items():
     field = next((each for each in _MAPPINGS if name.startswith(f'{each}.')), None)
     if field is not None:
       _put(meant.setdefault(field, {}), name[len(field) + 1 :].split('.'), value)

@@ -60,7 +60,7 @@ def render(facts: CardFacts, check: ReloadCheck, *, merged: bool) -> str:
   load = _LOAD_MERGED if merged else _LOAD_ADAPTER.format(base=repr(base or 'BASE'))
   if record.settings.merge_adapter_path and not merged:
     load = f'# base is to have {record.settings.merge_adapter_path!r} merged into it\n{load}'
-  config = json.dumps(identity_of(record.settings), indent=1, sort_keys=True)
+  config = json.dumps(identity_of(record.settings.flat_json()), indent=1, sort_keys=True)
   lines += [
     f'# {subject} aligned to preferences with dpo_flax',
     '',

@@ -85,18 +85,18 @@ def other_value(value):
 
 def test_every_field_but_the_free_ones_is_part_of_a_runs_identity(config):
   values = config_lib.validate(config).flat_json()
-  before = identity.of_run(values)
+  before = identity.identity_of(values)
   assert set(values) == set(leaf_fields(config))
   for field in leaf_fields(config):
     free = FREE | FINGERPRINTED
     value = free[field] if field in free else other_value(config_lib.get(config, field))
-    changed = identity.of_run(values | {field: value})
+    changed = identity.identity_of(values | {field: value})
     assert (changed == before) == (field in free), field
 
 
 def test_an_identity_is_plain_json(config):
   config.lora.target_modules = ('q_proj', 'v_proj')
-  found = config_lib.identity_of(config_lib.validate(config))
+  found = config_lib.identity_of(config_lib.validate(config).flat_json())
   assert json.loads(json.dumps(found)) == found
   assert found['lora.target_modules'] == ['q_proj', 'v_proj']
   assert found['lora.r'] == 64 and found['optimizer.lr_schedule'] == 'cosine'

@@ -199,17 +199,17 @@ def test_a_saved_run_is_read_as_it_was():
   # What came later has the value that its row gives to older runs.
   expected = {field: kept.get(field, row.plain(row.when_absent)) for field, row in ROWS.items()}
   assert json.dumps(settings.flat_json()) == json.dumps(expected)
-  identity = identity_of(settings)
+  identity = identity_of(settings.flat_json())
   assert identity == {field: saved['step'].get(field, expected[field]) for field in identity}
   assert saved['step'].keys() <= identity.keys()
-  now = RunIdentity(identity_of(settings), {})
+  now = RunIdentity(identity_of(settings.flat_json()), {})
   assert RunIdentity(saved['step'], {}).differences(now) == []
 
 
 def test_a_field_that_a_record_lacks_is_as_its_row_says(monkeypatch):
   saved = json.loads(SAVED.read_text())
   settings = settings_from_json(saved['config'])
-  now = RunIdentity(identity_of(settings), {})
+  now = RunIdentity(identity_of(settings.flat_json()), {})
   older = {field: value for field, value in saved['step'].items() if field != 'model.remat'}
   assert RunIdentity(older, {}).differences(now) == []
   # A field that came later, and that then changed its default.
@@ -250,7 +250,7 @@ FIELDS = {'chosen': 'good', 'rejected': 'bad'}
 def test_a_mapping_is_the_same_in_every_form_it_was_saved_in(saved):
   config = _complete()
   config.data.fields = FIELDS
-  now = identity_of(settings_of(config))
+  now = identity_of(settings_of(config).flat_json())
   older = {field: value for field, value in now.items() if field != 'data.fields'} | saved
   assert RunIdentity(older, {}).differences(RunIdentity(now, {})) == []
   other = now | {'data.fields': [['chosen', 'better']]}
@@ -260,10 +260,10 @@ def test_a_mapping_is_the_same_in_every_form_it_was_saved_in(saved):
 
 def test_roles_say_what_may_change():
   settings = settings_of(_complete())
-  shared = config_lib.shared(settings)
+  shared = config_lib.shared(settings.flat_json())
   for field, row in ROWS.items():
     assert (field in shared) == (row.role is not Role.SOURCE)
-    assert (field in identity_of(settings)) == (row.role in {Role.NUMBERS, Role.DATA})
+    assert (field in identity_of(settings.flat_json())) == (row.role in {Role.NUMBERS, Role.DATA})
 
 
 def test_a_range_is_said_as_it_is_checked():
