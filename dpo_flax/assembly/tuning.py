@@ -40,20 +40,9 @@ def make_lora_config(
 
 def _asked(lora: LoraSettings, dora: bool) -> Lora:
   """Returns what the section `lora` of the settings asks for."""
-  return Lora(
-    rank=lora.r,
-    alpha=lora.alpha,
-    dropout=lora.dropout,
-    rslora=lora.rslora,
-    dora=dora,
-    target_modules=lora.target_modules,
-    exclude_modules=lora.exclude_modules,
-    layers_to_transform=lora.layers_to_transform,
-    modules_to_save=lora.modules_to_save,
-    ensure_weight_tying=lora.ensure_weight_tying,
-    rank_pattern=lora.rank_pattern,
-    alpha_pattern=lora.alpha_pattern,
-  )
+  fields = {field.name: getattr(lora, field.name) for field in dataclasses.fields(lora)}
+  del fields['zero_init_b']  # always True
+  return Lora(rank=fields.pop('r'), dora=dora, **fields)
 
 
 def _stack_on_reference(

@@ -48,7 +48,8 @@ def with_reference_logps(
       continue
     path = epath.Path(directory) / f'reference-{_key(pairs, fingerprint, dtypes)}.float32'
     logps = _read(path, len(pairs))
-    if _missing_anywhere(logps):
+    # Where any process lacks the file, all compute together.
+    if np.any(multihost_utils.process_allgather(np.array(logps is None))):
       logps = score_side(reference, data, side, logits_chunk=logits_chunk, mesh=mesh)
       _check_finite(pairs, logps)
       if jax.process_index() == 0:
@@ -81,12 +82,6 @@ def _write(path: epath.Path, logps: np.ndarray):
   data = logps.astype(np.float32).tobytes()
   path.parent.mkdir(parents=True, exist_ok=True)
   write_file(path, hashlib.sha256(data).digest() + data, concurrent=True)
-
-
-def _missing_anywhere(logps: np.ndarray | None) -> bool:
-  """Whether any process lacks the file: all must then compute together."""
-  missing = np.array(logps is None)
-  return bool(np.any(multihost_utils.process_allgather(missing)))
 
 
 def _check_finite(pairs: Side, logps: np.ndarray):

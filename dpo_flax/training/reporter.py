@@ -47,7 +47,9 @@ class Reporter:
     self._is_writer = is_writer
     self.num_steps = num_steps
     self._start: tuple[int, float] | None = None  # step and time of the first report
-    self._lines = _kept_lines(self._file, start_step)  # all processes agree on what was written
+    # What the checkpoint at `start_step` has seen; all processes agree on what was written.
+    lines = _complete_lines(self._file) if start_step else []
+    self._lines = [line for line in lines if json.loads(line)['step'] <= start_step]
     self._behind = False  # a line could not be written
     self._events: EventFiles | None = None
     self._bar: tqdm.tqdm | None = None
@@ -135,13 +137,6 @@ def _find(lines: Iterable[str], step: int, split: str) -> dict[str, Any]:
     line for line in map(json.loads, lines) if (line['step'], line['split']) == (step, split)
   )
   return next(found, {})
-
-
-def _kept_lines(path: epath.Path, start_step: int) -> list[str]:
-  """The complete lines of an earlier run that its checkpoint at `start_step` has seen."""
-  if not start_step:
-    return []
-  return [line for line in _complete_lines(path) if json.loads(line)['step'] <= start_step]
 
 
 def _complete_lines(path: epath.Path) -> list[str]:

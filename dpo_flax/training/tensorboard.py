@@ -14,33 +14,25 @@ import sys
 import time
 import types
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from etils import epath
 
 _FORMAT = 'brain.Event:2'
 _PACKAGE = 'tensorboardX'
+_PARTS = ('proto.event_pb2', 'proto.summary_pb2', 'record_writer')
 
 
-class _Library(NamedTuple):
-  """The parts of tensorboardX that are used here, as protobuf makes them: without types."""
-
-  event_pb2: Any
-  summary_pb2: Any
-  record_writer: Any
-
-
-def _library() -> _Library:
-  """Imports those parts alone.
+def _import_parts() -> list[types.ModuleType]:
+  """Imports the `_PARTS` of tensorboardX alone.
 
   The package itself would import torch, where it is installed, for tensors, of which it gets none
   here. That takes as long as all other imports of a run together, and 180 MB. So a package without
   content stands for it meanwhile; whoever imports tensorboardX later gets all of it.
   """
-  names = [f'{_PACKAGE}.{part}' for part in ('proto.event_pb2', 'proto.summary_pb2')]
-  names.append(f'{_PACKAGE}.record_writer')
+  names = [f'{_PACKAGE}.{part}' for part in _PARTS]
   if _PACKAGE in sys.modules:
-    return _Library(*map(importlib.import_module, names))
+    return [importlib.import_module(name) for name in names]
   spec = importlib.util.find_spec(_PACKAGE)
   if spec is None or spec.submodule_search_locations is None:
     raise ImportError('tensorboardX is not installed')
@@ -48,7 +40,7 @@ def _library() -> _Library:
   package.__path__ = spec.submodule_search_locations
   sys.modules[_PACKAGE] = package
   try:
-    return _Library(*map(importlib.import_module, names))
+    return [importlib.import_module(name) for name in names]
   finally:
     for name in [name for name in sys.modules if name.partition('.')[0] == _PACKAGE]:
       del sys.modules[name]
@@ -62,11 +54,10 @@ class EventFiles:
     directory.mkdir(parents=True, exist_ok=True)
     prefix = f'events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}'
     self._paths = (f'{directory}/{prefix}.{number}' for number in itertools.count())
-    self._library = _library()
+    self._event_pb2, self._summary_pb2, self._record_writer = _import_parts()
     self._file: Any = None  # a RecordWriter, or none
-    event_pb2 = self._library.event_pb2
-    log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    self._append(event_pb2.Event(session_log=log, step=purge_step))
+    log = self._event_pb2.SessionLog(status=self._event_pb2.SessionLog.START)
+    self._append(self._event_pb2.Event(session_log=log, step=purge_step))
 
   def write(self, step: int, values: Mapping[str, float]):
     """Writes tag -> value of a step.
@@ -74,11 +65,10 @@ class EventFiles:
     Raises:
       OSError: it could not; the file has what it had before, and perhaps a part of these.
     """
-    event_pb2, summary_pb2, _ = self._library
-    scalars = [
-      summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()
-    ]
-    self._append(event_pb2.Event(step=step, summary=summary_pb2.Summary(value=scalars)))
+    summary = self._summary_pb2.Summary(
+      value=[{'tag': tag, 'simple_value': value} for tag, value in values.items()]
+    )
+    self._append(self._event_pb2.Event(step=step, summary=summary))
 
   def close(self):
     """Closes the file that is open."""
@@ -90,8 +80,8 @@ class EventFiles:
     event.wall_time = time.time()
     try:
       if self._file is None:
-        self._file = self._library.record_writer.RecordWriter(next(self._paths))
-        first = self._library.event_pb2.Event(wall_time=event.wall_time, file_version=_FORMAT)
+        self._file = self._record_writer.RecordWriter(next(self._paths))
+        first = self._event_pb2.Event(wall_time=event.wall_time, file_version=_FORMAT)
         self._file.write(first.SerializeToString())
       self._file.write(event.SerializeToString())
       self._file.flush()
