@@ -125,13 +125,12 @@ def _missing(
 
 
 def _reference_mistakes(kl_penalty_weight: float | None, divergence: str) -> Iterator[str]:
+  measured = []
   if kl_penalty_weight is not None:
-    yield (
-      f'objective.reference_free=True with objective.kl_penalty_weight={kl_penalty_weight}: the KL '
-      'is measured from the reference. Drop one of them.'
-    )
+    measured.append(f'objective.kl_penalty_weight={kl_penalty_weight}: the KL')
   if divergence != 'reverse_kl':
+    measured.append(f'objective.divergence={divergence!r}: a divergence')
+  for each in measured:
     yield (
-      f'objective.reference_free=True with objective.divergence={divergence!r}: a divergence is '
-      'measured from the reference. Drop one of them.'
+      f'objective.reference_free=True with {each} is measured from the reference. Drop one of them.'
     )

@@ -104,7 +104,7 @@ with simpo.
   @classmethod
   def from_config(cls, config: Mapping[str, Any]) -> 'Objective':
     """Reads the section `objective` of a config."""
-    return cls(**dict(config.items()))
+    return cls(**config)
 
   def replace(self, **changes: Any) -> 'Objective':
     """Returns the objective with other options; None takes one back to its default."""
