@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dpo_flax.model.config import ModelConfig
-from dpo_flax.model.kernels import Dense, Int8, make_weight
+from dpo_flax.model.kernels import kernel_of, make_weight
 from dpo_flax.model.linear import Adapters
 from dpo_flax.model.lora import LoraConfig
 
@@ -44,9 +44,8 @@ class Embedding(nnx.Module):
 
   def attend(self, hidden: jax.Array) -> jax.Array:  # [..., D] -> [..., V], float32
     """Scores `hidden` against every token's embedding."""
-    table = self.embedding[...].astype(self.dtype).T
-    scale = self.embedding_scale
-    head = Dense(table) if scale is None else Int8(table, scale[...])
+    # Of the array, not the variable: a table that learns gets both gradients in the model's dtype.
+    head = kernel_of(self.embedding[...].astype(self.dtype).T, self.embedding_scale)
     logits = head.matmul(hidden, jnp.float32)
     if self.shares_adapters:
       return logits + sum(adapter.transposed(hidden) for adapter in self.adapters.active)

@@ -5,7 +5,7 @@ class here and one more case of `make_weight` and `kernel_of`.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from flax import nnx
 
 from dpo_flax.model import wide_gradient
 from dpo_flax.model.quantization import ChannelScale, quantize
+
+VariableType = TypeVar('VariableType', bound=nnx.Variable)
 
 
 class Trained(nnx.Param):
@@ -73,21 +75,27 @@ def make_weight(
   input_axis: int,  # which axis of `weight` one channel's inputs are on
 ) -> tuple[nnx.Param, ChannelScale | None]:
   """Returns the variables that hold a weight, quantized if `param_dtype` is int8."""
-  if np.dtype(param_dtype) != np.int8:
-    return nnx.Param(weight, out_sharding=axes, eager_sharding=False), None
-  weight, scale = quantize(weight, axis=input_axis)
-  channels = axes[:input_axis] + axes[input_axis + 1 :]
-  return (
-    nnx.Param(weight, out_sharding=axes, eager_sharding=False),
-    ChannelScale(scale, out_sharding=channels, eager_sharding=False),
-  )
+  scale = None
+  if np.dtype(param_dtype) == np.int8:
+    weight, scales = quantize(weight, axis=input_axis)
+    scale = sharded(ChannelScale, scales, axes[:input_axis] + axes[input_axis + 1 :])
+  return sharded(nnx.Param, weight, axes), scale
+
+
+def sharded(
+  variable: type[VariableType],
+  value: jax.Array,
+  axes: tuple[str | None, ...],  # logical, of `value`
+) -> VariableType:
+  """Returns a variable that declares its axes, by which `named_shardings` places it later."""
+  return variable(value, out_sharding=axes, eager_sharding=False)
 
 
 def kernel_of(
-  weight: nnx.Variable,  # [(L,) in, out]
+  weight: nnx.Variable | jax.Array,  # [(L,) in, out]
   scale: nnx.Variable | None,  # [(L,) out], of int8
 ) -> Dense:
-  """Returns the kernel that these variables hold."""
+  """Returns the kernel that these variables hold; an array's gradient is of the inputs' dtype."""
   if scale is not None:
     return Int8(weight[...], scale[...])
   return Learned(weight[...]) if isinstance(weight, Trained) else Dense(weight[...])

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dpo_flax.model.config import ModelConfig
+from dpo_flax.model.kernels import sharded
 from dpo_flax.model.linear import Linear
 from dpo_flax.model.lora import LoraConfig
 
@@ -19,11 +20,8 @@ class RMSNorm(nnx.Module):
 
   def __init__(self, config: ModelConfig, size: int):
     self.epsilon, self.offset = config.rms_norm_eps, config.norm_offset
-    self.scale = nnx.Param(
-      jnp.full(size, 1 - self.offset, config.float_dtype),
-      out_sharding=('norm',),
-      eager_sharding=False,
-    )
+    scale = jnp.full(size, 1 - self.offset, config.float_dtype)
+    self.scale = sharded(nnx.Param, scale, ('norm',))
 
   def __call__(self, hidden: jax.Array) -> jax.Array:  # [..., size] -> [..., size]
     wide = hidden.astype(jnp.float32)

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from dpo_flax.model import wide_gradient
-from dpo_flax.model.kernels import Dense, float_dtype, kernel_of, make_weight
+from dpo_flax.model.kernels import Dense, float_dtype, kernel_of, make_weight, sharded
 from dpo_flax.model.lora import Frozen, Lora, LoraConfig
 
 # Below this a channel's squared norm counts as nothing, and DoRA leaves the channel alone.
@@ -60,8 +60,7 @@ class Linear(nnx.Module):
     kernel = kernel_init(rngs.params(), features, floats)
     # The scale is [out], or None where the kernel is of floats.
     self.kernel, self.kernel_scale = make_weight(kernel, param_dtype, axes, input_axis=0)
-    zeros = jnp.zeros(out_features, floats)
-    bias = nnx.Param(zeros, out_sharding=axes[1:], eager_sharding=False)
+    bias = sharded(nnx.Param, jnp.zeros(out_features, floats), axes[1:])
     self.bias = bias if use_bias else None
     weight = self.weight.dense
     self.adapters = Adapters(name, features, axes, weight, dtype=dtype, lora=lora, rngs=rngs)
@@ -116,12 +115,12 @@ class Adapter(nnx.Module):
       kept = jnp.arange(max(self.ranks)) < jnp.array(self.ranks)[lora.layer]
       a = jnp.where(kept[None], a, 0)
     variable = nnx.LoRAParam if learns else Frozen
-    self.lora_a = variable(a, out_sharding=(_factor_axis(axes[0]), 'rank'), eager_sharding=False)
-    self.lora_b = variable(b, out_sharding=('rank', _factor_axis(axes[1])), eager_sharding=False)
+    self.lora_a = sharded(variable, a, (_factor_axis(axes[0]), 'rank'))
+    self.lora_b = sharded(variable, b, ('rank', _factor_axis(axes[1])))
     magnitude = layer_scale = None
     if lora.dora:
       lengths = _channel_norms(weight()) if learns else jnp.ones(features[1], jnp.float32)
-      magnitude = variable(lengths, out_sharding=axes[1:], eager_sharding=False)
+      magnitude = sharded(variable, lengths, axes[1:])
     if len(set(self.scales)) > 1:
       # 0 where a layer has no adapter.
       layer_scale = nnx.Variable(jnp.array(self.scales, jnp.float32)[lora.layer])

@@ -108,8 +108,7 @@ class Monitor:
     if self._max_skipped:
       values['skipped_steps'] = self._skipped
     if self._seconds:
-      rates = {f'{name}_per_second': n / self._seconds for name, n in self._timed.items()}
-      values |= rates
+      values |= {f'{name}_per_second': n / self._seconds for name, n in self._timed.items()}
     self._reporter.write(step, 'train', values)
     self._sums, self._timed, self._seconds = None, dict.fromkeys(self._timed, 0), 0.0
     self._skipped = 0
