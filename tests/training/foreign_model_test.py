@@ -204,7 +204,7 @@ def test_two_models_apart_give_what_one_scan_gives(batch):
   chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_policy_and_reference_may_be_of_two_kinds_and_depths(batch):
+def test_policy_and_reference_may_be_of_two_classes_and_depths(batch):
   policy = make_models(make_model_config(), make_lora()).policy
   other = make_models(make_model_config(num_layers=1), None).policy
   for reference in (other, make_theirs().policy):
