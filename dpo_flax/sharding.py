@@ -69,12 +69,12 @@ def make_mesh(
       f'{asked} does not fit {len(devices)} devices: the sizes must multiply to {len(devices)}'
     )
   # jax.make_mesh would declare Explicit axes; the compiler places our activations (Auto).
-  kinds = (AxisType.Auto,) * len(AXES)
+  axis_types = (AxisType.Auto,) * len(AXES)
   # TPUs alone: other devices call a host a slice. A topology of one slice does not number it.
   tpus = [device for device in devices if device.platform == 'tpu']
   slices = len({getattr(device, 'slice_index', 0) for device in tpus})
   if slices < 2:
-    return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+    return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
   data, *inside = shape
   if data % slices:
     raise ValueError(
@@ -82,7 +82,7 @@ def make_mesh(
       "network carries the adapters' gradients and no weights"
     )
   grid = mesh_utils.create_hybrid_device_mesh((data // slices, *inside), (slices, 1, 1), devices)
-  return Mesh(grid, AXES, axis_types=kinds)
+  return Mesh(grid, AXES, axis_types=axis_types)
 
 
 def named_shardings(tree: Any, mesh: Mesh) -> Any:

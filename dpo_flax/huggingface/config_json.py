@@ -8,7 +8,7 @@ import numpy as np
 from dpo_flax.huggingface.families import FAMILIES, Family
 from dpo_flax.huggingface.fields import check_fields, typed
 from dpo_flax.huggingface.rope_json import FULL, ROPE_FIELDS, SLIDING, read_rope, rope_fields
-from dpo_flax.model.config import AttentionKind, ModelConfig
+from dpo_flax.model.config import AttentionType, ModelConfig
 
 # A field of config.json -> of ModelConfig, in every family.
 FIELDS = {
@@ -78,7 +78,7 @@ def from_hf_config(
     model_type=model_type,
     **shape,
     **_switches(family, given, where),
-    attention_kinds=_attention_kinds(family, given, shape, where),
+    attention_types=_attention_types(family, given, shape, where),
     attention_scale=scale**-0.5,
     embed_scale=shape['embed_dim'] ** 0.5 if family.scales_embeddings else 1.0,
     dtype=dtype,
@@ -94,23 +94,23 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
   values = {'architectures': [family.architecture], 'model_type': config.model_type}
   values |= {old: getattr(config, new) for old, new in FIELDS.items()}
   activation = next(name for name, field in ACTIVATIONS.items() if field == config.activation)
-  kinds = [config.kinds[kind] for kind in config.kind_of_layer]
-  types = [SLIDING if kind.window else FULL for kind in kinds]
-  windows = {kind.window for kind in config.kinds if kind.window}
+  names = [SLIDING if layer.window else FULL for layer in config.layer_types]
+  windows = {layer.window for layer in config.layer_types if layer.window}
   switches = {
     'hidden_act': activation,
     'hidden_activation': activation,
     'query_pre_attn_scalar': round(config.attention_scale**-2),
     'use_sliding_window': bool(windows),
     'sliding_window': max(windows, default=None),
-    'layer_types': types,
-    'no_rope_layers': [int(kind.rope is not None) for kind in kinds],
+    'layer_types': names,
+    'no_rope_layers': [int(layer.rope is not None) for layer in config.layer_types],
   }
   switches |= {old: getattr(config, new) for old, new in SOFTCAPS.items()}
   switches |= {old: config.biases >= biased for old, biased in BIASES.items()}
-  ropes = {name: kind.rope for name, kind in zip(types, kinds, strict=True) if kind.rope}
+  layers = zip(names, config.layer_types, strict=True)
+  ropes = {name: layer.rope for name, layer in layers if layer.rope}
   if 'partial_rotary_factor' in family.defaults:
-    values['partial_rotary_factor'] = ropes[types[0]].dim / config.head_dim
+    values['partial_rotary_factor'] = ropes[names[0]].dim / config.head_dim
   values |= {name: value for name, value in switches.items() if name in family.defaults}
   values |= {**family.fixed, **rope_fields(ropes, family.defaults)}
   # Without it, some families take padding to be a token of the published vocabulary.
@@ -161,23 +161,23 @@ def _switches(family: Family, given: Mapping[str, Any], where: str) -> dict[str,
   }
 
 
-def _attention_kinds(
+def _attention_types(
   family: Family, given: Mapping[str, Any], shape: Mapping[str, Any], where: str
-) -> tuple[AttentionKind, ...]:
+) -> tuple[AttentionType, ...]:
   """Returns the attention types of the layers, one period of them."""
-  types, window = _layer_types(given, shape['num_layers'], where)
+  names, window = _layer_types(given, shape['num_layers'], where)
   ropes = {
-    kind: read_rope(given, kind, head_dim=shape['head_dim'], scalings=family.scalings, where=where)
-    for kind in set(types)
+    name: read_rope(given, name, head_dim=shape['head_dim'], scalings=family.scalings, where=where)
+    for name in set(names)
   }
-  kinds = [AttentionKind(window if kind == SLIDING else None, ropes[kind]) for kind in types]
+  types = [AttentionType(window if name == SLIDING else None, ropes[name]) for name in names]
   if 'no_rope_layers' in family.defaults:
-    kinds = [
-      kind if rotated else AttentionKind(kind.window, None)
-      for kind, rotated in zip(kinds, _rotated_layers(given, len(kinds), where), strict=True)
+    types = [
+      layer if rotated else AttentionType(layer.window, None)
+      for layer, rotated in zip(types, _rotated_layers(given, len(types), where), strict=True)
     ]
-  turns = range(1, len(kinds) + 1)
-  return tuple(kinds[: next(turn for turn in turns if kinds[turn:] == kinds[:-turn])])
+  periods = range(1, len(types) + 1)
+  return tuple(types[: next(period for period in periods if types[period:] == types[:-period])])
 
 
 def _rotated_layers(given: Mapping[str, Any], num_layers: int, where: str) -> Sequence[int]:

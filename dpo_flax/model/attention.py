@@ -33,10 +33,11 @@ def make_attention_inputs(
   visible_until: jax.Array,  # [B, T] int32
   config: ModelConfig,
 ) -> list[AttentionInputs]:
-  """Returns the inputs of each of `config.kinds`; what two kinds share is the same array."""
-  tokens, ropes = positions.shape[1], [kind.rope for kind in config.kinds]
+  """Returns the inputs of each of `config.distinct_types`; what two share is the same array."""
+  types, tokens = config.distinct_types, positions.shape[1]
+  ropes = [each.rope for each in types]
   # No two tokens of a row are further apart than it is long.
-  windows = [kind.window if (kind.window or tokens) < tokens else None for kind in config.kinds]
+  windows = [each.window if (each.window or tokens) < tokens else None for each in types]
   rotations = {
     rope: make_rotation(positions, rope, config.head_dim) for rope in dict.fromkeys(ropes)
   }
@@ -49,16 +50,16 @@ def make_attention_inputs(
   ]
 
 
-def select_kind(
+def select_inputs(
   inputs: Sequence[AttentionInputs],
-  kind: jax.Array | None,  # [] int32; None: there is one alone
+  index: jax.Array | None,  # [] int32, of an attention type; None: there is one alone
 ) -> AttentionInputs:
-  """Returns the inputs of one kind, which a scan over layers knows as a number."""
-  if kind is None:
+  """Returns the inputs of one attention type, by the index that a scan over layers gives."""
+  if index is None:
     return inputs[0]
   return jax.tree.map(
     lambda *cases: (
-      cases[0] if all(case is cases[0] for case in cases) else jax.lax.select_n(kind, *cases)
+      cases[0] if all(case is cases[0] for case in cases) else jax.lax.select_n(index, *cases)
     ),
     *inputs,
   )

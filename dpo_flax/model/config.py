@@ -1,6 +1,7 @@
 """The architecture of a model: everything that the network's code needs to know."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionKind:
+class AttentionType:
   """In what the attention of some layers differs from that of others."""
 
   window: int | None  # keys are less than this many positions back; None: any number
@@ -76,7 +77,7 @@ class ModelConfig:
   input_norms: bool  # attention and MLP are given normed inputs
   output_norms: bool  # what they give is normed before it is added to the stream
   qk_norm: str | None  # norms of queries and keys: over each `head`, or over `all` at once
-  attention_kinds: tuple[AttentionKind, ...]  # layers take these in turn
+  attention_types: tuple[AttentionType, ...]  # layers take these in turn
   attention_scale: float  # of the scores
   attention_softcap: float | None  # scores are softly kept below this
   logits_softcap: float | None
@@ -99,20 +100,19 @@ class ModelConfig:
     return float_dtype(self.dtype, self.weight_dtype)
 
   @property
-  def kinds(self) -> tuple[AttentionKind, ...]:
-    """The different kinds of attention among the layers."""
-    return tuple(dict.fromkeys(self.attention_kinds[: self.num_layers]))
+  def layer_types(self) -> tuple[AttentionType, ...]:
+    """The attention type of each layer."""
+    return tuple(itertools.islice(itertools.cycle(self.attention_types), self.num_layers))
 
   @property
-  def kind_of_layer(self) -> tuple[int, ...]:
-    """Which of `kinds` each layer has."""
-    turn = [self.kinds.index(kind) for kind in self.attention_kinds[: self.num_layers]]
-    return tuple(turn[layer % len(turn)] for layer in range(self.num_layers))
+  def distinct_types(self) -> tuple[AttentionType, ...]:
+    """The attention types that any layer has, each once."""
+    return tuple(dict.fromkeys(self.layer_types))
 
   @property
   def longest_sequence(self) -> int | None:
     """The tokens of a sequence beyond which this is another function; None: no such bound."""
-    scalings = [kind.rope.scaling for kind in self.kinds if kind.rope]
+    scalings = [each.rope.scaling for each in self.distinct_types if each.rope]
     lengths = [
       scaling.original_max_position_embeddings
       for scaling in scalings

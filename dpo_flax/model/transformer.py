@@ -13,7 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from dpo_flax.model.attention import Attention, AttentionInputs, make_attention_inputs, select_kind
+from dpo_flax.model.attention import (
+  Attention,
+  AttentionInputs,
+  make_attention_inputs,
+  select_inputs,
+)
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.embedding import Embedding
 from dpo_flax.model.hidden import Hidden
@@ -165,29 +170,35 @@ def _run_segments(
   configs, inputs = zip(*attention, strict=True)
   # Splitting all at once keeps one copy of a variable that two models hold.
   graphdef, state = nnx.split(tuple(segment.blocks for segment in segments))
-  kinds = [  # of each layer, where they differ
-    jnp.array(config.kind_of_layer[layers]) if len(config.kinds) > 1 else None for config in configs
-  ]
+  types = [_type_indices(config, layers) for config in configs]
   keys = None if keys is None else keys[layers]
 
-  def policy_layer(block, hidden, kind, key):
+  def policy_layer(block, hidden, index, key):
     # Selected in here, because what enters is kept for backward, once for every layer.
-    hidden, _, _ = block(hidden, select_kind(inputs[0], kind), None, key)
+    hidden, _, _ = block(hidden, select_inputs(inputs[0], index), None, key)
     return hidden
 
   def layer(streams, layer_inputs):
-    layer_state, kinds, key = layer_inputs
+    layer_state, types, key = layer_inputs
     blocks = nnx.merge(graphdef, layer_state)
     remat = _rematerialised(policy_layer, configs[0].remat)
-    hidden = [remat(blocks[0], streams[0], kinds[0], key)]
-    for block, stream, its_inputs, kind in zip(
-      blocks[1:], streams[1:], inputs[1:], kinds[1:], strict=True
+    hidden = [remat(blocks[0], streams[0], types[0], key)]
+    for block, stream, its_inputs, index in zip(
+      blocks[1:], streams[1:], inputs[1:], types[1:], strict=True
     ):
-      other, _, _ = block(stream, select_kind(its_inputs, kind))
+      other, _, _ = block(stream, select_inputs(its_inputs, index))
       hidden.append(jax.lax.stop_gradient(other))
     return tuple(hidden), None
 
-  return jax.lax.scan(layer, streams, (state, kinds, keys))[0]
+  return jax.lax.scan(layer, streams, (state, types, keys))[0]
+
+
+def _type_indices(config: ModelConfig, layers: slice) -> jax.Array | None:  # [L]
+  """Returns which of `distinct_types` each layer has; None where all have the same."""
+  types = config.distinct_types
+  if len(types) == 1:
+    return None
+  return jnp.array([types.index(each) for each in config.layer_types[layers]])
 
 
 def _rematerialised(function, remat: str):

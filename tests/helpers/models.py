@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 
 from dpo_flax.assembly.models import load_model
-from dpo_flax.model.config import AttentionKind, ModelConfig, Rope
+from dpo_flax.model.config import AttentionType, ModelConfig, Rope
 from dpo_flax.model.lora import LoraConfig, LowRank
 from dpo_flax.sharding import AXES, make_mesh
 from dpo_flax.training.state import Models
@@ -38,7 +38,7 @@ def make_model_config(**changes) -> ModelConfig:
     'input_norms': True,
     'output_norms': False,
     'qk_norm': None,
-    'attention_kinds': (AttentionKind(None, Rope(10_000.0, dim=8, scaling=None)),),
+    'attention_types': (AttentionType(None, Rope(10_000.0, dim=8, scaling=None)),),
     'attention_scale': 8**-0.5,
     'attention_softcap': None,
     'logits_softcap': None,

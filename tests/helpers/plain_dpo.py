@@ -26,7 +26,8 @@ def log_softmax(weights, tokens, config, scale):
   def rotate(x):
     first, second = jnp.split(x, 2, axis=-1)
     half = config.head_dim // 2
-    angles = np.arange(x.shape[1])[:, None] / config.kinds[0].rope.theta ** (np.arange(half) / half)
+    theta = config.layer_types[0].rope.theta
+    angles = np.arange(x.shape[1])[:, None] / theta ** (np.arange(half) / half)
     turned = (first + 1j * second) * np.exp(1j * angles)[None, :, None].astype(np.complex64)
     return jnp.concatenate([turned.real, turned.imag], axis=-1)
 

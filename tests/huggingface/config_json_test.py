@@ -8,7 +8,7 @@ import transformers
 
 from dpo_flax.huggingface.config_json import from_hf_config
 from dpo_flax.huggingface.families import FAMILIES
-from dpo_flax.model.config import AttentionKind, LinearScaling, Llama3Scaling, Rope
+from dpo_flax.model.config import AttentionType, LinearScaling, Llama3Scaling, Rope
 
 RUN = {'dtype': jnp.float32, 'weight_dtype': jnp.bfloat16, 'remat': 'full', 'attention': 'xla'}
 LLAMA3 = {
@@ -57,7 +57,7 @@ def test_every_field_arrives():
   assert (config.vocab_size, config.embed_dim, config.mlp_dim) == (320, 64, 160)
   assert (config.num_layers, config.num_heads, config.num_kv_heads) == (2, 8, 4)
   assert (config.head_dim, config.rms_norm_eps, config.initializer_range) == (8, 1e-5, 0.02)
-  assert config.attention_kinds == (AttentionKind(None, Rope(10_000.0, dim=8, scaling=None)),)
+  assert config.attention_types == (AttentionType(None, Rope(10_000.0, dim=8, scaling=None)),)
   assert (config.activation, config.attention_scale) == ('silu', 8**-0.5)
   assert not config.tie_word_embeddings
   assert {name: getattr(config, name) for name in RUN} == RUN
@@ -73,7 +73,7 @@ def test_fields_left_out_mean_what_they_mean_in_transformers():
   assert ours.rms_norm_eps == theirs.rms_norm_eps
   assert ours.tie_word_embeddings == theirs.tie_word_embeddings
   assert ours.initializer_range == theirs.initializer_range
-  assert ours.attention_kinds[0].rope.theta == theirs.rope_parameters['rope_theta']
+  assert ours.attention_types[0].rope.theta == theirs.rope_parameters['rope_theta']
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_fields_left_out_mean_what_they_mean_in_transformers():
 def test_rope_of_every_age_reads_alike(rope):
   config = read(with_changes(**rope))
   scaling = Llama3Scaling(32.0, 1.0, 4.0, 8192)
-  assert config.attention_kinds[0].rope == Rope(500_000.0, dim=8, scaling=scaling)
+  assert config.attention_types[0].rope == Rope(500_000.0, dim=8, scaling=scaling)
 
 
 def test_what_transformers_writes_is_read():
@@ -172,9 +172,9 @@ def test_positions_of_local_layers_are_read_in_both_ways():
   gemma = SIZES | {'model_type': 'gemma3_text'}
   configs = [read(gemma | old), read(gemma | {'rope_parameters': new})]
   assert configs[0] == configs[1]
-  local, whole = configs[0].kinds
-  assert local == AttentionKind(4096, Rope(2e4, dim=256, scaling=None))
-  assert whole == AttentionKind(None, Rope(5e5, dim=256, scaling=LinearScaling(8.0)))
+  local, whole = configs[0].distinct_types
+  assert local == AttentionType(4096, Rope(2e4, dim=256, scaling=None))
+  assert whole == AttentionType(None, Rope(5e5, dim=256, scaling=LinearScaling(8.0)))
 
 
 def test_positions_of_phi3_are_stretched_as_transformers_stretches_them():
@@ -182,7 +182,7 @@ def test_positions_of_phi3_are_stretched_as_transformers_stretches_them():
   lengths = {'max_position_embeddings': 131_072, 'original_max_position_embeddings': 4096}
   values = SIZES | lengths | {'model_type': 'phi3', 'rope_scaling': {'type': 'su', **factors}}
   config = read(values)
-  scaling = config.kinds[0].rope.scaling
+  scaling = config.layer_types[0].rope.scaling
   assert (scaling.short_factor, scaling.long_factor) == ((1.0, 1.5), (4.0, 5.0))
   assert scaling.attention_factor == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
   assert config.longest_sequence == 4096

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from dpo_flax.model.attention import make_attention_inputs
-from dpo_flax.model.config import AttentionKind, Rope
+from dpo_flax.model.config import AttentionType, Rope
 from dpo_flax.model.transformer import Transformer, run_streams
 from helpers.batches import draw_pairs, fill_batch
 from helpers.models import BLOCK_PROJECTIONS, make_lora, make_model_config, make_models
@@ -38,20 +38,20 @@ def stream(model, batch):
   return run_streams(model, None, batch)[0]
 
 
-# Layers of three kinds: a window, other frequencies and no positions, no window.
-KINDS = (
-  AttentionKind(5, Rope(100.0, dim=8, scaling=None)),
-  AttentionKind(5, None),
-  AttentionKind(None, Rope(10_000.0, dim=8, scaling=None)),
+# Three attention types: a window, other frequencies and no positions, no window.
+TYPES = (
+  AttentionType(5, Rope(100.0, dim=8, scaling=None)),
+  AttentionType(5, None),
+  AttentionType(None, Rope(10_000.0, dim=8, scaling=None)),
 )
 
 
 @pytest.mark.parametrize(
-  ('dropout', 'kinds'), [(0.0, {}), (0.5, {}), (0.0, {'attention_kinds': KINDS, 'num_layers': 5})]
+  ('dropout', 'changes'), [(0.0, {}), (0.5, {}), (0.0, {'attention_types': TYPES, 'num_layers': 5})]
 )
-def test_scan_over_stacked_blocks_equals_the_blocks_one_by_one(batch, dropout, kinds):
-  """Each layer has its own weights, its own dropout and its own kind of attention."""
-  models = make_models(make_model_config(**kinds), make_lora(dropout=dropout))
+def test_scan_over_stacked_blocks_equals_the_blocks_one_by_one(batch, dropout, changes):
+  """Each layer has its own weights, its own dropout and its own attention type."""
+  models = make_models(make_model_config(**changes), make_lora(dropout=dropout))
   policy, key = models.policy, jax.random.key(0)
   graphdef, layers = nnx.split(policy.blocks)
   inputs = make_attention_inputs(batch['positions'], batch['visible_until'], policy.config)
@@ -69,16 +69,16 @@ def test_scan_over_stacked_blocks_equals_the_blocks_one_by_one(batch, dropout, k
   np.testing.assert_allclose(outputs, expected, atol=1e-5)
 
 
-def test_kinds_that_differ_in_nothing_a_row_can_show_share_their_inputs(batch):
+def test_types_that_differ_in_nothing_a_row_can_show_share_their_inputs(batch):
   """Rows shorter than a window know of none, and select nothing."""
   rope = Rope(10_000.0, dim=8, scaling=None)
-  kinds = (AttentionKind(96, rope), AttentionKind(None, rope))
-  config = make_model_config(attention_kinds=kinds)
+  types = (AttentionType(96, rope), AttentionType(None, rope))
+  config = make_model_config(attention_types=types)
   first, second = make_attention_inputs(batch['positions'], batch['visible_until'], config)
   assert first.mask.window is None
   leaves = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
   assert all(one is other for one, other in leaves)
-  narrower = make_model_config(attention_kinds=(AttentionKind(95, rope), kinds[1]))
+  narrower = make_model_config(attention_types=(AttentionType(95, rope), types[1]))
   inputs = make_attention_inputs(batch['positions'], batch['visible_until'], narrower)
   assert all(each.mask.window is not None for each in inputs)
 
@@ -166,7 +166,7 @@ def test_remat_changes_no_gradient(batch):
   gradients = [
     gradient(
       make_models(
-        make_model_config(remat=remat, tie_word_embeddings=True, attention_kinds=KINDS[1:]),
+        make_model_config(remat=remat, tie_word_embeddings=True, attention_types=TYPES[1:]),
         make_lora(dropout=0.2),
       ),
       batch,
