@@ -37,7 +37,6 @@ answer_ids       the answer that the target belongs to, an index in [0, S); S wh
 optional         reference_logps [S]; pair_weight, chosen_probability, margin [P], float32.
 """
 
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -159,10 +158,10 @@ def fill_batch(
     batch[name][row, slot] = [getattr(pair, name) for pair in pairs]
   lengths = pair_lengths(pairs)
   run = _fill_run(pairs, lengths, row, answers, layout=layout, nothing=2 * pairs_per_row)
-  ends = np.bincount(row, row_lengths(lengths, layout), len(rows)).astype(int).cumsum()
-  for r, (start, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
-    for name, values in run.items():
-      batch[name][r, : end - start] = values[start:end]
+  used = np.bincount(row, row_lengths(lengths, layout), len(rows))
+  filled = np.arange(tokens) < used[:, None]  # [B, T]
+  for name, values in run.items():
+    batch[name][filled] = values
   return batch
 
 

@@ -83,8 +83,12 @@ def write_shard(
     if len(examples[reason]) < SHOWN:
       examples[reason].append((index[file], line, message))
   stem = directory / shard_name(number)
-  largest_id, largest_id_pair = _largest_id(tokens, arrays['lengths'])
+  sha256 = {
+    f'{stem.name}.tokens': _write(f'{stem}.tokens', tokens.tobytes()),
+    f'{stem.name}.npz': _write(f'{stem}.npz', lambda file: np.savez(file, **arrays)),
+  }
   read = sum(chunk.read for chunk in chunks)
+  largest_id, largest_id_pair = _largest_id(tokens, arrays['lengths'])
   report = ShardReport(
     read=read,
     kept=read - dropped.total(),
@@ -93,10 +97,7 @@ def write_shard(
     examples=dict(examples),
     largest_id=largest_id,
     largest_id_pair=largest_id_pair,
-    sha256={
-      f'{stem.name}.tokens': _write(f'{stem}.tokens', tokens.tobytes()),
-      f'{stem.name}.npz': _write(f'{stem}.npz', lambda file: np.savez(file, **arrays)),
-    },
+    sha256=sha256,
   )
   _write(f'{stem}.json', json.dumps(dataclasses.asdict(report)))
 

@@ -60,8 +60,10 @@ def check(preference: Preference) -> None:
     _check_unicode(name, text)
     if isinstance(text, list):
       _check_chat(name, text)
-    elif name != 'prompt' and not _targets(text, getattr(preference, f'{name}_context')).strip():
-      raise RecordError('empty response', f'{name} has no text')
+    elif name != 'prompt':
+      spans = target_spans(text, getattr(preference, f'{name}_context'))
+      if not any(text[start:end].strip() for start, end in spans):
+        raise RecordError('empty response', f'{name} has no text')
   if preference.chosen == preference.rejected:
     raise RecordError('identical responses', 'chosen equals rejected')
   if preference.tools:
@@ -70,10 +72,10 @@ def check(preference: Preference) -> None:
       raise RecordError('wrong type', 'tools need a chat: prompt, chosen and rejected are strings')
 
 
-def _targets(text: str, context: Iterable[Span]) -> str:
-  for start, end in reversed(tuple(context)):
-    text = text[:start] + text[end:]
-  return text
+def target_spans(response: str, context: Iterable[Span]) -> list[Span]:
+  """Returns what of a response lies between the turns of others."""
+  ends = [0, *(end for span in context for end in span), len(response)]
+  return list(zip(ends[::2], ends[1::2], strict=True))
 
 
 def _check_unicode(name: str, text: Any) -> None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from dpo_flax.data.records.fields import RecordError, shared_length
-from dpo_flax.data.records.preference import Preference, Span
+from dpo_flax.data.records.preference import Preference, Span, target_spans
 from dpo_flax.data.tokens.backends import Backend, SentencePieceBackend, TokenizersBackend
 from dpo_flax.data.tokens.chat_template import ChatTemplate, Rendering
 from dpo_flax.files.strict_json import StrictJsonError, parse_object
@@ -126,10 +126,9 @@ class Tokenizer:
 
 
 def _join(prompt: str, response: str, context: tuple[Span, ...]) -> Rendering:
-  """Returns a text response behind its prompt; its spans are what lies between the contexts."""
-  ends = [0, *(end for span in context for end in span), len(response)]
-  at = [len(prompt) + end for end in ends]
-  spans = list(zip(at[::2], at[1::2], strict=True))
+  """Returns a text response behind its prompt."""
+  n = len(prompt)
+  spans = [(n + start, n + end) for start, end in target_spans(response, context)]
   return Rendering(prompt + response, spans, closed=False)
 
 
