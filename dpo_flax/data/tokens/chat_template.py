@@ -106,8 +106,7 @@ class ChatTemplate:
       spans = [self._extend(text, span) for span in blocks if span[0] >= len(prefix)]
       spans = spans or self._find_spans(prompt, response, tools, prefix, text)
       check_kept(response, text[spans[0][0] :], 'response')
-      closing = self._closing(text, spans[-1])
-      closed = closing is not None and not text[closing : spans[-1][1]].strip()
+      closed = self._closing(text, spans[-1]) is not None
       renderings.append(Rendering(text, spans, closed))
     if self._history == 'exact':
       check_kept(prompt, prefix, 'history')
@@ -171,25 +170,25 @@ class ChatTemplate:
     return spans
 
   def _closing(self, text: str, span: Span) -> int | None:
-    """Returns where the last token of a span that can end a turn ends."""
+    """Returns where the token that ends a span's turn ends; None where more than space follows."""
     ends = (match.end() for match in self._ends.finditer(text, *span) if match[1])
-    return max(ends, default=None)
+    last = max(ends, default=None)
+    return None if last is None or text[last : span[1]].strip() else last
 
   def _close(self, text: str, span: Span) -> Span:
     """Takes the white space behind the end-of-turn token out of a span."""
     start, end = span
     if not text[start:end].strip():
       raise RecordError('chat template drops the response', 'it renders to nothing')
-    closing = self._closing(text, span)
-    return (start, closing) if closing and not text[closing:end].strip() else span
+    return start, self._closing(text, span) or end
 
   def _extend(self, text: str, span: Span) -> Span:
     """Takes an end-of-turn token right behind a generation block into the span."""
     start, end = span
-    closing = self._closing(text, span)
     behind = self._ends.match(text, end)
-    closed = closing is not None and not text[closing:end].strip()
-    return (start, behind.end()) if behind and behind[1] and not closed else span
+    if behind and behind[1] and self._closing(text, span) is None:
+      return start, behind.end()
+    return span
 
   def _render(
     self, chats: list[tuple[list[Message], bool]], tools: list[Any] | None
