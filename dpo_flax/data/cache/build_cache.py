@@ -62,12 +62,12 @@ def open_or_build(source: RecordSource, tokenizer: Tokenizer, reading: ReadOptio
   if not complete:
     with cache_files.locked(local):
       if local != path and (path / cache_files.MANIFEST).exists():
-        _copy(path, local)
+        cache_files.copy_cache(path, local)
       if not cache_files.is_complete(local, fingerprint):  # no other process was faster
         shards = _build(source, tokenizer, local, reading)
         cache_files.write_manifest(local, fingerprint, source.files, shards)
   if local != path and not fresh(path / cache_files.MANIFEST).exists():
-    _copy(local, path)
+    cache_files.copy_cache(local, path)
   cache = TokenCache(str(path))
   cache.files = source.files  # the same bytes may now be under another name
   dropped = cache.report.dropped
@@ -124,12 +124,6 @@ def _checked(chunks: Iterator[Chunk], source: RecordSource, bad_record: str) -> 
         raise ValueError(_refusal(f'{file}:{line}: {message}'))
       yield chunk
       bar.update(source.position - bar.n)
-
-
-def _copy(source: epath.Path, target: epath.Path) -> None:
-  target.mkdir(parents=True, exist_ok=True)
-  for name in cache_files.file_names(source):
-    (source / name).copy(target / name, overwrite=True)
 
 
 def _refusal(message: str) -> str:

@@ -129,11 +129,13 @@ def read_report(directory: epath.Path, number: int) -> ShardReport:
   return ShardReport(**json.loads((directory / f'{shard_name(number)}.json').read_text()))
 
 
-def file_names(directory: epath.Path) -> list[str]:
-  """Returns the files of a complete cache, the manifest last."""
-  shards = range(len(read_manifest(directory)['sha256']))
-  suffixes = ('tokens', 'npz', 'json')
-  return [f'{shard_name(i)}.{suffix}' for i in shards for suffix in suffixes] + [MANIFEST]
+def copy_cache(source: epath.Path, target: epath.Path) -> None:
+  """Copies the files of a complete cache, the manifest last."""
+  target.mkdir(parents=True, exist_ok=True)
+  shards = range(len(read_manifest(source)['sha256']))
+  names = [f'{shard_name(i)}.{suffix}' for i in shards for suffix in ('tokens', 'npz', 'json')]
+  for name in [*names, MANIFEST]:
+    (source / name).copy(target / name, overwrite=True)
 
 
 def intact_shards(directory: epath.Path) -> set[int]:
