@@ -119,8 +119,12 @@ class Checkpoints:
 
     Raises:
       FloatingPointError: the state holds a value that is not finite.
+      ValueError: the state is no tree of arrays, or a later step is saved already.
     """
     self.check(wait=True)
+    _check_arrays(state)
+    if (latest := self.latest()) is not None and step < latest:
+      raise ValueError(f'step {step} would be dropped: {self.directory} holds step {latest}')
     _check_finite(state, step)
     if not self._begin(state, step):
       return
@@ -260,6 +264,17 @@ class Checkpoints:
 @jax.jit
 def _are_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
   return jax.tree.map(lambda array: jnp.all(jnp.isfinite(array)), arrays)
+
+
+def _check_arrays(state: Any):
+  named = _named_arrays(state)
+  if len(named) < len(jax.tree.leaves(state)):
+    raise ValueError('two arrays of the state have one name: its keys must not have dots')
+  for name, array in named.items():
+    if not isinstance(array, jax.Array | np.ndarray):
+      raise ValueError(f'{name} is a {type(array).__name__}: a state is saved as arrays')
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+      raise ValueError(f'{name} is a key: save jax.random.key_data of it')
 
 
 def _check_finite(state: Any, step: int):

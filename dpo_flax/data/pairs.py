@@ -86,13 +86,17 @@ def pack(
     The fields of a batch (docs/design.md), NumPy arrays.
 
   Raises:
-    ValueError: a pair is longer than a row, has an empty part, or holds what is no token id.
+    ValueError: there are no pairs; one is longer than a row, has an empty part, or holds what is no
+      token id.
   """
   if layout not in LAYOUTS:
     raise ValueError(f'layout={layout!r}: expected one of {", ".join(LAYOUTS)}')
   if tokens < 1 or multiple < 1:
     raise ValueError(f'tokens={tokens}, multiple={multiple}: both must be at least 1')
-  return pack_pairs(packed_pairs(pairs), tokens=tokens, layout=layout, multiple=multiple)
+  packed = packed_pairs(pairs)
+  if not packed:
+    raise ValueError('there are no pairs to pack')
+  return pack_pairs(packed, tokens=tokens, layout=layout, multiple=multiple)
 
 
 def packed_pairs(pairs: Iterable[TokenPair]) -> list[PackedPair]:

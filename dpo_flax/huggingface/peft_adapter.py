@@ -217,9 +217,19 @@ def _named_slots(
     raise ValueError(
       f'names has {sorted(names)}, the model has adapters on {sorted(adapters)}: one for each'
     )
+  if len(set(names.values())) < len(names):
+    raise ValueError(f'names gives two modules the same name: {sorted(names.values())}')
   slots, adapted = {}, {}
   learned = dict(nnx.to_flat_state(state))
   for module, (path, adapter) in adapters.items():
+    stacked = adapter.lora_a.ndim > 2
+    if not names[module] or names[module].endswith('.weight'):
+      raise ValueError(f'names[{module!r}]={names[module]!r}: expected the name of a module')
+    if stacked != ('{}' in names[module]):
+      raise ValueError(
+        f'names[{module!r}]={names[module]!r}: a name has {{}} in place of the layer where the map '
+        f'is stacked over layers, and nowhere else; this one is{"" if stacked else " not"}'
+      )
     scales = adapter.low_rank.scales(rslora=lora.rslora)
     if scales != adapter.scales or lora.dora != (adapter.magnitude is not None):
       raise ValueError(

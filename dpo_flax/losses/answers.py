@@ -47,6 +47,28 @@ class AnswerLogps:
   statistics: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
+# Field of a batch -> its dimensions, of which those of a letter are equal.
+_DIMENSIONS = {
+  **dict.fromkeys(('tokens', 'positions', 'visible_until', 'targets', 'answer_ids'), 'BT'),
+  **dict.fromkeys(('answer_mask', 'reference_logps'), 'BS'),
+  **dict.fromkeys(('pair_mask', 'pair_index', 'pair_weight', 'chosen_probability', 'margin'), 'BP'),
+  'pairs': 'BP2',
+}
+
+
+def check_batch(batch: Mapping[str, jax.Array]) -> None:
+  """Raises ValueError unless the fields of a batch have shapes that go together."""
+  sizes = {'2': 2}
+  for name, dimensions in _DIMENSIONS.items():
+    shape = jnp.shape(batch[name]) if name in batch else ()
+    fits = len(shape) == len(dimensions) and all(
+      sizes.setdefault(letter, size) == size for letter, size in zip(dimensions, shape, strict=True)
+    )
+    if name in batch and not fits:
+      expected = ', '.join(str(sizes.get(letter, letter)) for letter in dimensions)
+      raise ValueError(f'the batch has {name} of shape {shape}: expected [{expected}]')
+
+
 def scored(batch: Mapping[str, jax.Array]) -> jax.Array:
   """Returns [B, T] bool: whether a position's target belongs to an answer."""
   return batch['answer_ids'] < batch['answer_mask'].shape[1]
@@ -88,8 +110,10 @@ def pairs_of(
       (arXiv:2409.06411).
 
   Raises:
-    ValueError: tails are asked for, and `answers` kept no tokens.
+    ValueError: tails are asked for, and `answers` kept no tokens; the fields' shapes do not go
+      together.
   """
+  check_batch({**batch, 'answer_mask': answers.mask})
 
   def pick(values):
     return None if values is None else _pick(values, batch)

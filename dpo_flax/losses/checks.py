@@ -45,6 +45,7 @@ def mistakes(
   for name in (name for name in numbers if given.get(name) is not None):
     if not (math.isfinite(given[name]) and options[name].is_inside(given[name])):
       yield f'objective.{name}={given[name]}: it must be {options[name].expected}.'
+  yield from _overridden(losses, options, general)
   yield from _divergence_mistakes(losses, general['divergence'], general['alpha_divergence'])
   yield from _ignored(losses, general, {name: constants.get(name) for name in options})
   yield from _missing(losses, general, constants)
@@ -56,6 +57,19 @@ def unread(losses: tuple[Loss, ...], option: str) -> list[str]:
   """Returns the names of the losses that would ignore an option; sft beside others may."""
   comparing = [loss for loss in losses if not loss.chosen_only]
   return [loss.name for loss in comparing or losses if not loss.reads(option)]
+
+
+def _overridden(
+  losses: tuple[Loss, ...], options: Mapping[str, Constant], general: Mapping[str, Any]
+) -> Iterator[str]:
+  for loss in losses:
+    for name in general.keys() & (loss.constants.keys() - loss.bound):
+      own, usual = loss.constants[name], options[name].default
+      if own not in (usual, inspect.Parameter.empty) and general[name] == usual:
+        yield (
+          f'the loss {loss.name} has the default {name}={own!r}, and objective.{name}={usual!r} '
+          f'would take its place: give the objective {name}, or fix it by functools.partial'
+        )
 
 
 def _weight_mistakes(losses: tuple[Loss, ...], weights: Any) -> Iterator[str]:

@@ -370,7 +370,7 @@ def sft(logps: PairLogps) -> jax.Array:
   >>> print(sft(pairs))
   [1.]
   """
-  return -logps.policy_chosen / logps.lengths.chosen
+  return -logps.policy.chosen / logps.lengths.chosen
 
 
 @register(needs_reference=False, per_token=True)
@@ -396,7 +396,7 @@ def cpo(logps: PairLogps, *, beta: float = 0.1, cpo_alpha: float = 1.0) -> jax.A
   >>> print(cpo(pairs, beta=0.25))
   [1.2014]
   """
-  logit = beta * (logps.policy_chosen - logps.policy_rejected)
+  logit = beta * (logps.policy.chosen - logps.policy.rejected)
   return -log_sigmoid(logit) + cpo_alpha * sft(logps)
 
 

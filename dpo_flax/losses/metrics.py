@@ -98,12 +98,12 @@ def _mean_sums(
   logps: PairLogps, losses: jax.Array, rewards: Branches, objective: Objective
 ) -> dict[str, jax.Array]:
   values = {
-    'dpo_margin_policy': logps.policy_chosen - logps.policy_rejected,
+    'dpo_margin_policy': logps.policy.chosen - logps.policy.rejected,
     **_accuracies(logps, rewards, objective),
     'dpo_chosen_reward': rewards.chosen,
     'dpo_rejected_reward': rewards.rejected,
-    'chosen_logps': logps.policy_chosen,
-    'rejected_logps': logps.policy_rejected,
+    'chosen_logps': logps.policy.chosen,
+    'rejected_logps': logps.policy.rejected,
   }
   if logps.reference_chosen is not None:
     values['dpo_margin_ref'] = logps.reference.chosen - logps.reference.rejected

@@ -153,7 +153,8 @@ with simpo.
     """Calls a loss with those of its constants that the objective has a value for."""
     general = {name: getattr(self, name) for name in ('beta', 'divergence', 'alpha_divergence')}
     values = general | dict(self.constants)
-    return loss(logps, **{name: values[name] for name in loss.constants if name in values})
+    free = loss.constants.keys() - loss.bound
+    return loss(logps, **{name: values[name] for name in free if name in values})
 
   def __repr__(self) -> str:
     usual = {name: option.default for name, option in OPTIONS.items()} | {'loss': None}
@@ -243,7 +244,7 @@ def total_loss(logps: PairLogps, objective: Objective) -> jax.Array:
     ValueError: the pairs lack a field that is needed, or a loss is not one number for each pair.
   """
   logps.check_shapes()
-  total = jnp.zeros_like(logps.policy_chosen)
+  total = jnp.zeros_like(logps.policy.chosen)
   for loss, weight in zip(objective.losses, objective.loss_weights, strict=True):
     values = objective._run(loss, _as_read(logps, objective, loss))
     if jnp.shape(values) != total.shape:

@@ -21,7 +21,8 @@ class PairLogps:
   """Log-probs of pairs, float32 of any one shape ([B, P] in a batch); empty slots hold zeros.
 
   Only the policy's log-probs are needed. A field that is None was not asked for, or is not in the
-  data; what needs it raises a ValueError that names it.
+  data; what needs it raises a ValueError that names it, and an AssertionError where shapes differ.
+  What is narrower than float32 is widened: sums of log-probs do not fit bfloat16.
 
   >>> pair = PairLogps(policy_chosen=jnp.array([-4.0]), policy_rejected=jnp.array([-10.0]))
   >>> pair.lengths
@@ -71,7 +72,9 @@ class PairLogps:
   @property
   def mask(self) -> jax.Array:
     """1.0 for a real pair, 0.0 for an empty slot."""
-    return jnp.ones_like(self.policy_chosen) if self.pair_mask is None else self.pair_mask
+    if self.pair_mask is None:
+      return jnp.ones(jnp.shape(self.policy_chosen), jnp.float32)
+    return _at_least_float32(self.pair_mask)
 
   @property
   def weights(self) -> jax.Array:
@@ -88,12 +91,18 @@ class PairLogps:
     for field in dataclasses.fields(self):
       values = jax.tree.leaves(getattr(self, field.name))
       if field.name != 'reward_mean':
-        chex.assert_equal_shape((self.policy_chosen, *values), custom_message=field.name)
+        arrays = map(jnp.asarray, (self.policy_chosen, *values))
+        chex.assert_equal_shape(list(arrays), custom_message=field.name)
 
   def _required(self, *names: str) -> list:
     values = [getattr(self, name) for name in names]
     missing = [name for name, value in zip(names, values, strict=True) if value is None]
     if missing:
       raise ValueError(f'PairLogps lacks {" and ".join(missing)}, which this computation needs.')
-    chex.assert_equal_shape((self.policy_chosen, *jax.tree.leaves(values)))
-    return values
+    self.check_shapes()
+    return jax.tree.map(_at_least_float32, values)
+
+
+def _at_least_float32(values: jax.typing.ArrayLike) -> jax.Array:
+  array = jnp.asarray(values)
+  return array.astype(jnp.promote_types(array.dtype, jnp.float32))

@@ -71,6 +71,11 @@ class Loss:
     by_keyword = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return {each.name: each.default for each in others if each.kind in by_keyword}
 
+  @property
+  def bound(self) -> Mapping[str, Any]:
+    """The constants that a `functools.partial` fixes: no objective changes them."""
+    return getattr(self.function, 'keywords', {})
+
   def reads(self, option: str) -> bool:
     """Whether an option of the objective or a field of the records makes a difference."""
     return option in (*self.records, *self.modifiers, *self.constants)
@@ -107,8 +112,11 @@ def as_loss(loss: Any) -> Loss | None:
     return loss
   if isinstance(loss, str):
     return LOSSES.get(loss)
-  registered = (each for each in LOSSES.values() if each.function is loss)
-  return next(registered, Loss(loss) if callable(loss) else None)
+  function = getattr(loss, 'func', loss)  # of a partial
+  for registered in LOSSES.values():
+    if registered.function is function:
+      return dataclasses.replace(registered, function=loss)
+  return Loss(loss) if callable(loss) else None
 
 
 def users(option: str) -> str:

@@ -166,8 +166,16 @@ def reference_of(policy: Module) -> Module:
   True
 
   Raises:
-    ValueError: no part of the model can take adapters off.
+    ValueError: no part of the model can take adapters off, or what learns would move both.
   """
+  switched = [path for path, module in nnx.iter_modules(policy) if hasattr(module, 'set_view')]
+  for path, variable in nnx.to_flat_state(nnx.state(policy, TRAINABLE)):
+    inside = any(path[: len(module)] == module for module in switched)
+    if isinstance(variable, Trained) or not inside:
+      raise ValueError(
+        f'{".".join(map(str, path))} learns in the policy and would move the reference too: pass a '
+        'second model as the reference'
+      )
   reference = nnx.view(policy, adapted=False)
   return nnx.view(reference, reference_adapted=True, raise_if_not_found=False)
 

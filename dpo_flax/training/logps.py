@@ -8,8 +8,15 @@ import jax.extend.core
 import jax.numpy as jnp
 from flax import nnx
 
-from dpo_flax.losses.answers import AnswerLogps, TokenLogps, pairs_of, scored, sum_by_answer
-from dpo_flax.losses.objective import Objective
+from dpo_flax.losses.answers import (
+  AnswerLogps,
+  TokenLogps,
+  check_batch,
+  pairs_of,
+  scored,
+  sum_by_answer,
+)
+from dpo_flax.losses.objective import Objective, SomeLoss, as_objective
 from dpo_flax.losses.pair_logps import PairLogps
 from dpo_flax.model.hidden import Hidden, Model, check_tokens, run_model
 from dpo_flax.model.lora import TRAINABLE
@@ -55,7 +62,8 @@ def answer_logps(
 
   Raises:
     ValueError: a model's hidden states have another shape; the KL is wanted, and no reference run;
-      NumPy arrays hold token ids that the policy has not.
+      NumPy arrays hold token ids that the policy has not; the batch's fields have shapes that do
+      not go together.
   """
   policy, reference = as_models(models)
   wanted = wanted or TokenStatisticsOptions()
@@ -66,6 +74,7 @@ def answer_logps(
       'the KL needs a reference that runs: pass Models(policy, reference), and a batch without '
       'reference_logps, which are those of the answers alone'
     )
+  check_batch(batch)
   check_tokens(batch, getattr(policy, 'vocab_size', None))
   hidden, other = _run(policy, reference, batch, dropout_key)
   tokens = token_statistics(
@@ -85,7 +94,7 @@ def answer_logps(
 def pair_logps(
   models: Models | Model,
   batch: Batch,
-  objective: Objective | None = None,
+  objective: Objective | SomeLoss | None = None,
   *,
   logits_chunk: int = 512,
   dropout_key: jax.Array | None = None,
@@ -103,7 +112,7 @@ def pair_logps(
   options = {'logits_chunk': logits_chunk, 'dropout_key': dropout_key}
   if objective is None:
     return pairs_of(answer_logps(models, batch, **options), batch)
-  return objective_logps(models, batch, objective, **options)[0]
+  return objective_logps(models, batch, as_objective(objective), **options)[0]
 
 
 def objective_logps(
@@ -120,7 +129,8 @@ def objective_logps(
   if objective.needs_reference and reference is None and 'reference_logps' not in batch:
     raise ValueError(
       f'objective.loss={objective.loss} needs a reference: pass Models(policy, reference), or '
-      'batches with reference_logps'
+      'batches with reference_logps. A function of your own that reads none is '
+      'Loss(function, needs_reference=False)'
     )
   has_tails = objective.ld_alpha is not None
   answers = answer_logps(

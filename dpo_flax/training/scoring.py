@@ -17,6 +17,7 @@ from dpo_flax.model.hidden import Model, check_tokens
 from dpo_flax.sharding import row_parts, row_shard, shard_batch
 from dpo_flax.training.logps import Batch, pair_logps
 
+_ROWS = 8  # of a device, where pairs are scored one a row
 _LANES = 128  # rows of few pairs have a multiple of these tokens
 
 
@@ -43,19 +44,27 @@ def score_side(
 def score_pairs(
   model: Model, pairs: Sequence[pack.PackedPair], *, layout: str, logits_chunk: int, mesh: Mesh
 ) -> np.ndarray:
-  """Returns [n, 2] float32 of a few pairs, each in a row of its own."""
+  """Returns [n, 2] float32 of pairs, each in a row of its own, `_ROWS` rows of a device at once."""
   if not pairs:
     return np.zeros((0, 2), np.float32)
   longest = int(pack.row_lengths(pack.pair_lengths(pairs), layout).max())
+  score, (mine, count) = _scorer(model, logits_chunk, mesh), row_shard(mesh)
   parts = row_parts(mesh)
-  rows = [[pair] for pair in pairs] + [[] for _ in range(-len(pairs) % parts)]
-  batch = pack.fill_batch(
-    rows, tokens=longest + -longest % _LANES, pairs_per_row=1, layout=layout, columns=()
-  )
-  mine, count = row_shard(mesh)
-  blocks = {name: np.split(values, count) for name, values in batch.items()}
-  local = {name: np.concatenate([parts[i] for i in mine]) for name, parts in blocks.items()}
-  return _scorer(model, logits_chunk, mesh)(local)[: len(pairs), 0]
+  size = min(_ROWS * parts, len(pairs) + -len(pairs) % parts)
+  found = []
+  for start in range(0, len(pairs), size):
+    rows = [[pair] for pair in pairs[start : start + size]]
+    batch = pack.fill_batch(
+      rows + [[]] * (size - len(rows)),
+      tokens=longest + -longest % _LANES,
+      pairs_per_row=1,
+      layout=layout,
+      columns=(),
+    )
+    blocks = {name: np.split(values, count) for name, values in batch.items()}
+    local = {name: np.concatenate([parts[i] for i in mine]) for name, parts in blocks.items()}
+    found.append(score(local)[: len(rows), 0])
+  return np.concatenate(found)
 
 
 def score_batch(

@@ -86,8 +86,10 @@ def split_models(models: Models) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
   appear once, as the policy's; `nnx.merge` of the three gives both models back.
 
   Raises:
-    ValueError: nothing learns.
+    ValueError: nothing learns, or the reference would learn as well.
   """
+  if models.policy is models.reference:
+    raise ValueError('policy and reference are the same object: pass reference_of(policy)')
   learns = nnx.All(TRAINABLE, lambda path, _: path[0] == 'policy')
   graphdef, trainable, frozen = nnx.split(models, learns, ...)
   if not jax.tree.leaves(trainable):

@@ -1,6 +1,7 @@
 """The learning step: packed rows -> pair losses -> gradient of the adapters -> new state."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -26,7 +27,8 @@ class StepOptions:
   """How a step computes its loss.
 
   Raises:
-    ValueError: the loss compares the pairs of a whole batch, which is split into microbatches.
+    ValueError: a number is out of range, or the loss compares the pairs of a whole batch, which is
+      split into microbatches.
   """
 
   objective: Objective
@@ -36,6 +38,11 @@ class StepOptions:
   spike_factor: float = 0.0  # gradient norms above so many medians make no update; 0: no limit
 
   def __post_init__(self):
+    for name in ('logits_chunk', 'microbatches'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name}={getattr(self, name)}: it must be at least 1')
+    if not 0 <= self.spike_factor < math.inf:
+      raise ValueError(f'spike_factor={self.spike_factor}: it must be a finite number, at least 0')
     if self.objective.sorts_batch and self.microbatches > 1:
       raise ValueError(
         f'objective.loss={self.objective.loss} sorts the pairs of the whole batch, so '
@@ -141,7 +148,8 @@ def jit_train_step(
 
   def train_step(state, frozen, batch):
     def loss(trainable, part, index):
-      models = nnx.merge(graphdef, trainable, frozen)
+      # Copies, as modules that scan over their layers may not change variables of an outer trace.
+      models = nnx.merge(graphdef, trainable, frozen, copy=True)
       key = _dropout_key(options, state.step, index)
       logps, statistics = objective_logps(
         models,
@@ -190,7 +198,7 @@ def jit_eval_step(
   """Returns the jitted (state, frozen, batch) -> metric sums, without dropout."""
 
   def eval_step(state, frozen, batch):
-    models = nnx.merge(graphdef, state.trainable, frozen)
+    models = nnx.merge(graphdef, state.trainable, frozen, copy=True)
     objective, mean = options.objective, state.rewards.mean
     logps, _ = objective_logps(
       models, batch, objective, logits_chunk=options.logits_chunk, reward_mean=mean

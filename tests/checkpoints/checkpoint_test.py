@@ -426,6 +426,28 @@ def test_a_step_that_version_0_1_0_saved_is_read_and_checked(tmp_path, caplog):
   assert 'damaged (run.json has changed)' in caplog.text
 
 
+@pytest.mark.parametrize(
+  ('state', 'message'),
+  [
+    ({'a.b': jnp.ones(2), 'a': {'b': jnp.ones(3)}}, 'one name'),
+    ({'step': 1}, 'step is a int'),
+    ({'key': jax.random.key(0)}, 'key is a key'),
+  ],
+)
+def test_what_would_not_come_back_is_not_saved(tmp_path, state, message):
+  checkpoints = Checkpoints(tmp_path, keep=2)
+  with contextlib.closing(checkpoints), pytest.raises(ValueError, match=message):
+    checkpoints.save(state, 1)
+
+
+def test_a_step_before_the_newest_is_not_saved(tmp_path):
+  with contextlib.closing(Checkpoints(tmp_path, keep=2)) as checkpoints:
+    checkpoints.save({'weight': jnp.ones(2)}, 4)
+    checkpoints.finish(4)
+    with pytest.raises(ValueError, match='holds step 4'):
+      checkpoints.save({'weight': jnp.ones(2)}, 2)
+
+
 def test_any_tree_of_arrays_is_saved_and_needs_no_identity(tmp_path):
   tree = {'a': [jnp.arange(3), jnp.ones((2, 2), jnp.bfloat16)], 'b': (jnp.float32(5),)}
   zeros = jax.tree.map(jnp.zeros_like, tree)

@@ -104,6 +104,21 @@ def test_names_that_do_not_describe_the_model_are_refused(tmp_path, names, lora,
     save_adapter(model, Lora(rank=3, **lora), None, tmp_path, names=names)
 
 
+@pytest.mark.parametrize(
+  ('name', 'message'),
+  [
+    ('head', 'two modules the same name'),
+    ('', "layers.0'\\]='': expected the name"),
+    ('q.weight', 'expected the name of a module'),
+    ('layers.{}.q', 'this one is not'),
+  ],
+)
+def test_a_name_that_peft_could_not_read_is_refused(tmp_path, name, message):
+  lora = Lora(rank=3)
+  with pytest.raises(ValueError, match=message):
+    save_adapter(Ours(lora, lora), lora, 'base', tmp_path, names=NAMES | {'layers.0': name})
+
+
 def test_what_learned_beside_the_adapters_of_linear_maps_is_refused(tmp_path):
   model = Ours(Lora(rank=3), Lora(rank=3))
   model.extra = nnx.LoRAParam(jnp.zeros(3))

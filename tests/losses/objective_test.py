@@ -1,13 +1,15 @@
 """Every option that would be ignored, and every illegal pairing, is refused by name."""
 
 import copy
+import functools
 import pickle
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from dpo_flax import config
+from dpo_flax import config, losses
 from dpo_flax.losses import CONSTANTS, LOSSES, Loss, Objective, as_objective, register, total_loss
 from dpo_flax.losses.objective import OPTIONS
 from helpers.pairs import make_pairs
@@ -186,6 +188,30 @@ def test_a_loss_of_the_package_is_itself_by_name_and_by_function():
   assert Objective(LOSSES['ipo'].function) == Objective('ipo') == as_objective('ipo')
   objective = Objective('ipo', beta=0.3)
   assert as_objective(objective) is objective
+
+
+def test_what_a_partial_fixes_stays():
+  pairs = make_pairs()
+  halved = functools.partial(losses.sigmoid, beta=0.5)
+  np.testing.assert_array_equal(
+    total_loss(pairs, Objective(halved)), losses.sigmoid(pairs, beta=0.5)
+  )
+
+
+def test_a_partial_of_a_registered_loss_is_known_as_it_is():
+  assert not Objective(functools.partial(losses.simpo, gamma=1.0)).needs_reference
+  assert Objective(functools.partial(losses.aot, beta=0.2)).sorts_batch
+
+
+def test_a_default_of_ones_own_is_not_overridden():
+  pairs = make_pairs()
+
+  def constant(logps, *, beta=0.5):
+    return beta * jnp.ones_like(logps.policy_chosen)
+
+  with pytest.raises(ValueError, match=r'constant has the default beta=0\.5'):
+    Objective(constant)
+  np.testing.assert_allclose(total_loss(pairs, Objective(constant, beta=0.5)), 0.5)
 
 
 def test_a_function_of_another_shape_is_refused():

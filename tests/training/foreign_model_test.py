@@ -13,7 +13,9 @@ from flax import nnx
 from dpo_flax.data.batches import pack
 from dpo_flax.losses.answers import pairs_of, scored
 from dpo_flax.losses.metrics import summarize
+from dpo_flax.losses.registry import Loss
 from dpo_flax.model.hidden import Hidden
+from dpo_flax.model.lora import reference_of
 from dpo_flax.model.token_logps import TokenStatisticsOptions
 from dpo_flax.training.logps import answer_logps, pair_logps
 from dpo_flax.training.state import Models, init_state, split_models
@@ -249,6 +251,89 @@ def test_models_on_a_mesh_need_no_ambient_mesh(batch):
     results.append(jax.device_get((state.trainable, metrics['grad_norm'])))
   assert len(jax.tree.leaves(state.trainable)[0].sharding.device_set) == 4
   chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-6)
+
+
+class Stacked(nnx.Module):
+  """A table, layers that nnx stacks and scans over, and a head."""
+
+  def __init__(self, rngs):
+    self.embed = nnx.Embed(VOCAB, EMBED, rngs=rngs)
+    self.layers = nnx.vmap(lambda rngs: Low((EMBED, EMBED), rngs))(rngs.split(3))
+    self.head = nnx.Linear(EMBED, VOCAB, rngs=rngs)
+
+  def hidden(self, batch):
+    """Returns the states alone."""
+
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    def run(layer, x):
+      return x + jnp.tanh(layer(x))
+
+    return run(self.layers, self.embed(batch['tokens']))
+
+  def logits(self, hidden):
+    """Returns [..., V]."""
+    return self.head(hidden)
+
+
+def test_layers_that_nnx_scans_over_learn(batch):
+  models = Models(Stacked(nnx.Rngs(0)), Stacked(nnx.Rngs(0)))
+  optimizer = optax.adam(1e-2)
+  step, state = make_train_step(models, optimizer, 'sigmoid'), init_state(models, optimizer)
+  found = []
+  for _ in range(3):
+    state, metrics = step(state, batch)
+    found.append(summarize(metrics['sums'])['dpo_loss'])
+  assert found[0] == pytest.approx(math.log(2), abs=1e-6) and found[2] < found[1] < found[0]
+
+
+@pytest.mark.parametrize(
+  ('name', 'change'),
+  [
+    ('reference_logps', lambda array: array[:, :1]),
+    ('pair_mask', lambda array: array[:, :1]),
+    ('pairs', lambda array: array[:, :, :1]),
+    ('targets', lambda array: array[:, 1:]),
+    ('answer_ids', lambda array: array[:1]),
+    ('positions', lambda array: array[0]),
+  ],
+)
+def test_fields_that_do_not_go_together_are_refused(batch, name, change):
+  batch = batch | {'reference_logps': jnp.zeros_like(batch['answer_mask'])}
+  batch = batch | {name: change(batch[name])}
+  with pytest.raises(ValueError, match=f'the batch has .*{"" if name == "pair_mask" else name}'):
+    pair_logps(Theirs(nnx.Rngs(0)), batch)
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'microbatches': 0}, 'microbatches=0'),
+    ({'logits_chunk': -3}, 'logits_chunk=-3'),
+    ({'spike_factor': -1.0}, 'spike_factor=-1.0'),
+    ({'spike_factor': math.nan}, 'spike_factor=nan'),
+  ],
+)
+def test_options_of_a_step_are_in_their_range(options, message):
+  policy = Theirs(nnx.Rngs(0))
+  with pytest.raises(ValueError, match=message):
+    make_train_step(policy, optax.sgd(1.0), 'simpo', **options)
+
+
+def test_a_reference_that_would_learn_is_refused():
+  policy = Theirs(nnx.Rngs(0))
+  with pytest.raises(ValueError, match='the same object'):
+    make_train_step((policy, policy), optax.sgd(1.0), 'ipo')
+  policy.head = nnx.LoRALinear(EMBED, VOCAB, lora_rank=2, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match=r'head\.lora\.lora_a learns in the policy'):
+    reference_of(policy)
+
+
+def test_a_loss_is_named_where_an_objective_is_taken(batch):
+  policy = Theirs(nnx.Rngs(0))
+  for loss in ('simpo', Loss(lambda logps: -logps.policy_chosen, needs_reference=False)):
+    assert pair_logps(policy, batch, loss).reference_chosen is None
+  with pytest.raises(ValueError, match='needs_reference=False'):
+    pair_logps(policy, batch, lambda logps: -logps.policy_chosen)
 
 
 def test_rows_that_devices_cannot_share_are_refused(batch):
