@@ -26,8 +26,19 @@ from dpo_flax.config.sections import (
   TuningSettings,
 )
 from dpo_flax.losses.objective import OPTIONS, Objective
+from dpo_flax.losses.registry import Constant, defaults_of
 
 _SOURCE, _FREE = Role.SOURCE, Role.FREE
+
+
+def _meaning(name: str, option: Constant) -> str:
+  """Returns what an option of the objective means, its range, and what it is where it is unset."""
+  sentences = [option.meaning]
+  if option.value_type is float:
+    sentences.append(option.expected)
+  if option.default is None and (used := defaults_of(name)):
+    sentences.append('unset: ' + ' or '.join(map(str, used)))
+  return ' '.join(f'{sentence[0].upper()}{sentence[1:]}.' for sentence in sentences)
 
 
 # The objective section: what the losses state of their options, whose values Objective checks.
@@ -36,7 +47,7 @@ OBJECTIVE = {
     default=option.default,
     type=option.value_type if option.default is None or option.value_type is object else None,
     names=name == 'loss',
-    meaning=f'{option.meaning}.',
+    meaning=_meaning(name, option),
   )
   for name, option in OPTIONS.items()
 }

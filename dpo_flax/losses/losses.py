@@ -43,17 +43,21 @@ CONSTANTS = {
   'label_smoothing': Constant(
     'share of the labels that are taken to be flipped', 'in [0, 0.5)', lambda x: 0 <= x < 0.5
   ),
-  'gamma': Constant('simpo: the margin asked of the rewards', 'at least 0', lambda x: x >= 0),
+  'gamma': Constant('the margin that simpo asks of the rewards', 'at least 0', lambda x: x >= 0),
   'cpo_alpha': Constant(
-    "cpo: weight of chosen's negative log-likelihood", 'at least 0', lambda x: x >= 0
+    "weight of chosen's negative log-likelihood in cpo", 'at least 0', lambda x: x >= 0
   ),
-  'orpo_lambda': Constant('orpo: weight of the odds ratio', 'above 0', lambda x: x > 0),
+  'orpo_lambda': Constant('weight of the odds ratio in orpo', 'above 0', lambda x: x > 0),
   'dpop_lambda': Constant(
-    'dpop: weight of a chosen less likely than under the reference', 'above 0', lambda x: x > 0
+    'weight that dpop gives a chosen less likely than under the reference',
+    'above 0',
+    lambda x: x > 0,
   ),
   # Above 1 the exponential would outgrow its weight and the loss would overflow.
   'discopop_temperature': Constant(
-    'discopop: of the weight between its two losses', 'in (0, 1]', lambda x: 0 < x <= 1
+    'temperature of the weight between the two losses of discopop',
+    'in (0, 1]',
+    lambda x: 0 < x <= 1,
   ),
 }
 

@@ -184,7 +184,9 @@ _MEANINGS = {
     lambda x: x > 0,
   ),
   **CONSTANTS,
-  'divergence': Constant('reverse_kl | forward_kl | js | alpha (arXiv:2309.16240)', value_type=str),
+  'divergence': Constant(
+    'one of reverse_kl, forward_kl, js, alpha (arXiv:2309.16240)', value_type=str
+  ),
   'alpha_divergence': Constant(
     "the paper's alpha", 'in (0, 1); 0 is reverse_kl, 1 is forward_kl', lambda x: 0 < x < 1
   ),

@@ -119,6 +119,13 @@ def as_loss(loss: Any) -> Loss | None:
   return Loss(loss) if callable(loss) else None
 
 
+def defaults_of(option: str) -> list[Any]:
+  """Returns the different defaults that the registered losses have for an option."""
+  found = (loss.constants.get(option) for loss in LOSSES.values())
+  known = (default for default in found if default not in (None, inspect.Parameter.empty))
+  return list(dict.fromkeys(known))
+
+
 def users(option: str) -> str:
   """Returns the names of the registered losses that read an option, for messages."""
   return ', '.join(loss.name for loss in LOSSES.values() if loss.reads(option))
