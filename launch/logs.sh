@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Follows what the run says. Worker 0 alone speaks; WORKER=1 NODE=0 shows the errors of another.
+# Follows what the run says. Worker 0 alone writes; WORKER=1 NODE=0 shows the errors of another.
 source "$(dirname "$0")/settings.sh"
 refuse_arguments "$@"
 

@@ -163,6 +163,7 @@ def test_checkpoints_hold_the_state_of_a_loop_of_ones_own(directory, tmp_path):
     ({'dtype': 'float8'}, 'model.dtype'),
     ({'weight_dtype': np.float16}, "model.weight_dtype='float16'"),
     ({'seed': -1}, 'seed=-1'),
+    ({'lora': 16}, 'lora=16: expected Lora'),
   ],
 )
 def test_a_model_is_not_loaded_with_wrong_arguments(directory, arguments, message):
@@ -234,6 +235,18 @@ def test_ids_that_the_model_has_not_are_refused(ran):
   step = dpo.make_train_step((policy, dpo.reference_of(policy)), optimizer, 'ipo')
   with pytest.raises(ValueError, match='the token id 512'):
     step(dpo.init_state(policy, optimizer), batch)
+
+
+def test_a_model_of_ones_own_has_no_layout_here(ran, tmp_path):
+  for write in (dpo.save_merged, dpo.load_adapter):
+    with pytest.raises(ValueError, match='Tiny is no model of load_model'):
+      write(ran['policy'], tmp_path)
+
+
+def test_weights_that_learn_need_a_second_model_as_reference(directory):
+  lora = dpo.Lora(rank=2, modules_to_save=['lm_head'])
+  with pytest.raises(ValueError, match='pass a second model as the reference'):
+    dpo.reference_of(dpo.load_model(directory / 'hf_llama', lora))
 
 
 def test_microbatches_divide_the_rows(ran):

@@ -27,7 +27,7 @@ class Blueprint:
   settings: Settings  # with the tokenizer's path
   mesh: Mesh  # of devices that need not be there
   sources: Sources
-  lora: LoraConfig | None  # None: the whole policy learns
+  lora: LoraConfig | None  # None: all weights learn
   options: StepOptions
   keeps_reference: bool  # whether the step runs the reference, so that its weights must stay
 

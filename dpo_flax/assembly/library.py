@@ -64,6 +64,8 @@ def load_model(
     ValueError: an argument has no legal value, there is no such checkpoint, its architecture is not
       supported, or it lacks a module that `lora` names.
   """
+  if not isinstance(lora, Lora | None):
+    raise ValueError(f'lora={lora!r}: expected Lora(rank=...), or None for no adapters')
   mesh = mesh or make_mesh({'data': 1, 'fsdp': -1, 'tensor': 1})
   dtype = dtype or ('float32' if mesh.devices.flat[0].platform == 'cpu' else 'bfloat16')
   settings = check_fields(
@@ -91,8 +93,10 @@ def load_adapter(model: Transformer, directory: epath.PathLike) -> Transformer:
   >>> policy = load_adapter(load_model('hf_llama'), 'adapter')
 
   Raises:
-    ValueError: there is no such adapter, or it is for another architecture.
+    ValueError: there is no such adapter, or it is for another architecture; the model is not of
+      `load_model`.
   """
+  _check_ours(model)
   adapter = peft_adapter.open_adapter(directory, model.config)
   return models.load_onto(model, adapter, _mesh_of(model))
 
@@ -136,8 +140,10 @@ def save_merged(model: Transformer, directory: epath.PathLike, *, base: str | No
       None: every tensor is the model's own, and there is no tokenizer.
 
   Raises:
-    ValueError: `base` is not this model's, or the layout cannot hold the model.
+    ValueError: `base` is not this model's, or the layout cannot hold the model; it is not of
+      `load_model`.
   """
+  _check_ours(model)
   checkpoint = None if base is None else weights.open_checkpoint(base)
   weights.save_merged(model, checkpoint, directory)
 
@@ -265,6 +271,11 @@ def lora_of(model: nnx.Module) -> LoraConfig:
     tied=bool(getattr(getattr(model, 'embed_tokens', None), 'shares_adapters', False)),
     saved=frozenset(saved),
   )
+
+
+def _check_ours(model: nnx.Module) -> None:
+  if not isinstance(model, Transformer):
+    raise ValueError(f'{type(model).__name__} is no model of load_model: its layout is unknown')
 
 
 def _mesh_of(model: Model) -> Mesh:

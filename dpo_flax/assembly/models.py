@@ -21,7 +21,7 @@ from dpo_flax.training.state import Models
 
 def load_models(
   sources: Sources,
-  lora: LoraConfig | None,  # None: the whole policy learns
+  lora: LoraConfig | None,  # None: all weights learn
   *,
   seed: int,
   keeps_reference: bool,
@@ -44,12 +44,12 @@ def load_models(
 
 def pair_models(
   policy: Transformer,
-  lora: LoraConfig | None,  # None: the whole policy learns
+  lora: LoraConfig | None,  # None: all weights learn
   *,
   other: Transformer | None,  # the reference, where it is another model
   keeps_reference: bool,
 ) -> Models:
-  """Returns the policy, given its own copies of the weights that learn whole, and the reference.
+  """Returns the policy, given its own copies of the base weights that learn, and the reference.
 
   The reference is the policy with its adapters off: the same variables, but for those that the
   policy got copies of. `keeps_reference=False` drops it where it would take memory.
@@ -121,9 +121,9 @@ def count_parameters(policy: Transformer) -> tuple[int, int]:
   """
   base = nnx.to_flat_state(nnx.state(policy, nnx.All(BASE, nnx.Not(ChannelScale))))
   total = sum(variable.size for _, variable in base)
-  whole = sum(variable.size for _, variable in base if isinstance(variable, Trained))
+  trained = sum(variable.size for _, variable in base if isinstance(variable, Trained))
   learned, frozen = (
     sum(adapter.size for _, adapter in adapters_of(policy) if adapter.learns is learns)
     for learns in (True, False)
   )
-  return total + learned + frozen, whole + learned
+  return total + learned + frozen, trained + learned

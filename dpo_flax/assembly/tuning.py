@@ -1,4 +1,4 @@
-"""Settings -> what of the policy learns: adapters, single modules, or the whole of it."""
+"""Settings -> what of the policy learns: adapters, single modules, or all weights."""
 
 import dataclasses
 

@@ -170,7 +170,7 @@ ROWS: dict[str, Row] = rows_of(Settings) | {
 
 
 def default() -> ConfigDict:
-  """Returns the whole schema with its default values, locked against unknown fields."""
+  """Returns the schema with its default values, locked against unknown fields."""
   return ConfigDict(_nested({field: row.initial() for field, row in ROWS.items()})).lock()
 
 

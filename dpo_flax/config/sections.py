@@ -89,7 +89,7 @@ class LoraSettings:
   )
   alpha_pattern: NamedValues = row(None, 'Other alphas, as rank_pattern.', mapping=_MODULES)
   modules_to_save: tuple[str, ...] = row(
-    (), 'Names of modules that learn whole, beside the adapters.', names=True
+    (), 'Names of modules whose own weights learn, beside the adapters.', names=True
   )
   ensure_weight_tying: bool = row(
     False, "Where the head is tied to the token table, what one of them learns is the other's too."

@@ -70,7 +70,7 @@ def run_model(
   keywords = {} if dropout_key is None else {'dropout_key': dropout_key}
   found = model.hidden(batch, **keywords)
   hidden = found if isinstance(found, Hidden) else Hidden(found)
-  expected, shape = batch['tokens'].shape, hidden.states.shape
+  expected, shape = batch['tokens'].shape, getattr(hidden.states, 'shape', ())
   if len(shape) != 3 or shape[:2] != expected:
     raise ValueError(
       f'{type(model).__name__}.hidden returned states of shape {shape} for tokens of shape '
