@@ -1,4 +1,4 @@
-"""What of the policy learns, by the config: adapters, single modules or the whole."""
+"""What of the policy learns, by the config: adapters, single modules or all weights."""
 
 import pytest
 
@@ -8,26 +8,21 @@ from helpers.configs import set_field
 from helpers.models import make_model_config
 
 
-@pytest.fixture
-def lora_of(config):
+def lora_of(config, *, tied=False, weight_dtype='float32', **fields):
   """Makes the LoraConfig of a config with fields changed, for a small model."""
-
-  def make(*, tied=False, weight_dtype='float32', **fields):
-    for name, value in fields.items():
-      set_field(config, 'tuning.method' if name == 'method' else f'lora.{name}', value)
-    model = make_model_config(tie_word_embeddings=tied, weight_dtype=weight_dtype)
-    settings = settings_of(config)
-    return make_lora_config(settings.lora, model, method=settings.tuning.method)
-
-  return make
+  for name, value in fields.items():
+    set_field(config, 'tuning.method' if name == 'method' else f'lora.{name}', value)
+  model = make_model_config(tie_word_embeddings=tied, weight_dtype=weight_dtype)
+  settings = settings_of(config)
+  return make_lora_config(settings.lora, model, method=settings.tuning.method)
 
 
-def test_the_whole_policy_learns_without_adapters(lora_of):
-  assert lora_of(method='full') is None
+def test_all_weights_learn_without_adapters(config):
+  assert lora_of(config, method='full') is None
 
 
-def test_dora_is_a_method(lora_of):
-  assert lora_of(method='dora').dora and not lora_of(method='lora').dora
+def test_dora_is_a_method(config):
+  assert lora_of(config, method='dora').dora and not lora_of(config, method='lora').dora
 
 
 @pytest.mark.parametrize(
@@ -42,18 +37,20 @@ def test_dora_is_a_method(lora_of):
     ('mlp.down_proj', {'blocks.mlp.down_proj'}),
   ],
 )
-def test_saved_modules_are_found_by_the_ends_of_their_names(lora_of, entry, modules):
-  found = lora_of(modules_to_save=(entry,))
+def test_saved_modules_are_found_by_the_ends_of_their_names(config, entry, modules):
+  found = lora_of(config, modules_to_save=(entry,))
   assert found.saved == modules
   assert 'down_proj' not in found.targets or entry != 'mlp.down_proj'
 
 
-def test_a_tied_table_learns_for_its_head_as_well(lora_of):
+def test_a_tied_table_learns_for_its_head_as_well(config):
   for entry in ('lm_head', 'embed_tokens'):
-    found = lora_of(tied=True, ensure_weight_tying=True, modules_to_save=(entry,))
+    found = lora_of(config, tied=True, ensure_weight_tying=True, modules_to_save=(entry,))
     assert found.saved == {'embed_tokens'} and found.tied
   for targets in (['q_proj', 'lm_head'], r'(.*q_proj|lm_head)'):
-    found = lora_of(tied=True, ensure_weight_tying=True, modules_to_save=(), target_modules=targets)
+    found = lora_of(
+      config, tied=True, ensure_weight_tying=True, modules_to_save=(), target_modules=targets
+    )
     assert found.targets == {'q_proj', 'embed_tokens'}
 
 
@@ -84,6 +81,6 @@ def test_a_tied_table_learns_for_its_head_as_well(lora_of):
     ({'dropout': 0.1, 'target_modules': ['lm_head']}, 'would not reach the adapter of lm_head'),
   ],
 )
-def test_what_cannot_be_trained_so_is_refused(lora_of, fields, message):
+def test_what_cannot_be_trained_so_is_refused(config, fields, message):
   with pytest.raises(ValueError, match=message):
-    lora_of(**fields)
+    lora_of(config, **fields)

@@ -30,26 +30,21 @@ IDENTITY = RunIdentity({'lora.r': 4, 'batch.rows': 8}, {'data': 'ab12'})
 OPTIMIZER = optax.adamw(1e-3)
 
 
-@pytest.fixture(scope='module')
-def make_state():
+def make_state(seed, *, fsdp=4, tensor=2, **lora):
   """Makes a TrainState on a mesh; its every array is random, from a seed."""
+  mesh = make_mesh_of(fsdp=fsdp, tensor=tensor)
+  config = make_model_config(vocab_size=96)
+  models = make_models(config, make_lora(targets=frozenset(['q_proj']), **lora), mesh=mesh)
+  state = init_train_state(split_models(models)[1], OPTIMIZER, mesh)
+  random = np.random.default_rng(seed)
 
-  def make(seed, *, fsdp=4, tensor=2, **lora):
-    mesh = make_mesh_of(fsdp=fsdp, tensor=tensor)
-    config = make_model_config(vocab_size=96)
-    models = make_models(config, make_lora(targets=frozenset(['q_proj']), **lora), mesh=mesh)
-    state = init_train_state(split_models(models)[1], OPTIMIZER, mesh)
-    random = np.random.default_rng(seed)
+  def draw(leaf):
+    if leaf.dtype == jnp.int32:
+      return jax.device_put(np.int32(random.integers(100)), leaf.sharding)
+    value = random.standard_normal(leaf.shape).astype(np.float32)
+    return jax.device_put(value, leaf.sharding)
 
-    def draw(leaf):
-      if leaf.dtype == jnp.int32:
-        return jax.device_put(np.int32(random.integers(100)), leaf.sharding)
-      value = random.standard_normal(leaf.shape).astype(np.float32)
-      return jax.device_put(value, leaf.sharding)
-
-    return jax.tree.map(draw, state)
-
-  return make
+  return jax.tree.map(draw, state)
 
 
 @pytest.fixture
@@ -76,7 +71,7 @@ def assert_same_bits(ours, expected):
 
 
 @pytest.mark.parametrize('shape', [(4, 2), (2, 4), (1, 1)], ids=str)
-def test_restored_state_has_the_saved_bits_on_the_new_mesh(make_state, open_checkpoints, shape):
+def test_restored_state_has_the_saved_bits_on_the_new_mesh(open_checkpoints, shape):
   saved = make_state(0)
   # Numbers that arithmetic would tidy up: minus zero and the smallest.
   odd = jnp.array([-0.0, 1e-45])
@@ -95,9 +90,7 @@ def test_restored_state_has_the_saved_bits_on_the_new_mesh(make_state, open_chec
     assert leaf.sharding == place.sharding
 
 
-def test_a_state_that_is_trained_on_while_it_is_written_is_saved_as_it_was(
-  make_state, open_checkpoints
-):
+def test_a_state_that_is_trained_on_while_it_is_written_is_saved_as_it_was(open_checkpoints):
   """The step after a save consumes the very buffers that were handed over."""
   state = make_state(0)
   before = jax.tree.map(np.array, state)
@@ -114,7 +107,7 @@ def test_a_fresh_directory_has_no_step(open_checkpoints):
 
 
 @pytest.mark.parametrize('keep', [1, 2])
-def test_the_newest_are_kept_and_nothing_else(make_state, open_checkpoints, tmp_path, keep):
+def test_the_newest_are_kept_and_nothing_else(open_checkpoints, tmp_path, keep):
   checkpoints = open_checkpoints(keep)
   for step in (1, 5, 20, 100):
     checkpoints.save(make_state(step), step)
@@ -129,7 +122,7 @@ def test_the_newest_are_kept_and_nothing_else(make_state, open_checkpoints, tmp_
 
 
 def test_a_step_takes_its_name_only_when_all_of_it_is_on_disk(
-  make_state, open_checkpoints, tmp_path, monkeypatch
+  open_checkpoints, tmp_path, monkeypatch
 ):
   synced, folder = [], tmp_path / 'checkpoints'
   local = type(epath.Path(folder))
@@ -156,7 +149,7 @@ def test_a_step_takes_its_name_only_when_all_of_it_is_on_disk(
 
 
 def test_a_kill_while_an_old_step_is_deleted_leaves_none_that_is_broken(
-  make_state, open_checkpoints, tmp_path, monkeypatch
+  open_checkpoints, tmp_path, monkeypatch
 ):
   checkpoints = open_checkpoints(keep=3)
   for step in (1, 2):
@@ -173,9 +166,7 @@ def test_a_kill_while_an_old_step_is_deleted_leaves_none_that_is_broken(
   assert steps.finished(folder) == [2]
 
 
-def test_a_step_that_was_not_finished_is_not_seen_and_goes_away(
-  make_state, open_checkpoints, tmp_path
-):
+def test_a_step_that_was_not_finished_is_not_seen_and_goes_away(open_checkpoints, tmp_path):
   """A kill leaves a directory that is half written, or half deleted."""
   checkpoints = open_checkpoints()
   checkpoints.save(make_state(0), 3)
@@ -189,9 +180,7 @@ def test_a_step_that_was_not_finished_is_not_seen_and_goes_away(
   assert [path.name for path in folder.iterdir()] == ['3']
 
 
-def test_a_damaged_step_is_set_aside_for_the_one_before(
-  make_state, open_checkpoints, tmp_path, caplog
-):
+def test_a_damaged_step_is_set_aside_for_the_one_before(open_checkpoints, tmp_path, caplog):
   checkpoints = open_checkpoints()
   for step in (1, 2):
     checkpoints.save(make_state(step), step)
@@ -205,7 +194,7 @@ def test_a_damaged_step_is_set_aside_for_the_one_before(
   assert 'damaged (step.json has changed)' in caplog.text
 
 
-def test_a_pipe_in_a_step_is_a_fault_and_not_waited_for(make_state, open_checkpoints, tmp_path):
+def test_a_pipe_in_a_step_is_a_fault_and_not_waited_for(open_checkpoints, tmp_path):
   checkpoints = open_checkpoints()
   checkpoints.save(make_state(0), 1)
   checkpoints.close()
@@ -216,7 +205,7 @@ def test_a_pipe_in_a_step_is_a_fault_and_not_waited_for(make_state, open_checkpo
 
 @pytest.mark.parametrize('how', ['renamed', 'never one'])
 def test_a_whole_directory_that_is_not_that_step_is_set_aside(
-  make_state, open_checkpoints, tmp_path, caplog, how
+  open_checkpoints, tmp_path, caplog, how
 ):
   checkpoints = open_checkpoints()
   for step in (1, 2):
@@ -235,7 +224,7 @@ def test_a_whole_directory_that_is_not_that_step_is_set_aside(
   assert ('it was saved as step 2' if how == 'renamed' else 'step.json') in caplog.text
 
 
-def test_any_machine_can_check_a_step(make_state, open_checkpoints, tmp_path):
+def test_any_machine_can_check_a_step(open_checkpoints, tmp_path):
   checkpoints = open_checkpoints()
   checkpoints.save(make_state(0), 1)
   checkpoints.close()
@@ -248,7 +237,7 @@ def test_any_machine_can_check_a_step(make_state, open_checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_never_saved(make_state, open_checkpoints, value):
+def test_what_is_not_finite_is_never_saved(open_checkpoints, value):
   state = make_state(0)
   moments = jax.tree.leaves(state.opt_state)
   spoiled = moments[1].at[(0,) * moments[1].ndim].set(value)
@@ -261,7 +250,7 @@ def test_what_is_not_finite_is_never_saved(make_state, open_checkpoints, value):
 
 @pytest.mark.parametrize('moment', ['at once', 'while writing'])
 def test_a_failed_save_is_told_with_its_step_and_the_next_one_works(
-  make_state, open_checkpoints, monkeypatch, moment
+  open_checkpoints, monkeypatch, moment
 ):
   errors = []
   checkpoints = open_checkpoints(on_error=errors.append)
@@ -292,7 +281,7 @@ def raise_no_space(directory, step):
   raise OSError(errno.ENOSPC, 'No space left on device')
 
 
-def test_the_base_is_not_saved(make_state, open_checkpoints, tmp_path):
+def test_the_base_is_not_saved(open_checkpoints, tmp_path):
   checkpoints = open_checkpoints()
   state = make_state(0)
   checkpoints.save(state, 1)
@@ -314,9 +303,7 @@ def test_the_base_is_not_saved(make_state, open_checkpoints, tmp_path):
     ('missing', r'extra\S* is nothing, this run needs float32\[3\]'),
   ],
 )
-def test_arrays_of_another_shape_or_dtype_are_refused(
-  make_state, open_checkpoints, change, message
-):
+def test_arrays_of_another_shape_or_dtype_are_refused(open_checkpoints, change, message):
   checkpoints = open_checkpoints()
   checkpoints.save(make_state(0), 1)
   checkpoints.close()
@@ -331,7 +318,7 @@ def test_arrays_of_another_shape_or_dtype_are_refused(
     open_checkpoints().restore(target, 1)
 
 
-def test_a_run_resumes_after_its_newest_step(make_state, open_checkpoints):
+def test_a_run_resumes_after_its_newest_step(open_checkpoints):
   """Its identity comes back as it was saved: lists, None and numbers are not differences."""
   config = {'lora.alpha': 0.1, 'lora.target_modules': ['q', 'k'], 'objective.gamma': None}
   identity = RunIdentity(config, {'data.train': 'ab12', 'base': 'cd'})
@@ -349,7 +336,7 @@ def test_a_run_resumes_after_its_newest_step(make_state, open_checkpoints):
   assert_same_bits(state, make_state(2))
 
 
-def test_a_run_of_another_config_or_data_does_not_resume(make_state, open_checkpoints, tmp_path):
+def test_a_run_of_another_config_or_data_does_not_resume(open_checkpoints, tmp_path):
   checkpoints = open_checkpoints()
   checkpoints.save(make_state(0), 3)
   checkpoints.close()
@@ -366,7 +353,7 @@ def test_a_run_of_another_config_or_data_does_not_resume(make_state, open_checkp
   assert 'batch.rows' not in str(error.value)
 
 
-def test_other_data_are_refused_unless_allowed_aloud(make_state, open_checkpoints, caplog):
+def test_other_data_are_refused_unless_allowed_aloud(open_checkpoints, caplog):
   checkpoints = open_checkpoints()
   checkpoints.save(make_state(0), 3)
   checkpoints.close()
@@ -381,7 +368,7 @@ def test_other_data_are_refused_unless_allowed_aloud(make_state, open_checkpoint
   assert 'batch.rows: saved 8, now 4' in caplog.text
 
 
-def test_allowing_other_data_allows_nothing_else(make_state, open_checkpoints):
+def test_allowing_other_data_allows_nothing_else(open_checkpoints):
   checkpoints = open_checkpoints()
   checkpoints.save(make_state(0), 3)
   checkpoints.close()

@@ -238,18 +238,14 @@ def recorder():
   return Recorder()
 
 
-@pytest.fixture
-def make_monitor(recorder):
-  def make(log_every, max_skipped=0):
-    return Monitor(
-      recorder,
-      log_every=log_every,
-      max_skipped=max_skipped,
-      learning_rate=lambda step: 0.001 * step,
-      describe=lambda pair_index: f'records {sorted(pair_index[pair_index >= 0].tolist())}',
-    )
-
-  return make
+def make_monitor(recorder, log_every, max_skipped=0):
+  return Monitor(
+    recorder,
+    log_every=log_every,
+    max_skipped=max_skipped,
+    learning_rate=lambda step: 0.001 * step,
+    describe=lambda pair_index: f'records {sorted(pair_index[pair_index >= 0].tolist())}',
+  )
 
 
 @pytest.fixture
@@ -293,9 +289,9 @@ def indices(mask, first):
   return index
 
 
-def test_a_report_is_the_mean_over_the_pairs_of_its_window(make_monitor, make_step, recorder):
+def test_a_report_is_the_mean_over_the_pairs_of_its_window(make_step, recorder):
   """Steps 1 | 2 3 | 4 5 6, of unequal numbers of pairs; a mean of means would be another number."""
-  monitor = make_monitor(log_every=3)
+  monitor = make_monitor(recorder, log_every=3)
   losses = {}
   for step, pairs in enumerate([5, 1, 8, 2, 7, 3], start=1):
     metrics, losses[step], mask = make_step(pairs, seed=step, tokens=10 * step)
@@ -317,8 +313,8 @@ def test_a_report_is_the_mean_over_the_pairs_of_its_window(make_monitor, make_st
     assert values['learning_rate'] == pytest.approx(0.001 * (step - 1))
 
 
-def test_a_step_is_read_only_after_the_next_was_handed_over(make_monitor, make_step, recorder):
-  monitor = make_monitor(log_every=1)
+def test_a_step_is_read_only_after_the_next_was_handed_over(make_step, recorder):
+  monitor = make_monitor(recorder, log_every=1)
   metrics, _, mask = make_step(2)
   monitor.add(1, metrics, indices(mask, 0))
   assert recorder.written == []
@@ -329,10 +325,8 @@ def test_a_step_is_read_only_after_the_next_was_handed_over(make_monitor, make_s
   assert [step for step, _, _ in recorder.written] == [1, 2]
 
 
-def test_rates_leave_out_the_compiler_and_what_is_not_training(
-  make_monitor, make_step, recorder, clock
-):
-  monitor = make_monitor(log_every=2)
+def test_rates_leave_out_the_compiler_and_what_is_not_training(make_step, recorder, clock):
+  monitor = make_monitor(recorder, log_every=2)
   for step in (1, 2, 3, 4, 5, 6):
     clock[0] += 1000 if step == 1 else 2
     metrics, _, mask = make_step(4, tokens=10 * step)
@@ -350,10 +344,8 @@ def test_rates_leave_out_the_compiler_and_what_is_not_training(
 
 
 @pytest.mark.parametrize('read', ['add', 'pause'])
-def test_a_step_that_is_not_finite_stops_the_run_naming_step_and_records(
-  make_monitor, make_step, recorder, read
-):
-  monitor = make_monitor(log_every=1)
+def test_a_step_that_is_not_finite_stops_the_run_naming_step_and_records(make_step, recorder, read):
+  monitor = make_monitor(recorder, log_every=1)
   good, _, mask = make_step(2)
   bad, _, _ = make_step(2, finite=False, seed=9)
   monitor.add(1, good, indices(mask, 0))
@@ -365,9 +357,9 @@ def test_a_step_that_is_not_finite_stops_the_run_naming_step_and_records(
 
 @pytest.mark.parametrize('kind', [{'finite': False}, {'spikes': True}], ids=str)
 def test_skipped_steps_are_named_and_counted_until_there_are_too_many_in_a_row(
-  make_monitor, make_step, recorder, kind
+  make_step, recorder, kind
 ):
-  monitor = make_monitor(log_every=4, max_skipped=2)
+  monitor = make_monitor(recorder, log_every=4, max_skipped=2)
   good, losses, mask = make_step(2)
   bad, _, _ = make_step(2, seed=9, **kind)
   for step, metrics in enumerate([good, bad, bad, good, bad, bad, bad], start=1):
@@ -381,8 +373,8 @@ def test_skipped_steps_are_named_and_counted_until_there_are_too_many_in_a_row(
   assert last[2]['dpo_loss'] == pytest.approx(losses.mean(), rel=1e-5)  # of what made an update
 
 
-def test_a_window_of_skipped_steps_alone_is_reported(make_monitor, make_step, recorder):
-  monitor = make_monitor(log_every=1, max_skipped=3)
+def test_a_window_of_skipped_steps_alone_is_reported(make_step, recorder):
+  monitor = make_monitor(recorder, log_every=1, max_skipped=3)
   bad, _, mask = make_step(2, finite=False)
   monitor.add(1, bad, indices(mask, 0))
   monitor.flush()
