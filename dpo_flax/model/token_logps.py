@@ -9,6 +9,7 @@ logits are formed once, not twice.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -57,6 +58,8 @@ def token_statistics(
   states; the policy's head has a gradient only with `head_is_trained`, at the price of forming its
   logits again in backward. Nothing else is differentiated, the reference never.
   """
+  streams = [policy.hidden] if reference is None else [policy.hidden, reference.hidden]
+  chex.assert_equal_shape_prefix([*streams, targets, loss_mask], 2)
   context = {'targets': targets}
   if reference is not None:
     context['reference'] = jax.lax.stop_gradient(reference.hidden)
