@@ -13,18 +13,17 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dpo_flax.assembly.blueprint import make_blueprint
 from dpo_flax.assembly.data import prepare_data
-from dpo_flax.assembly.sources import vocabulary_size
+from dpo_flax.assembly.sources import vocabulary_size, with_tokenizer
 from dpo_flax.config.checks import validate
 from dpo_flax.config.schema import Settings, get
 from dpo_flax.config.sections import BatchSettings, DataSettings
@@ -34,7 +33,7 @@ from dpo_flax.huggingface.weights import BaseCheckpoint, open_checkpoint
 from dpo_flax.planning import search
 from dpo_flax.planning.chips import Slice, make_slice
 from dpo_flax.planning.estimate import Estimate, Pairs, estimate
-from dpo_flax.planning.remedies import Adjustable, remedies
+from dpo_flax.planning.remedies import remedies
 from dpo_flax.runtime import command
 from dpo_flax.sharding import make_mesh, row_parts
 
@@ -57,15 +56,15 @@ class Plan:
   slice: Slice
   pairs: Pairs
 
-  def changed(self, changes: Mapping[str, Any]) -> 'Plan':
-    """Returns the plan with other values of some dotted fields."""
-    return dataclasses.replace(self, settings=self.settings.replace(changes))
+  @functools.cached_property
+  def mesh(self) -> Mesh:
+    """The devices of the slice."""
+    return make_mesh(self.settings.mesh.sizes(), self.slice.devices)
 
   def estimate(self, **changes) -> Estimate:
     """Returns the cost of the step, with dotted fields of the settings changed."""
-    settings = self.settings.replace(changes)
-    mesh = make_mesh(settings.mesh.sizes(), self.slice.devices)
-    return estimate(make_blueprint(settings, mesh), self.slice, pairs=self.pairs)
+    blueprint = make_blueprint(self.settings.replace(changes), self.mesh)
+    return estimate(blueprint, self.slice, pairs=self.pairs)
 
 
 def make_plan(
@@ -83,9 +82,7 @@ def make_plan(
     # What is merged into weights changes no shape.
     weights = {'initialize_from_hf': None, 'merge_adapter_path': None, 'model.preset': name}
     config.update_from_flattened_dict(weights)
-  settings = validate(config, planning=True)
-  if base and not settings.data.tokenizer:
-    settings = settings.replace({'data.tokenizer': str(base.directory)})
+  settings = with_tokenizer(validate(config, planning=True), base)
   measured = settings.data.train and settings.data.tokenizer and settings.workdir
   if lengths is None and measured:
     prepared = prepare_data(settings, vocab_size=vocabulary_size(base, name))
@@ -145,20 +142,19 @@ def show(config: ConfigDict):
     raise ValueError('--topology is not set: give the chips and their grid, such as v5e:4x4')
   plan = make_plan(config, _TOPOLOGY.value, preset=_PRESET.value, lengths=_LENGTHS.value)
   if _SEARCH.value:
-    mesh = make_mesh(plan.settings.mesh.sizes(), plan.slice.devices)
     best, found = search.largest(
-      plan.estimate, shards=row_parts(mesh), tokens=plan.settings.batch.tokens, report=_to_stderr
+      plan.estimate,
+      shards=row_parts(plan.mesh),
+      tokens=plan.settings.batch.tokens,
+      report=functools.partial(print, file=sys.stderr, flush=True),
     )
-    plan = plan.changed(best)
+    plan = dataclasses.replace(plan, settings=plan.settings.replace(best))
   else:
     found = plan.estimate()
   if _JSON.value:
     print(json.dumps(_plain(plan, found), indent=1))
   else:
     print('\n'.join([*_introduction(plan), *_lines(found, plan)]))
-
-
-_to_stderr = functools.partial(print, file=sys.stderr, flush=True)
 
 
 def _plain(plan: Plan, found: Estimate) -> dict:
@@ -209,13 +205,9 @@ def _lines(found: Estimate, plan: Plan) -> list[str]:
 
 
 def _refusal(found: Estimate, plan: Plan) -> list[str]:
-  settings = plan.settings
-  changes = remedies(
-    Adjustable(settings.batch, settings.model, settings.mesh, method=settings.tuning.method),
-    plan.slice.devices,
-    temporaries_matter=found.argument_bytes < found.hbm_capacity_bytes,
-  )
   needed, capacity = found.peak_hbm_bytes, found.hbm_capacity_bytes
+  is_room_left = found.argument_bytes < capacity
+  changes = remedies(plan.settings, plan.mesh, temporaries_matter=is_room_left)
   excess = f': {_size(needed - capacity)} too much, of {_size(needed)}' if needed else ''
   return [
     f'does not fit {_size(capacity)} a chip{excess}',

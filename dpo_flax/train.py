@@ -29,7 +29,7 @@ from dpo_flax.exports.model_card import CardFacts
 from dpo_flax.files.paths import access_errors
 from dpo_flax.losses.metrics import displacement
 from dpo_flax.losses.objective import Objective
-from dpo_flax.planning.remedies import Adjustable, explained
+from dpo_flax.planning.remedies import explained
 from dpo_flax.runtime import command, hosts
 from dpo_flax.runtime.lock import holder, sole_writer
 from dpo_flax.runtime.preemption import Preempted, Preemption
@@ -65,9 +65,6 @@ def train(config: ConfigDict) -> dict[str, float]:
   """
   settings = validate(config)
   workdir = epath.Path(settings.workdir)
-  adjustable = Adjustable(
-    settings.batch, settings.model, settings.mesh, method=settings.tuning.method
-  )
   exports = output_paths(
     settings.workdir,
     method=settings.tuning.method,
@@ -81,7 +78,7 @@ def train(config: ConfigDict) -> dict[str, float]:
     lock = enter(sole_writer(workdir)) if hosts.peers().index == 0 else None
     mesh = make_mesh(settings.mesh.sizes())
     enter(jax.set_mesh(mesh))
-    enter(explained(adjustable))
+    enter(explained(settings, mesh))
     hosts.check_agreement(shared(settings.flat_json()))
     hosts.check_agreement({'lock in workdir': lock or holder(workdir)})  # a disk of each host's own
     hosts.first_does(
@@ -98,7 +95,7 @@ def train(config: ConfigDict) -> dict[str, float]:
     enter(contextlib.closing(reporter))
     announce(run, state, done, reporter)
     loop = TrainingLoop(run, state, done, RunOutputs(reporter, checkpoints, preemption, exports))
-    with explained(adjustable, state, run.frozen):
+    with explained(settings, mesh, state, run.frozen):
       loop.run_steps()
     finish(loop)
   return loop.held_out

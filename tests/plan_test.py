@@ -20,7 +20,7 @@ from dpo_flax.assembly.data import prepare_data
 from dpo_flax.config.checks import validate
 from dpo_flax.config.settings import settings_of
 from dpo_flax.planning import aot, chips, estimate, search
-from dpo_flax.planning.remedies import Adjustable, remedies
+from dpo_flax.planning.remedies import remedies
 from dpo_flax.sharding import make_mesh, shard_batch
 from dpo_flax.train import train_batches
 from helpers.configs import set_field
@@ -143,8 +143,8 @@ def test_remedies_leave_out_what_is_done_or_too_little(tiny, cpu_slice):
     settings.update_from_flattened_dict(changes)
     matter = argument_bytes < cpu_slice.chip.hbm_bytes
     found = settings_of(settings)
-    adjustable = Adjustable(found.batch, found.model, found.mesh, method=found.tuning.method)
-    lines = remedies(adjustable, cpu_slice.devices, temporaries_matter=matter)
+    mesh = make_mesh(found.mesh.sizes(), cpu_slice.devices)
+    lines = remedies(found, mesh, temporaries_matter=matter)
     return [line.partition('=')[0].removeprefix('config.') for line in lines][:-1]
 
   everything = {'model.remat': 'none', 'batch.tokens': 4096, 'batch.rows': 16, 'mesh.data': 2}

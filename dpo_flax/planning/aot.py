@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from dpo_flax.assembly.blueprint import Blueprint
 from dpo_flax.assembly.models import pair_models
+from dpo_flax.config.schema import Settings
 from dpo_flax.data.batches import pack
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.sharding import named_shardings, row_sharding
@@ -38,30 +39,18 @@ def abstract_train_step(
     graphdef, trainable, frozen = jax.eval_shape(make_models)
     state = jax.eval_shape(lambda adapters: init_train_state(adapters, optimizer, mesh), trainable)
   step, _ = blueprint.make_steps(graphdef, optimizer)
-  batch = abstract_batch(
-    mesh,
-    rows=settings.batch.rows,
-    tokens=settings.batch.tokens,
-    pairs_per_row=pairs_per_row,
-    layout=settings.data.layout,
-    has_reference_logps=settings.reference.source == 'cache',
-  )
+  batch = _abstract_batch(settings, pairs_per_row, mesh)
   return step, (_placed(state, mesh), _placed(frozen, mesh), batch)
 
 
-def abstract_batch(
-  mesh: Mesh,
-  *,
-  rows: int,
-  tokens: int,
-  pairs_per_row: int,
-  layout: str,
-  has_reference_logps: bool = False,
+def _abstract_batch(
+  settings: Settings, pairs_per_row: int, mesh: Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns the shapes and shardings of the loader's batches."""
+  rows, tokens, layout = settings.batch.rows, settings.batch.tokens, settings.data.layout
   fields = pack.fill_batch([[]], tokens=tokens, pairs_per_row=pairs_per_row, layout=layout)
   shapes = {name: (value.shape[1:], value.dtype) for name, value in fields.items()}
-  if has_reference_logps:
+  if settings.reference.source == 'cache':
     shapes['reference_logps'] = shapes['answer_mask']
   sharding = row_sharding(mesh)
   return {

@@ -30,7 +30,10 @@ class Pairs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-  """All numbers are of one chip and one optimizer step; None where the step does not fit."""
+  """All numbers are of one chip and one optimizer step; None where the step does not fit.
+
+  It has every field of `work.Work`.
+  """
 
   fits: bool
   peak_hbm_bytes: int | None  # of a step that does not fit: what it needs by the compiler
@@ -99,10 +102,14 @@ def _read(
   seconds: float,  # of compilation
 ) -> Estimate:
   done = work.measure(program)
+  counts: dict[str, Any] = vars(done) | {
+    'collectives': dict(done.collectives),
+    'kernels': dict(done.kernels),
+  }
   sources = memory.by_source(memory.peak(program).alive, program, 'dpo_flax')
   bounds = {
     'compute': done.flops / slice_.chip.flops,
-    'HBM': done.hbm_bytes / slice_.chip.hbm_bandwidth,
+    'HBM': done.hbm_traffic_bytes / slice_.chip.hbm_bandwidth,
   }
   if len(slice_.devices) > 1:
     bounds['ICI'] = done.collective_bytes / slice_.ici_bandwidth
@@ -115,22 +122,11 @@ def _read(
     argument_bytes=sizes.argument_size_in_bytes,
     temp_bytes=sizes.temp_size_in_bytes,
     hbm_capacity_bytes=int(slice_.chip.hbm_bytes),
-    flops=done.flops,
-    collective_bytes=done.collective_bytes,
-    estimated_cycles=done.estimated_cycles,
     compile_seconds=seconds,
-    hbm_traffic_bytes=done.hbm_bytes,
-    flops_without_cycles=done.flops_without_cycles,
-    collectives=dict(done.collectives),
-    kernels=dict(done.kernels),
-    unknown_loops=done.unknown_loops,
-    conditionals=done.conditionals,
-    largest_temporaries=tuple(
-      {'bytes': size, 'source': source, 'arrays': shapes}
-      for size, source, shapes in sources[:_SHOWN]
-    ),
+    largest_temporaries=tuple(sources[:_SHOWN]),
     bounds_seconds=bounds,
     pairs_per_second=pairs / max(bounds.values()),
+    **counts,
   )
 
 

@@ -1,37 +1,28 @@
 """What to lower when a step does not fit into the devices' memory."""
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from dpo_flax.config.sections import BatchSettings, MeshSettings, ModelSettings
+from dpo_flax.config.schema import Settings
 from dpo_flax.runtime.memory import bytes_on_a_device, is_out_of_memory
-from dpo_flax.sharding import Devices, make_mesh, row_parts
+from dpo_flax.sharding import row_parts
 
 
 class OutOfMemoryError(ValueError):
   """The devices hold less than a step needs."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Adjustable:
-  """The settings that decide how much memory a step takes."""
-
-  batch: BatchSettings
-  model: ModelSettings
-  mesh: MeshSettings
-  method: str  # of tuning
-
-
 @contextlib.contextmanager
-def explained(adjustable: Adjustable, *held: Any) -> Iterator[None]:
+def explained(settings: Settings, mesh: Mesh, *held: Any) -> Iterator[None]:
   """Turns the device's refusal into figures and remedies, the cheapest first.
 
   Args:
-    adjustable: of the run.
+    settings: of the run.
+    mesh: its devices.
     held: trees of what lies on the devices from the first step to the last.
 
   Raises:
@@ -46,9 +37,8 @@ def explained(adjustable: Adjustable, *held: Any) -> Iterator[None]:
       raise
     device = jax.local_devices()[0]
     capacity = (device.memory_stats() or {}).get('bytes_limit')
-    changes = remedies(
-      adjustable, jax.devices(), temporaries_matter=capacity is None or bytes_held < capacity
-    )
+    is_room_left = capacity is None or bytes_held < capacity
+    changes = remedies(settings, mesh, temporaries_matter=is_room_left)
     raise OutOfMemoryError(
       f'out of memory on {device.device_kind}: {str(error).partition(chr(10))[0]}\n'
       + _share(bytes_held, capacity)
@@ -69,27 +59,26 @@ def _share(held: int, capacity: int | None) -> str:
   )
 
 
-def remedies(adjustable: Adjustable, devices: Devices, *, temporaries_matter: bool) -> list[str]:
+def remedies(settings: Settings, mesh: Mesh, *, temporaries_matter: bool) -> list[str]:
   """Returns what would make a step that does not fit smaller, the cheapest first.
 
   What is done already, or cannot be enough, is left out.
   """
   changes = []
   if temporaries_matter:
-    changes += _smaller_temporaries(adjustable, devices)
-  if adjustable.method == 'full':
+    changes += _smaller_temporaries(settings, row_parts(mesh))
+  if settings.tuning.method == 'full':
     changes.append('config.tuning.method=lora: one frozen copy of the weights, no moments of them')
-  elif adjustable.model.weight_dtype != 'int8':
+  elif settings.model.weight_dtype != 'int8':
     changes.append('config.model.weight_dtype=int8: base weights of one byte, rounded')
-  if adjustable.mesh.data > 1:
+  if settings.mesh.data > 1:
     changes.append('config.mesh.data=1 and config.mesh.fsdp=-1: weights split over all chips')
-  changes.append(f'more chips than {len(devices)}: each holds a smaller part of the weights')
+  changes.append(f'more chips than {mesh.size}: each holds a smaller part of the weights')
   return changes
 
 
-def _smaller_temporaries(adjustable: Adjustable, devices: Devices) -> list[str]:
-  batch, model = adjustable.batch, adjustable.model
-  shards = row_parts(make_mesh(adjustable.mesh.sizes(), devices))
+def _smaller_temporaries(settings: Settings, shards: int) -> list[str]:
+  batch, model = settings.batch, settings.model
   per_chip = batch.rows // (shards * batch.microbatches)
   found = []
   if model.remat in {'none', 'dots'}:

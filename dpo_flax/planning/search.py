@@ -1,5 +1,6 @@
 """The most rows, and the least recomputation, that fit the chips of a slice."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,6 @@ from dpo_flax.planning.estimate import Estimate
 
 _REMATS = ('none', 'dots', 'full', 'offload')  # from the least recomputed to the least kept
 _MOST_ROWS = 64  # of one chip
-_GIB = 2**30
 
 
 def largest(
@@ -28,27 +28,24 @@ def largest(
   def changes(rows: int, remat: str) -> dict[str, Any]:
     return {'batch.rows': rows * shards, 'batch.microbatches': 1, 'model.remat': remat}
 
-  best: tuple[float, dict[str, Any], Estimate] | None = None  # cycles of a row, changes, cost
+  def attempt(remat: str, rows: int) -> Estimate:
+    found = estimate(**changes(rows, remat))
+    needed = found.peak_hbm_bytes and f'{found.peak_hbm_bytes / 2**30:.2f} GiB'
+    fits = 'fits' if found.fits else 'does not fit'
+    report(f'remat {remat}, {rows} rows a chip: {fits}, {needed}')
+    return found
+
+  fitting: list[tuple[float, dict[str, Any], Estimate]] = []  # cycles of a row, changes, cost
   for remat in _REMATS:
-
-    def attempt(rows: int, remat: str = remat) -> Estimate:
-      found = estimate(**changes(rows, remat))
-      needed = found.peak_hbm_bytes and f'{found.peak_hbm_bytes / _GIB:.2f} GiB'
-      report(
-        f'remat {remat}, {rows} rows a chip: {"fits" if found.fits else "does not fit"}, {needed}'
-      )
-      return found
-
-    rows, found = _most_rows(attempt)
+    rows, found = _most_rows(functools.partial(attempt, remat))
     if found is not None and found.estimated_cycles is not None:
-      cycles = found.estimated_cycles / rows
-      if best is None or cycles < best[0]:
-        best = cycles, changes(rows, remat), found
-  if best is None:
+      fitting.append((found.estimated_cycles / rows, changes(rows, remat), found))
+  if not fitting:
     raise ValueError(
       f'not one row of batch.tokens={tokens} fits a chip: plan without --search says what to change'
     )
-  return best[1:]
+  _, best, found = min(fitting, key=lambda one: one[0])
+  return best, found
 
 
 def _most_rows(attempt: Callable[[int], Estimate]) -> tuple[int, Estimate | None]:

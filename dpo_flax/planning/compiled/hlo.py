@@ -25,7 +25,6 @@ _CALLED = re.compile(
   r'%?([\w.\-]+)'
 )
 _CALLED_LISTS = re.compile(r'\b(?:branch_computations|called_computations|calls)=\{([^}]*)\}')
-_FRAME = re.compile(r'stack_frame_id=(\d+)')
 _TABLE_ROW = re.compile(r'(\d+) (?:"(.*)"|\{(.*)\})$')
 
 HBM = 0  # the memory space of arrays whose layout names none
@@ -133,7 +132,7 @@ class Program:
     As in 'model/layers.py:12 for model/transformer.py:40': the innermost line, and the first
     outside its file.
     """
-    frame = instruction.attribute(_FRAME.pattern)
+    frame = instruction.attribute(r'stack_frame_id=(\d+)')
     locations = [
       (file.rpartition(f'/{package}/')[2], line)
       for file, line in self.frames.get(int(frame or 0), ())

@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from dpo_flax.planning.compiled.hlo import HBM, Computation, Instruction, Program
 
@@ -43,14 +44,17 @@ def peak(program: Program) -> Peak:
   return _peak(program, program.entry, {})
 
 
-def by_source(alive: Iterable[Temporary], program: Program, package: str) -> list[tuple]:
-  """Returns (bytes, source, shapes) for each line of `package` that made some, largest first."""
+def by_source(alive: Iterable[Temporary], program: Program, package: str) -> list[dict[str, Any]]:
+  """Returns bytes, source and arrays for each line of `package` that made some, largest first."""
   sums, shapes = collections.Counter(), collections.defaultdict(collections.Counter)
   for one in alive:
     source = _source(one, program, package)
     sums[source] += one.bytes
     shapes[source][one.shape] += 1
-  return [(size, source, dict(shapes[source])) for source, size in sums.most_common()]
+  return [
+    {'bytes': size, 'source': source, 'arrays': dict(shapes[source])}
+    for source, size in sums.most_common()
+  ]
 
 
 def _source(one: Temporary, program: Program, package: str) -> str:

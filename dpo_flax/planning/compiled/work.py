@@ -2,15 +2,13 @@
 
 import collections
 import dataclasses
-import re
 
 from dpo_flax.planning.compiled.arithmetic import matrix_flops
 from dpo_flax.planning.compiled.hlo import Computation, Instruction, Program
 from dpo_flax.planning.compiled.loops import trip_count
 from dpo_flax.planning.compiled.traffic import collective, hbm_bytes, received_bytes
 
-_CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
-_KERNEL_COST = re.compile(r'"cost_estimate":\{[^}]*?"flops":"?(\d+)')
+_KERNEL_FLOPS = r'"cost_estimate":\{[^}]*?"flops":"?(\d+)'
 
 
 @dataclasses.dataclass
@@ -20,7 +18,7 @@ class Work:
   estimated_cycles: float = 0.0  # the compiler's; collectives and kernels carry none
   flops: float = 0.0  # of matrix products, and of kernels that state their number
   flops_without_cycles: float = 0.0  # of them, those outside estimated_cycles
-  hbm_bytes: float = 0.0
+  hbm_traffic_bytes: float = 0.0
   collective_bytes: float = 0.0  # received from other devices
   collectives: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   kernels: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -72,26 +70,20 @@ class _Measure:
       for part in called:
         work.add(self.of(part), 1 if trips is None else trips)
     elif instruction.opcode == 'conditional':
-      busiest = max(map(self.of, called), key=lambda one: (one.flops, one.estimated_cycles))
-      work.add(busiest)
+      work.add(max(map(self.of, called), key=lambda one: (one.flops, one.estimated_cycles)))
       work.conditionals += 1
     elif instruction.opcode in {'call', 'async-start'}:
       for part in called:
         work.add(self.of(part))
     else:
-      self._add_operation(work, computation, instruction, channels)
-
-  def _add_operation(
-    self, work: Work, computation: Computation, instruction: Instruction, channels: set[str]
-  ):
-    cycles = instruction.attribute(_CYCLES.pattern)
-    before = work.flops
-    self._add_arithmetic(work, computation, instruction, channels)
-    work.hbm_bytes += hbm_bytes(self.program, computation, instruction)
-    if cycles is None:
-      work.flops_without_cycles += work.flops - before
-    else:
-      work.estimated_cycles += float(cycles)
+      before = work.flops
+      self._add_arithmetic(work, computation, instruction, channels)
+      work.hbm_traffic_bytes += hbm_bytes(self.program, computation, instruction)
+      cycles = instruction.attribute(r'"estimated_cycles":"?(\d+)')
+      if cycles is None:
+        work.flops_without_cycles += work.flops - before
+      else:
+        work.estimated_cycles += float(cycles)
 
   def _add_arithmetic(
     self, work: Work, computation: Computation, instruction: Instruction, channels: set[str]
@@ -107,7 +99,7 @@ class _Measure:
     if 'custom_call_target="tpu_custom_call"' in instruction.attributes:
       name = instruction.attribute(r'op_name="([^"]*)"') or instruction.name
       work.kernels[name.rpartition('/')[2]] += 1
-      work.flops += float(instruction.attribute(_KERNEL_COST.pattern) or 0)
+      work.flops += float(instruction.attribute(_KERNEL_FLOPS) or 0)
     if instruction.opcode == 'fusion':
       inner = self.program.computations[instruction.called()[0]]
       for one in inner.values():

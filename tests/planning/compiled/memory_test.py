@@ -67,5 +67,5 @@ def test_updates_in_place_make_no_copy():
 def test_largest_source_comes_first():
   program = hlo.parse(TEXT)
   rows = memory.by_source(memory.peak(program).alive, program, 'dpo_flax')
-  assert rows[0][:2] == (16384, 'wide')
-  assert [size for size, _, _ in rows] == [16384, 4096, 4096]
+  assert (rows[0]['bytes'], rows[0]['source']) == (16384, 'wide')
+  assert [row['bytes'] for row in rows] == [16384, 4096, 4096]

@@ -175,7 +175,7 @@ def test_kernels_are_counted_beside():
   done = work.measure(hlo.parse(text))
   assert done.kernels == {'attend': 2}
   assert done.flops == done.flops_without_cycles == 500
-  assert done.hbm_bytes == 4 * 64
+  assert done.hbm_traffic_bytes == 4 * 64
 
 
 def test_slices_and_updates_move_only_their_part():
@@ -204,7 +204,7 @@ def test_slices_and_updates_move_only_their_part():
       ROOT %new = f32[8,16]{1,0} fusion(%x.2, %row, %i.2), kind=kLoop, calls=%put
     }
     """)
-  assert work.measure(hlo.parse(text)).hbm_bytes == 64 + 64
+  assert work.measure(hlo.parse(text)).hbm_traffic_bytes == 64 + 64
 
 
 def test_compiled_loop_of_products_is_2mnk_times_trips():
