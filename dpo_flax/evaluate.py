@@ -9,7 +9,7 @@ one JSON object; --scores=FILE writes a line for each pair.
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,11 +23,11 @@ from ml_collections import ConfigDict
 from dpo_flax import config as config_lib
 from dpo_flax.assembly.data import prepare_data
 from dpo_flax.assembly.models import load_model, load_onto
-from dpo_flax.assembly.sources import check_same_tokenizer, make_model_config
+from dpo_flax.assembly.sources import check_same_tokenizer, make_model_config, with_tokenizer
 from dpo_flax.config.checks import validate
 from dpo_flax.data.batches.split import Side
 from dpo_flax.data.prepare import PreparedData
-from dpo_flax.huggingface.peft_adapter import AdapterFiles, open_adapter
+from dpo_flax.huggingface.peft_adapter import open_adapter
 from dpo_flax.huggingface.weights import BaseCheckpoint, open_checkpoint
 from dpo_flax.losses import metrics
 from dpo_flax.losses.objective import Objective, total_loss
@@ -96,26 +96,21 @@ def evaluate(config: ConfigDict, policy: Candidate, reference: Candidate | None)
   first, *others = bases.values()
   for other in others:
     check_same_tokenizer(first.directory, other.directory)
-  if not settings.data.tokenizer:
-    settings = settings.replace({'data.tokenizer': str(first.directory)})
+  vocab_size = min(shape.vocab_size for shape in shapes.values())
   with jax.set_mesh(mesh):
-    data = prepare_data(settings, vocab_size=min(shape.vocab_size for shape in shapes.values()))
+    data = prepare_data(with_tokenizer(settings, first), vocab_size=vocab_size)
     found = {}
     for path, base in bases.items():
       # A second base replaces the first in memory; adapters of one base share it.
-      adapters = {
-        each: open_adapter(each.adapter, shapes[path]) if each.adapter else None
-        for each in candidates
-        if each.base == path
-      }
+      own = [each for each in candidates if each.base == path]
       chunk = settings.model.logits_chunk
-      found |= _score_all(adapters, shapes[path], base, data, logits_chunk=chunk, mesh=mesh)
+      found |= _score_all(own, shapes[path], base, data, logits_chunk=chunk, mesh=mesh)
   lengths = _response_lengths(data.train)
   return Evaluation(data, lengths, found[policy], reference and found[reference])
 
 
 def _score_all(
-  adapters: Mapping[Candidate, AdapterFiles | None],
+  candidates: Sequence[Candidate],
   shape: ModelConfig,
   checkpoint: BaseCheckpoint,
   data: PreparedData,
@@ -124,13 +119,14 @@ def _score_all(
   mesh: Mesh,
 ) -> dict[Candidate, np.ndarray]:
   """Scores models of one base."""
+  adapters = [each.adapter and open_adapter(each.adapter, shape) for each in candidates]
   base = load_model(shape, None, checkpoint=checkpoint, mesh=mesh, seed=0)
 
   def score(adapter):
     model = load_onto(base, adapter, mesh) if adapter else base
     return score_side(model, data, 'train', logits_chunk=logits_chunk, mesh=mesh)
 
-  return {candidate: score(adapter) for candidate, adapter in adapters.items()}
+  return dict(zip(candidates, map(score, adapters), strict=True))
 
 
 def _response_lengths(pairs: Side) -> np.ndarray:
