@@ -17,7 +17,9 @@ from jax.sharding import Mesh
 from dpo_flax.assembly.blueprint import Blueprint, make_blueprint
 from dpo_flax.assembly.models import load_models
 from dpo_flax.assembly.run_record import NAME, RunRecord, read_record
-from dpo_flax.checkpoints.checkpoint import check_intact, newest_step, restore, saved_identity
+from dpo_flax.checkpoints import steps
+from dpo_flax.checkpoints.checkpoint import restore
+from dpo_flax.checkpoints.identity import saved_identity
 from dpo_flax.config.identity import RunIdentity, identity_of
 from dpo_flax.exports.exporting import check_outputs, export_adapter, export_merged
 from dpo_flax.exports.model_card import CardFacts
@@ -51,9 +53,7 @@ def export(workdir: str, output: str, *, merged: bool, step: int | None = None):
     workdir=settings.workdir or workdir,
     sources=settings.weight_paths(),
   )
-  if step is None:
-    step = newest_step(directory / 'checkpoints')
-  check_intact(directory / 'checkpoints', step)
+  step = steps.find_intact(directory / 'checkpoints', step)
   _check_record(record, directory, step)
   facts = CardFacts(record, step, read_metrics(directory / 'metrics.jsonl', step, 'validation'))
   mesh = _make_mesh(settings.mesh.sizes())

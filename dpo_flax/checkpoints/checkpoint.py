@@ -1,8 +1,8 @@
 """Checkpoints: a pytree of arrays, its step and the identity of its run in one atomic step.
 
 Of a training run the arrays are adapters and optimizer; the base is not among them, and the
-position in the data is the step. Orbax writes and reads the arrays; steps.py knows
-which steps are intact.
+position in the data is the step. Orbax writes and reads the arrays; steps.py knows which steps are
+intact, identity.py which run may go on from one.
 
 Every use of Orbax is in this file, because its names still move.
 """
@@ -12,18 +12,18 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
 from dpo_flax.checkpoints import steps
+from dpo_flax.checkpoints.identity import Identity, check_identity
 from dpo_flax.files.messages import first_of
 from dpo_flax.files.paths import absolute, access_errors, is_remote
 from dpo_flax.runtime import hosts
@@ -33,34 +33,11 @@ _STATE = 'state'
 # What a save may take beyond the arrays' bytes: their names, the manifest, file system blocks.
 _OVERHEAD_BYTES = 1 << 20
 
-
 Tree = TypeVar('Tree')  # a pytree of arrays
 
 
 class SaveError(OSError):
   """A step could not be saved; those before it are as they were."""
-
-
-class Difference(Protocol):
-  """What is not as it was when a step was saved; its text names it, with both values."""
-
-  @property
-  def is_of_the_data(self) -> bool:
-    """Whether it decides only which data are seen, and when."""
-    ...
-
-
-class Identity(Protocol):
-  """What a step may only be continued under: a dataclass of values that JSON can hold."""
-
-  __dataclass_fields__: ClassVar[dict[str, Any]]
-
-  def differences(self, other: Any) -> Sequence[Difference]:
-    """Returns each difference to another of the same class that wants to go on."""
-    ...
-
-
-AnIdentity = TypeVar('AnIdentity', bound=Identity)
 
 
 def _raise(error: SaveError) -> NoReturn:
@@ -108,8 +85,7 @@ class Checkpoints:
 
   def latest(self) -> int | None:
     """Returns the newest finished step, None when there is none."""
-    found = steps.finished(self.directory)
-    return found[-1] if found else None
+    return steps.newest(self.directory)
 
   def save(self, state: Any, step: int):
     """Starts writing a pytree of arrays as `step`; returns once they are copied off the devices.
@@ -164,32 +140,9 @@ class Checkpoints:
     step = self._newest_intact()
     if step is None:
       return state, 0
-    self._check_identity(step, allow_data_change)
+    if self.identity is not None:
+      check_identity(self.directory, step, self.identity, allow_data_change)
     return self.restore(state, step), step
-
-  def _check_identity(self, step: int, allow_data_change: bool):
-    if self.identity is None:
-      return
-    found = saved_identity(self.directory, step, type(self.identity)).differences(self.identity)
-    refused = [each for each in found if not (allow_data_change and each.is_of_the_data)]
-    if refused:
-      hint = (
-        '\nTo go on in changed data all the same, set allow_data_change.'
-        if all(each.is_of_the_data for each in refused)
-        else ''
-      )
-      raise ValueError(
-        f'{self.directory} holds step {step} of another run:\n  '
-        + '\n  '.join(map(str, refused))
-        + f'\nSet these back to go on with it, or choose another workdir.{hint}'
-      )
-    for each in found:
-      logging.warning(
-        'allow_data_change: going on from step %d in OTHER data or another order, so that pairs '
-        'may be seen twice or never. %s',
-        step,
-        each,
-      )
 
   def restore(self, state: Tree, step: int) -> Tree:
     """Returns the state saved as `step`, on the shardings of `state`.
@@ -287,48 +240,10 @@ def _check_finite(state: Any, step: int):
     )
 
 
-def newest_step(directory: epath.Path) -> int:
-  """Returns the newest finished step.
-
-  Raises:
-    ValueError: there is none.
-  """
-  found = steps.finished(directory)
-  if not found:
-    raise ValueError(f'{directory} holds no checkpoint')
-  return found[-1]
-
-
-def saved_identity(directory: epath.Path, step: int, of: type[AnIdentity]) -> AnIdentity:
-  """Returns what the run that saved `step` was.
-
-  Raises:
-    ValueError: the step does not say.
-  """
-  record = steps.read_record(directory / str(step))
-  names = [field.name for field in dataclasses.fields(of)]
-  if missing := [name for name in names if name not in record]:
-    raise ValueError(f'{directory}/{step} does not say of which run it is: no {missing[0]}')
-  return of(**{name: record[name] for name in names})
-
-
-def check_intact(directory: epath.Path, step: int):
-  """Checks that a step is there and as it was saved.
-
-  Raises:
-    ValueError: there is no such step, or it is damaged.
-  """
-  found = steps.finished(directory)
-  if step not in found:
-    raise ValueError(f'{directory} holds no step {step}, but {", ".join(map(str, found))}')
-  if faults := steps.faults(directory / str(step)):
-    raise ValueError(f'{directory}/{step} is damaged: {faults[0]}')
-
-
 def restore(directory: epath.PathLike, step: int, tree: Tree, *, part: str = '') -> Tree:
   """Returns arrays of `step` in the structure and on the shardings of `tree`.
 
-  The step must be intact (`check_intact`). A running training is not touched.
+  The step must be intact (`steps.find_intact`). A running training is not touched.
 
   Args:
     directory: of the steps.

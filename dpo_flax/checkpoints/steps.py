@@ -35,6 +35,28 @@ def finished(directory: epath.Path) -> list[int]:
   return [step for step in _named(directory) if (directory / str(step) / manifest.NAME).exists()]
 
 
+def newest(directory: epath.Path) -> int | None:
+  """Returns the newest finished step, None when there is none."""
+  return max(finished(directory), default=None)
+
+
+def find_intact(directory: epath.Path, step: int | None) -> int:
+  """Returns the number of a step that is as it was saved: `step`, or the newest without one.
+
+  Raises:
+    ValueError: there is no such step, or it is damaged.
+  """
+  found = finished(directory)
+  if step is None and not found:
+    raise ValueError(f'{directory} holds no checkpoint')
+  step = found[-1] if step is None else step
+  if step not in found:
+    raise ValueError(f'{directory} holds no step {step}, but {", ".join(map(str, found))}')
+  if damage := faults(directory / str(step)):
+    raise ValueError(f'{directory}/{step} is damaged: {damage[0]}')
+  return step
+
+
 def newest_intact(directory: epath.Path) -> int | None:
   """Returns the newest step whose every byte is as it was written; None when there is none.
 

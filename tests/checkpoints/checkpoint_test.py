@@ -21,6 +21,7 @@ from flax import nnx
 
 from dpo_flax.checkpoints import checkpoint, steps
 from dpo_flax.checkpoints.checkpoint import Checkpoints
+from dpo_flax.checkpoints.identity import saved_identity
 from dpo_flax.config.identity import RunIdentity
 from dpo_flax.training.state import RewardMean, init_train_state, split_models
 from helpers import checkpoint_arrays
@@ -330,7 +331,7 @@ def test_a_run_resumes_after_its_newest_step(open_checkpoints):
     checkpoints.save(make_state(step), step)
   checkpoints.close()
   again = open_checkpoints(identity=identity)
-  assert checkpoint.saved_identity(again.directory, 2, RunIdentity) == identity
+  assert saved_identity(again.directory, 2, RunIdentity) == identity
   state, step = again.resume(start)
   assert step == 2
   assert_same_bits(state, make_state(2))
@@ -400,8 +401,8 @@ def test_a_step_that_version_0_1_0_saved_is_read_and_checked(tmp_path, caplog):
   record = json.loads((folder / '4' / 'run.json').read_text())
   saved = checkpoint_arrays.read(folder / '4')
   identity = RunIdentity(record['config'], record['fingerprints'])
-  assert checkpoint.saved_identity(epath.Path(folder), 4, RunIdentity) == identity
-  checkpoint.check_intact(epath.Path(folder), 4)
+  assert saved_identity(epath.Path(folder), 4, RunIdentity) == identity
+  assert steps.find_intact(epath.Path(folder), 4) == 4
   checkpoints = Checkpoints(folder, identity, keep=2)
   start = {name: jnp.zeros_like(array) for name, array in saved.items()}
   state, step = checkpoints.resume(start)
