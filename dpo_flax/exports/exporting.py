@@ -10,16 +10,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dpo_flax.assembly.models import load_onto
-from dpo_flax.exports import model_card
+from dpo_flax.exports import model_card, staging
 from dpo_flax.exports.model_card import CardFacts
-from dpo_flax.exports.staging import (
-  check_replaceable,
-  check_writable,
-  is_inside,
-  new_directory,
-  same_path,
-  staging_path,
-)
 from dpo_flax.exports.verification import compare, reload_merged
 from dpo_flax.huggingface.peft_adapter import open_adapter, save_adapter
 from dpo_flax.huggingface.tensor_files import DTYPES
@@ -62,14 +54,14 @@ def check_outputs(
   own = {f"the run's {name}": f'{workdir}/{name}' for name in _OWN}
   for name, output in outputs.items():
     for other, path in sources.items():
-      if same_path(output, path):
+      if staging.same_path(output, path):
         raise ValueError(f'{output}: the {name} export and {other} are in the same place')
     others = {f'the export {each}': path for each, path in outputs.items() if each != name}
     for other, path in (own | others).items():
-      if is_inside(output, path):
+      if staging.is_inside(output, path):
         raise ValueError(f'{output}: the {name} export would be inside {other}, {path}')
-    check_writable(output)
-    check_replaceable(output)
+    staging.check_writable(output)
+    staging.check_replaceable(output)
 
 
 def export_adapter(
@@ -130,8 +122,8 @@ def _export(
 
   live = score(policy)
   with contextlib.ExitStack() as stack:  # process 0 makes the directory, and puts it there
-    hosts.first_does(lambda: stack.enter_context(new_directory(output)))
-    directory = staging_path(output)
+    hosts.first_does(lambda: stack.enter_context(staging.new_directory(output)))
+    directory = staging.staging_path(output)
     model = write(directory)
     reloaded = None if model is None else score(model)
     check = compare(live, reloaded, pairs, dtypes=dtypes, where=output)

@@ -9,7 +9,6 @@ Without these a run is one process that listens to nobody. command.py defines th
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -34,23 +33,14 @@ _LONGER = 60  # seconds that jax, whose timeout aborts with a stack trace, waits
 _CLOUD_TPU_PORT = '8482'  # jax's own choice
 _METADATA_SERVER = ('169.254.169.254', 80)  # that of any Google Cloud VM
 
-
 JOIN_TIMEOUT = 300  # seconds
 
-
-@dataclasses.dataclass
-class _Run:
-  """The run that this process belongs to; alone until `connect`."""
-
-  peers: Peers = dataclasses.field(default_factory=Peers)
-
-
-_run = _Run()
+_peers = Peers()  # alone until `connect`
 
 
 def peers() -> Peers:
   """Returns the run's other processes, as far as this one has joined them."""
-  return _run.peers
+  return _peers
 
 
 def connect(
@@ -110,8 +100,7 @@ def _join(join_timeout: int, *arguments, **options):
   jax.config.update('jax_enable_preemption_service', False)  # it would take SIGTERM for itself
   patience = join_timeout + _LONGER
   jax.distributed.initialize(*arguments, **options, **_TIMEOUTS, initialization_timeout=patience)
-  _run.peers = Peers(*membership())
-  _run.peers.watch()
+  _peers.join(*membership())
 
 
 @contextlib.contextmanager

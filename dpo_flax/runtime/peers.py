@@ -35,8 +35,8 @@ _HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)  # of a signal
 class Peers:
   """What this process knows of the others; alone, it knows none and nothing can happen to them."""
 
-  def __init__(self, index: int = 0, count: int = 1):
-    self.index, self.count = index, count
+  def __init__(self):
+    self.index, self.count = 0, 1
     self._name = f'{socket.gethostname()}, pid {os.getpid()}'
     self._names: dict[int, str] = {}
     self._signs: dict[int, tuple[str, float]] = {}  # of each other: the last, and when it came
@@ -45,9 +45,10 @@ class Peers:
     self.parting: dict[int, str] = {}  # of those that have left: exit code and reason
     self.stop_was_asked = False
 
-  def watch(self):
-    """Begins to show signs of life, and to end this process when another's stop."""
-    if self.count > 1:
+  def join(self, index: int, count: int):
+    """Shows signs of life, as one of `count`, and ends this process when another's stop."""
+    self.index, self.count = index, count
+    if count > 1:
       self._signs = {i: ('', time.monotonic()) for i in range(self.count) if i != self.index}
       self.post('name', self._name)
       for task in (self._talk, self._judge):

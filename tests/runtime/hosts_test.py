@@ -14,7 +14,7 @@ def joined(monkeypatch):
   """The arguments of each call that would have joined other processes."""
   calls = []
   monkeypatch.setattr(jax.distributed, 'initialize', lambda *args, **kw: calls.append((args, kw)))
-  monkeypatch.setattr(hosts, '_run', hosts._Run())
+  monkeypatch.setattr(hosts, '_peers', hosts.Peers())
   return calls
 
 
