@@ -5,26 +5,26 @@ import re
 
 import numpy as np
 
-from dpo_flax.planning.compiled.hlo import Computation, Instruction
+from dpo_flax.planning.compiled.hlo import Instruction
 
 
-def matrix_flops(computation: Computation, instruction: Instruction) -> float:
+def matrix_flops(instruction: Instruction) -> float:
   """Returns 2 x multiplications of a `dot` or `convolution`; 0 for anything else.
 
   The compiler for TPU turns every matrix product into a convolution.
   """
   if instruction.opcode == 'dot':
-    left = computation.inputs(instruction)[0].arrays[0].dims
+    left = instruction.inputs[0].arrays[0].dims
     axes = instruction.attribute(r'lhs_contracting_dims=\{([\d,]*)\}') or ''
     contracted = math.prod(left[int(axis)] for axis in axes.split(',') if axis)
     return 2.0 * instruction.arrays[0].size * contracted
   if instruction.opcode == 'convolution':
-    return _convolution_flops(computation, instruction)
+    return _convolution_flops(instruction)
   return 0.0
 
 
-def _convolution_flops(computation: Computation, instruction: Instruction) -> float:
-  left, kernel = (one.arrays[0].dims for one in computation.inputs(instruction))
+def _convolution_flops(instruction: Instruction) -> float:
+  left, kernel = (one.arrays[0].dims for one in instruction.inputs)
   out = instruction.arrays[0]
   labels = re.split('_|->', instruction.required(r'dim_labels=(\w+_\w+->\w+)'))
   products = float(kernel[labels[1].index('i')])  # per group, if there are groups

@@ -72,11 +72,22 @@ class Instruction:
   operands: tuple[str, ...]  # names of instructions, or the literal of a constant
   attributes: str  # all that follows the operands
   is_root: bool
+  computation: 'Computation' = dataclasses.field(repr=False)  # that it is a line of
 
   @functools.cached_property
   def arrays(self) -> tuple[Array, ...]:
     """The arrays of the result; one, unless it is a tuple."""
     return tuple(_arrays(self.result))
+
+  @functools.cached_property
+  def inputs(self) -> list['Instruction']:
+    """The instructions whose results it takes."""
+    return [self.computation[name] for name in self.operands if name in self.computation]
+
+  @property
+  def runs(self) -> list['Computation']:
+    """The computations it runs."""
+    return [self.computation.siblings[name] for name in self.called()]
 
   def called(self) -> list[str]:
     """Names of the computations it runs."""
@@ -101,6 +112,10 @@ class Instruction:
 class Computation(dict[str, Instruction]):
   """Instructions by name, in the order of their execution."""
 
+  def __init__(self, siblings: dict[str, 'Computation']):
+    super().__init__()
+    self.siblings = siblings  # all computations of the program, by name
+
   @functools.cached_property
   def root(self) -> Instruction:
     """The instruction whose result is the computation's."""
@@ -111,10 +126,6 @@ class Computation(dict[str, Instruction]):
     """Names of the parameters, by number."""
     found = [one for one in self.values() if one.opcode == 'parameter']
     return [one.name for one in sorted(found, key=lambda one: int(one.operands[0]))]
-
-  def inputs(self, instruction: Instruction) -> list[Instruction]:
-    """Returns the instructions whose results `instruction` takes."""
-    return [self[name] for name in instruction.operands if name in self]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,14 +159,15 @@ def parse(text: str) -> Program:
   Raises:
     ValueError: a line is not understood, or a computation is missing or never run.
   """
-  computations, entry, current = {}, None, None
+  computations: dict[str, Computation] = {}
+  entry, current = None, None
   for line in _logical_lines(text):
     header = _HEADER.match(line)
     if _INSTRUCTION.match(line) and current is not None:
-      instruction = _instruction(line)
+      instruction = _instruction(line, current)
       current[instruction.name] = instruction
     elif header:
-      current = computations.setdefault(header.group(2), Computation())
+      current = computations.setdefault(header.group(2), Computation(computations))
       entry = current if header.group(1) else entry
     elif line.startswith('}'):
       current = None
@@ -185,7 +197,7 @@ def _logical_lines(text: str) -> Iterator[str]:
     raise ValueError(f'the text ends inside an instruction: {held[:120]!r}')
 
 
-def _instruction(line: str) -> Instruction:
+def _instruction(line: str, computation: Computation) -> Instruction:
   head = _INSTRUCTION.match(line)
   assert head is not None
   rest = line[head.end() :]
@@ -198,7 +210,8 @@ def _instruction(line: str) -> Instruction:
   inner = re.sub(r'/\*.*?\*/', '', rest[len(opcode) + 1 : end])
   names = re.findall(r'%([\w.\-]+)', inner)
   operands = tuple(names) if names else (inner.strip(),)
-  return Instruction(head.group(2), opcode, result, operands, rest[end + 1 :], bool(head.group(1)))
+  is_root, name = bool(head.group(1)), head.group(2)
+  return Instruction(name, opcode, result, operands, rest[end + 1 :], is_root, computation)
 
 
 def _closing(text: str, start: int) -> int:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 
-from dpo_flax.planning.compiled.hlo import Computation, Instruction, Program
+from dpo_flax.planning.compiled.hlo import Computation, Instruction
 
 _MOST_TRIPS = 100_000
 
@@ -29,25 +29,34 @@ _ARITHMETIC = {
 }
 
 
+# (number of a parameter, element of it; None: all of it) -> value
+_Read = Callable[[int, int | None], int]
+
+
 class _UnknownError(Exception):
   """A value that depends on data."""
 
 
-def trip_count(program: Program, caller: Computation, loop: Instruction) -> int | None:
+def _unknown(*_) -> int:
+  raise _UnknownError
+
+
+def trip_count(loop: Instruction) -> int | None:
   """Returns how often a `while` runs its body; None where that depends on data."""
-  known = re.search(r'"known_trip_count":\{"n":"?(\d+)', loop.attributes)
+  known = loop.attribute(r'"known_trip_count":\{"n":"?(\d+)')
   if known:
-    return int(known.group(1))
+    return int(known)
   condition, body = (
-    program.computations[loop.required(rf'{name}=%?([\w.\-]+)')] for name in ('condition', 'body')
+    loop.computation.siblings[loop.required(rf'{name}=%?([\w.\-]+)')]
+    for name in ('condition', 'body')
   )
-  start = caller.get(loop.operands[0])
+  start = loop.computation.get(loop.operands[0])
+  counters = _Counters(body, lambda index: _element(start, index, _unknown))
   try:
-    state = _Counters(program, body, lambda index: _scalar(program, caller, start, index))
     for trips in range(_MOST_TRIPS):
-      if not _evaluate(program, condition, condition.root, state.read):
+      if not _evaluate(condition.root, counters.read):
         return trips
-      state.advance()
+      counters.advance()
   except _UnknownError:
     pass
   return None
@@ -56,8 +65,8 @@ def trip_count(program: Program, caller: Computation, loop: Instruction) -> int 
 class _Counters:
   """Those of a loop's variables that decide when it ends."""
 
-  def __init__(self, program: Program, body: Computation, start: Callable[[int], int]):
-    self.program, self.body, self.start = program, body, start
+  def __init__(self, body: Computation, start: Callable[[int], int]):
+    self.body, self.start = body, start
     self.values: dict[int, int] = {}
     self.trips = 0
 
@@ -76,39 +85,24 @@ class _Counters:
     done = 0
     while done < len(self.values):  # what a variable depends on joins them on the way
       done = len(self.values)
-      after = {
-        index: _scalar(self.program, self.body, self.body.root, index, self.read)
-        for index in list(self.values)
-      }
+      after = {index: _element(self.body.root, index, self.read) for index in list(self.values)}
     self.values, self.trips = after, self.trips + 1
 
 
-def _scalar(
-  program: Program,
-  computation: Computation,
-  instruction: Instruction | None,  # that makes a tuple
-  index: int,
-  read: Callable[[int, int | None], int] | None = None,
-) -> int:
-  """Evaluates element `index` of a tuple."""
+def _element(instruction: Instruction | None, index: int, read: _Read) -> int:
+  """Evaluates one element of the tuple that an instruction makes."""
   if instruction is None or instruction.opcode != 'tuple':
     raise _UnknownError
-  element = computation[instruction.operands[index]]
-  return _evaluate(program, computation, element, read)
+  return _evaluate(instruction.computation[instruction.operands[index]], read)
 
 
-def _evaluate(
-  program: Program,
-  computation: Computation,
-  instruction: Instruction,
-  read: Callable[[int, int | None], int] | None,  # (parameter, element of it) -> value
-) -> int:
+def _evaluate(instruction: Instruction, read: _Read) -> int:
   """Evaluates an integer that does not depend on data."""
 
   def value(one: Instruction) -> int:
-    return _evaluate(program, computation, one, read)
+    return _evaluate(one, read)
 
-  opcode, inputs = instruction.opcode, computation.inputs(instruction)
+  opcode, inputs = instruction.opcode, instruction.inputs
   if opcode == 'constant':
     return _literal(instruction.operands[0])
   if opcode in _COPIES:
@@ -118,18 +112,11 @@ def _evaluate(
   if opcode in _ARITHMETIC:
     return _ARITHMETIC[opcode](*map(value, inputs))
   if opcode == 'fusion':
-    inner = program.computations[instruction.called()[0]]
-    return _evaluate(program, inner, inner.root, lambda parameter, _: value(inputs[parameter]))
-  return _read(instruction, inputs, read)
-
-
-def _read(
-  instruction: Instruction, inputs: list[Instruction], read: Callable[[int, int | None], int] | None
-) -> int:
-  if read and instruction.opcode == 'parameter':
-    return read(int(instruction.operands[0]), None)
-  if read and instruction.opcode == 'get-tuple-element' and inputs[0].opcode == 'parameter':
-    return read(int(inputs[0].operands[0]), int(instruction.required(r'index=(\d+)')))
+    return _evaluate(instruction.runs[0].root, lambda parameter, _: value(inputs[parameter]))
+  source = inputs[0] if opcode == 'get-tuple-element' else instruction
+  if source.opcode == 'parameter':
+    index = None if source is instruction else int(instruction.required(r'index=(\d+)'))
+    return read(int(source.operands[0]), index)
   raise _UnknownError
 
 

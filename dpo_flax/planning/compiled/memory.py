@@ -41,7 +41,7 @@ def peak(program: Program) -> Peak:
   Arrays that share memory in ways the text does not show count twice, so the sum is an estimate;
   `memory_analysis().temp_size_in_bytes` is the compiler's.
   """
-  return _peak(program, program.entry, {})
+  return _peak(program.entry, {})
 
 
 def by_source(alive: Iterable[Temporary], program: Program, package: str) -> list[dict[str, Any]]:
@@ -68,10 +68,10 @@ def _source(one: Temporary, program: Program, package: str) -> str:
   return next(filter(None, sources), name)
 
 
-def _peak(program: Program, computation: Computation, known: dict[int, Peak]) -> Peak:
+def _peak(computation: Computation, known: dict[int, Peak]) -> Peak:
   if id(computation) in known:
     return known[id(computation)]
-  owners = _owners(program, computation)
+  owners = _owners(computation)
   kept = set().union(*owners[computation.root.name])  # the caller's, or the program's results
   last_use = {}
   for step, one in enumerate(computation.values()):
@@ -85,7 +85,7 @@ def _peak(program: Program, computation: Computation, known: dict[int, Peak]) ->
         alive[buffer] = None
         now += buffer.bytes
     inner = max(
-      (_peak(program, program.computations[name], known) for name in _run_by(one)),
+      (_peak(other, known) for other in _run_by(one)),
       key=lambda found: found.bytes,
       default=Peak(0, ()),
     )
@@ -98,12 +98,12 @@ def _peak(program: Program, computation: Computation, known: dict[int, Peak]) ->
   return best
 
 
-def _run_by(instruction: Instruction) -> list[str]:
+def _run_by(instruction: Instruction) -> list[Computation]:
   controls = {'while', 'conditional', 'call', 'async-start'}
-  return instruction.called() if instruction.opcode in controls else []
+  return instruction.runs if instruction.opcode in controls else []
 
 
-def _owners(program: Program, computation: Computation) -> dict[str, list[set[Temporary]]]:
+def _owners(computation: Computation) -> dict[str, list[set[Temporary]]]:
   """Returns, for each element of each instruction's result, the temporaries that hold it."""
   owners: dict[str, list[set[Temporary]]] = {}
   readers = _first_readers(computation)
@@ -117,7 +117,7 @@ def _owners(program: Program, computation: Computation) -> dict[str, list[set[Te
       index = int(one.required(r'index=(\d+)'))
       owners[one.name] = [given[0][index]] if index < len(given[0]) else [set()]
     elif one.opcode.endswith('-done'):
-      start = _start(computation, one)
+      start = _start(one)
       first = 0 if start.opcode == 'copy-start' or len(given[0]) == 1 else len(start.operands)
       owners[one.name] = given[0][first : first + len(one.arrays)]
     elif one.opcode in _ALIASES or _PASSES_ON.search(one.attributes):
@@ -125,15 +125,15 @@ def _owners(program: Program, computation: Computation) -> dict[str, list[set[Te
       same = len(given[0]) == len(one.arrays)
       owners[one.name] = given[0] if same else [whole for _ in one.arrays]
     else:
-      made_of = [other for other in computation.inputs(one) if other.opcode != 'constant']
+      made_of = [other for other in one.inputs if other.opcode != 'constant']
       near = (*filter(None, [readers.get(one.name)]), *made_of)
-      owners[one.name] = _made(program, one, given, near)
+      owners[one.name] = _made(one, given, near)
   return owners
 
 
-def _start(computation: Computation, done: Instruction) -> Instruction:
-  start = computation[done.operands[0]]
-  return _start(computation, start) if start.opcode == 'async-update' else start
+def _start(done: Instruction) -> Instruction:
+  start = done.inputs[0]
+  return _start(start) if start.opcode == 'async-update' else start
 
 
 def _first_readers(computation: Computation) -> dict[str, Instruction]:
@@ -147,10 +147,7 @@ def _first_readers(computation: Computation) -> dict[str, Instruction]:
 
 
 def _made(
-  program: Program,
-  instruction: Instruction,
-  given: list[list[set[Temporary]]],
-  near: tuple[Instruction, ...],
+  instruction: Instruction, given: list[list[set[Temporary]]], near: tuple[Instruction, ...]
 ) -> list[set[Temporary]]:
   """Returns new temporaries for the results of an instruction, but for those updated in place."""
   aliased = {
@@ -163,7 +160,7 @@ def _made(
       aliased = {1: 0}
     else:
       aliased = {i: i for i in range(len(instruction.operands))}
-  updated = _updated_operand(program, instruction)
+  updated = _updated_operand(instruction)
   if updated is not None:
     aliased.setdefault(0, updated)
   results = []
@@ -177,13 +174,13 @@ def _made(
   return results
 
 
-def _updated_operand(program: Program, instruction: Instruction) -> int | None:
+def _updated_operand(instruction: Instruction) -> int | None:
   """Returns the index of the operand that an instruction updates in place, if it does."""
   if instruction.opcode == 'dynamic-update-slice':
     return 0
   if instruction.opcode != 'fusion':
     return None
-  inner = program.computations[instruction.called()[0]]
+  inner = instruction.runs[0]
   target = inner.root
   while target.opcode in {'bitcast', 'dynamic-update-slice'} and target.operands[0] in inner:
     target = inner[target.operands[0]]

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterable
 
-from dpo_flax.planning.compiled.hlo import HBM, Array, Computation, Instruction, Program
+from dpo_flax.planning.compiled.hlo import HBM, Array, Computation, Instruction
 
 COLLECTIVES = (
   'all-gather',
@@ -33,13 +33,13 @@ def collective(opcode: str) -> str | None:
   return name if name in COLLECTIVES else None
 
 
-def received_bytes(program: Program, computation: Computation, instruction: Instruction) -> float:
+def received_bytes(instruction: Instruction, num_partitions: int) -> float:
   """Returns what a device gets from others in a collective, if none of it is sent twice.
 
   An all-reduce counts as a reduce-scatter and an all-gather.
   """
-  name, n = collective(instruction.opcode), _group_size(program, instruction)
-  given = sum(array.bytes for one in computation.inputs(instruction) for array in one.arrays)
+  name, n = collective(instruction.opcode), _group_size(instruction, num_partitions)
+  given = sum(array.bytes for one in instruction.inputs for array in one.arrays)
   share = (n - 1) / n
   return given * {
     'all-gather': n - 1,
@@ -50,7 +50,7 @@ def received_bytes(program: Program, computation: Computation, instruction: Inst
   }.get(name or '', 1.0)
 
 
-def _group_size(program: Program, instruction: Instruction) -> int:
+def _group_size(instruction: Instruction, num_partitions: int) -> int:
   """Returns how many devices take part together; XLA has four ways to write it."""
   text = instruction.attributes
   if named := re.search(r'replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}', text):
@@ -61,55 +61,55 @@ def _group_size(program: Program, instruction: Instruction) -> int:
     return int(iota.group(1))
   if listed := re.search(r'replica_groups=\{\{([\d,]+)\}', text):
     return len(listed.group(1).split(','))
-  return program.num_partitions
+  return num_partitions
 
 
-def hbm_bytes(program: Program, computation: Computation, instruction: Instruction) -> float:
+def hbm_bytes(instruction: Instruction) -> float:
   """Returns the bytes an instruction reads from and writes to HBM, each array once.
 
   Of an operand that is only sliced, the slices count; of one updated in place, the update.
   """
-  opcode, inputs = instruction.opcode, computation.inputs(instruction)
+  opcode, inputs = instruction.opcode, instruction.inputs
   other_call = opcode == 'custom-call' and 'tpu_custom_call' not in instruction.attributes
   if opcode in _MOVES_NOTHING or opcode.endswith('-start') or other_call:
     return 0.0
   if opcode == 'fusion':
-    return _fusion_bytes(program, inputs, instruction)
+    return _fusion_bytes(instruction)
   if opcode == 'dynamic-update-slice':
     return 2 * _size_in_hbm(inputs[1].arrays)
   written = _size_in_hbm(instruction.arrays)
   if opcode.endswith('-done'):
     (start,) = inputs
-    inputs = computation.inputs(start)[:1]
+    inputs = start.inputs[:1]
   if opcode.endswith('-done') or opcode in _PARTIAL_READS:
     return written + _size(instruction.arrays) * _in_hbm(inputs[0].arrays)
   return written + sum(_size_in_hbm(one.arrays) for one in inputs)
 
 
-def _fusion_bytes(program: Program, inputs: list[Instruction], fusion: Instruction) -> float:
-  inner = program.computations[fusion.called()[0]]
+def _fusion_bytes(fusion: Instruction) -> float:
+  inner = fusion.runs[0]
   if _ASYNC_FUSION.search(inner.root.attributes):
     return 0.0
   read = sum(
-    min(_read_of(program, inner, name), _size(one.arrays))
-    for name, one in zip(inner.parameters, inputs, strict=True)
+    min(_read_of(inner, name), _size(one.arrays))
+    for name, one in zip(inner.parameters, fusion.inputs, strict=True)
     if _in_hbm(one.arrays)
   )
   # A result that is an operand passed on costs nothing.
   aliased = {int(i or 0) for i in re.findall(r'\{(\d*)\}: \(\d+,', fusion.attributes)}
   if inner.root.opcode == 'tuple':
-    parts = inner.inputs(inner.root)
+    parts = inner.root.inputs
   else:
     parts, aliased = [inner.root], set()
   written = sum(
-    _written(program, inner, part)
+    _written(part)
     for i, (part, array) in enumerate(zip(parts, fusion.arrays, strict=False))
     if array.space == HBM and i not in aliased
   )
   return read + written
 
 
-def _read_of(program: Program, computation: Computation, name: str) -> float:
+def _read_of(computation: Computation, name: str) -> float:
   """Returns how many bytes of `name` the instructions of a fusion look at."""
   total = 0.0
   for user in computation.values():
@@ -117,27 +117,26 @@ def _read_of(program: Program, computation: Computation, name: str) -> float:
       continue
     index = user.operands.index(name)
     if user.opcode in _VIEWS:
-      total += _read_of(program, computation, user.name)
+      total += _read_of(computation, user.name)
     elif user.opcode in _PARTIAL_READS and index == 0:
       total += _size(user.arrays)
     elif user.opcode == 'dynamic-update-slice' and index == 0:
       continue  # what is not updated stays where it is
     elif user.opcode == 'fusion':
-      inner = program.computations[user.called()[0]]
-      total += _read_of(program, inner, inner.parameters[index])
+      inner = user.runs[0]
+      total += _read_of(inner, inner.parameters[index])
     elif not collective(user.opcode):
       total += _size(computation[name].arrays)
   return total
 
 
-def _written(program: Program, computation: Computation, part: Instruction) -> float:
+def _written(part: Instruction) -> float:
   if part.opcode in _VIEWS:
-    return _written(program, computation, computation.inputs(part)[0])
+    return _written(part.inputs[0])
   if part.opcode == 'dynamic-update-slice':
-    return _size(computation.inputs(part)[1].arrays)
+    return _size(part.inputs[1].arrays)
   if part.opcode == 'fusion':
-    inner = program.computations[part.called()[0]]
-    return _written(program, inner, inner.root)
+    return _written(part.runs[0].root)
   return 0.0 if part.opcode == 'parameter' else _size(part.arrays)
 
 

@@ -43,12 +43,12 @@ def measure(program: Program) -> Work:
   Loops count as often as they run, conditionals by their busiest branch: what only some batches
   need is counted for all.
   """
-  return _Measure(program).of(program.entry)
+  return _Measure(program.num_partitions).of(program.entry)
 
 
 class _Measure:
-  def __init__(self, program: Program):
-    self.program = program
+  def __init__(self, num_partitions: int):
+    self.num_partitions = num_partitions
     self.known: dict[int, Work] = {}
 
   def of(self, computation: Computation) -> Work:
@@ -56,16 +56,14 @@ class _Measure:
     if id(computation) not in self.known:
       work, channels = Work(), set()
       for instruction in computation.values():
-        self._add(work, computation, instruction, channels)
+        self._add(work, instruction, channels)
       self.known[id(computation)] = work
     return self.known[id(computation)]
 
-  def _add(
-    self, work: Work, computation: Computation, instruction: Instruction, channels: set[str]
-  ):
-    called = [self.program.computations[name] for name in instruction.called()]
+  def _add(self, work: Work, instruction: Instruction, channels: set[str]):
+    called = instruction.runs
     if instruction.opcode == 'while':
-      trips = trip_count(self.program, computation, instruction)
+      trips = trip_count(instruction)
       work.unknown_loops += trips is None
       for part in called:
         work.add(self.of(part), 1 if trips is None else trips)
@@ -77,30 +75,27 @@ class _Measure:
         work.add(self.of(part))
     else:
       before = work.flops
-      self._add_arithmetic(work, computation, instruction, channels)
-      work.hbm_traffic_bytes += hbm_bytes(self.program, computation, instruction)
+      self._add_arithmetic(work, instruction, channels)
+      work.hbm_traffic_bytes += hbm_bytes(instruction)
       cycles = instruction.attribute(r'"estimated_cycles":"?(\d+)')
       if cycles is None:
         work.flops_without_cycles += work.flops - before
       else:
         work.estimated_cycles += float(cycles)
 
-  def _add_arithmetic(
-    self, work: Work, computation: Computation, instruction: Instruction, channels: set[str]
-  ):
-    work.flops += matrix_flops(computation, instruction)
+  def _add_arithmetic(self, work: Work, instruction: Instruction, channels: set[str]):
+    work.flops += matrix_flops(instruction)
     kind = collective(instruction.opcode)
     channel = instruction.attribute(r'channel_id=(\d+)') or instruction.name
     if kind and channel not in channels:
       # One that runs beside other work is printed in each fusion that it runs beside.
       channels.add(channel)
       work.collectives[kind] += 1
-      work.collective_bytes += received_bytes(self.program, computation, instruction)
+      work.collective_bytes += received_bytes(instruction, self.num_partitions)
     if 'custom_call_target="tpu_custom_call"' in instruction.attributes:
       name = instruction.attribute(r'op_name="([^"]*)"') or instruction.name
       work.kernels[name.rpartition('/')[2]] += 1
       work.flops += float(instruction.attribute(_KERNEL_FLOPS) or 0)
     if instruction.opcode == 'fusion':
-      inner = self.program.computations[instruction.called()[0]]
-      for one in inner.values():
-        self._add_arithmetic(work, inner, one, channels)
+      for one in instruction.runs[0].values():
+        self._add_arithmetic(work, one, channels)

@@ -90,7 +90,7 @@ def test_convolution_of_batches_counts_only_products_of_inputs():
     }
     """)
   entry = hlo.parse(text).entry
-  assert matrix_flops(entry, entry['c']) == 8 * 2 * 5 * 6 * 7
+  assert matrix_flops(entry['c']) == 8 * 2 * 5 * 6 * 7
 
 
 def test_convolution_with_padding_counts_the_places_inside():
@@ -106,7 +106,7 @@ def test_convolution_with_padding_counts_the_places_inside():
     }
     """)
   entry = hlo.parse(text).entry
-  assert matrix_flops(entry, entry['c']) == pytest.approx(2 * inside)
+  assert matrix_flops(entry['c']) == pytest.approx(2 * inside)
 
 
 def test_every_program_of_this_machine_is_read_whole():
