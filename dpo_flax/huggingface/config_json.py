@@ -48,13 +48,10 @@ _NULLABLE = frozenset(['num_key_value_heads', 'head_dim', 'sliding_window', *SOF
 def from_hf_config(
   values: Mapping[str, Any],
   *,
-  dtype: Any,
-  weight_dtype: Any,
-  remat: str,
-  attention: str,
   where: str,  # the file, for messages
+  **run: Any,  # of ModelConfig: dtype, weight_dtype, remat and attention
 ) -> ModelConfig:
-  """Returns the architecture that a config.json describes; the other fields are the run's.
+  """Returns the architecture that a config.json describes; the fields `run` are the run's.
 
   Fields are used, known to be harmless, or refused: none is ignored.
 
@@ -81,10 +78,7 @@ def from_hf_config(
     attention_types=_attention_types(family, given, shape, where),
     attention_scale=scale**-0.5,
     embed_scale=shape['embed_dim'] ** 0.5 if family.scales_embeddings else 1.0,
-    dtype=dtype,
-    weight_dtype=weight_dtype,
-    remat=remat,
-    attention=attention,
+    **run,
   )
 
 
@@ -198,9 +192,8 @@ def _layer_types(
   given: Mapping[str, Any], num_layers: int, where: str
 ) -> tuple[Sequence[str], int | None]:
   """Returns the type of each layer, and the window of those that slide."""
-  window = given.get('sliding_window')
-  if not typed({'use_sliding_window': True, **given}, 'use_sliding_window', bool, where):
-    window = None
+  slides = typed({'use_sliding_window': True, **given}, 'use_sliding_window', bool, where)
+  window = given.get('sliding_window') if slides else None
   if window is not None:
     window = typed(given, 'sliding_window', int, where)
   if given.get('layer_types'):

@@ -36,20 +36,16 @@ NAMES: Table = {
   'blocks.mlp.down_proj.bias': ('model.layers.{}.mlp.down_proj.bias', False),
   'final_norm.scale': ('model.norm.weight', False),
   'lm_head.kernel': ('lm_head.weight', True),
+  'blocks.attention_norm.scale': ('model.layers.{}.input_layernorm.weight', False),
 }
 
-# The norms of a block. `post_attention_layernorm` follows attention only where outputs are normed:
-# elsewhere it is what the MLP begins with.
+# The other norms of a block. `post_attention_layernorm` follows attention only where outputs are
+# normed: elsewhere it is what the MLP begins with.
 _INPUT_NORMS: Table = {
-  'blocks.attention_norm.scale': ('model.layers.{}.input_layernorm.weight', False),
   'blocks.mlp_norm.scale': ('model.layers.{}.post_attention_layernorm.weight', False),
 }
 _OUTPUT_NORMS: Table = {
-  'blocks.attention_norm.scale': ('model.layers.{}.input_layernorm.weight', False),
-  'blocks.attention_output_norm.scale': (
-    'model.layers.{}.post_attention_layernorm.weight',
-    False,
-  ),
+  'blocks.attention_output_norm.scale': ('model.layers.{}.post_attention_layernorm.weight', False),
   'blocks.mlp_norm.scale': ('model.layers.{}.pre_feedforward_layernorm.weight', False),
   'blocks.mlp_output_norm.scale': ('model.layers.{}.post_feedforward_layernorm.weight', False),
 }

@@ -13,25 +13,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dpo_flax.files.untrusted import find_file, read_json
+from dpo_flax.huggingface import peft_config, placement
 from dpo_flax.huggingface.merging import side_by_side
 from dpo_flax.huggingface.names import Table, names_of
-from dpo_flax.huggingface.peft_config import (
-  FACTORS,
-  PREFIX,
-  config_values,
-  factor_names,
-  read_config,
-  write_config,
-)
-from dpo_flax.huggingface.placement import (
-  Path,
-  Slot,
-  gather_slot,
-  layer_slots,
-  load_arrays,
-  match,
-  write_gathered,
-)
+from dpo_flax.huggingface.peft_config import FACTORS, PREFIX
+from dpo_flax.huggingface.placement import Path, Slot
 from dpo_flax.huggingface.tensor_files import TensorFile, read_header, write_tensors
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.linear import adapters_of
@@ -41,7 +27,7 @@ from dpo_flax.model.transformer import Transformer
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 
 # Beside an adapted table or head PEFT stores that module's base once more.
-HARMLESS = re.compile(r'base_model\.model\.(model\.embed_tokens|lm_head)\.base_layer\.weight')
+_HARMLESS = re.compile(r'base_model\.model\.(model\.embed_tokens|lm_head)\.base_layer\.weight')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +54,7 @@ def open_adapter(path: epath.PathLike, config: ModelConfig) -> AdapterFiles:
   values = read_json(directory / CONFIG)
   _, tensors = read_header(directory / WEIGHTS)
   shapes = {name: tensor.shape for name, tensor in tensors.items()}
-  lora = read_config(values, shapes, config, directory / CONFIG)
+  lora = peft_config.read_config(values, shapes, config, directory / CONFIG)
   base_name = values.get('base_model_name_or_path')
   return AdapterFiles(directory, lora, base_name, tensors, names_of(config))
 
@@ -92,9 +78,19 @@ def load_adapter(
   Raises:
     ValueError: names every tensor that is missing, unexpected, misshapen or of a foreign dtype.
   """
-  slots = make_adapter_slots(abstract, adapter.lora, adapter.names)
-  match(adapter.tensors, slots, harmless=HARMLESS, where=str(adapter.directory))
-  return load_arrays(adapter.tensors, slots, abstract, mesh)
+  slots = matched_slots(adapter, abstract)
+  return placement.load_arrays(adapter.tensors, slots, abstract, mesh)
+
+
+def matched_slots(adapter: AdapterFiles, state: nnx.State) -> dict[str, Slot]:
+  """Returns which part of what a model learns each tensor of an adapter is.
+
+  Raises:
+    ValueError: names every tensor that is missing, unexpected, misshapen or of a foreign dtype.
+  """
+  slots = _make_slots(state, adapter.lora, adapter.names)
+  placement.match(adapter.tensors, slots, harmless=_HARMLESS, where=str(adapter.directory))
+  return slots
 
 
 def save_adapter(
@@ -129,20 +125,20 @@ def save_adapter(
       raise ValueError('names: only a Transformer made of a LoraConfig can be saved without them')
     if lora.continues:
       state, lora = side_by_side(model, lora)
-    slots = make_adapter_slots(state, lora, names_of(model.config))
-    values = write_config(lora, model.config, base_name)
+    slots = _make_slots(state, lora, names_of(model.config))
+    values = peft_config.write_config(lora, model.config, base_name)
   specs = {name: (np.dtype(np.float32), slot.shape) for name, slot in slots.items()}
   variables = dict(nnx.to_flat_state(state))
-  arrays = (gather_slot(variables, slot).astype(np.float32) for slot in slots.values())
+  arrays = (placement.gather_slot(variables, slot).astype(np.float32) for slot in slots.values())
 
   def write(directory, arrays):
     write_tensors(directory / WEIGHTS, specs, arrays)
     (directory / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True))
 
-  write_gathered(directory, arrays, write)
+  placement.write_gathered(directory, arrays, write)
 
 
-def make_adapter_slots(state: nnx.State, lora: LoraConfig, names: Table) -> dict[str, Slot]:
+def _make_slots(state: nnx.State, lora: LoraConfig, names: Table) -> dict[str, Slot]:
   """Returns what PEFT calls each part of what a model learns.
 
   Raises:
@@ -160,14 +156,15 @@ def make_adapter_slots(state: nnx.State, lora: LoraConfig, names: Table) -> dict
   for path, variable in variables.items():
     if path in modules:
       name, hf_name = modules[path]
-      found = _factor_slots(path, variable.shape, hf_name, lora.modules[name], factor_names(name))
+      endings = peft_config.factor_names(name)
+      found = _factor_slots(path, variable.shape, hf_name, lora.modules[name], endings)
       # The head maps back: its A is the table's B, neither transposed.
       heads = {'lora_a': f'lm_head.{FACTORS["lora_b"]}', 'lora_b': f'lm_head.{FACTORS["lora_a"]}'}
       head = heads.get(str(path[-1]))
     else:
       name, head = path[0], 'lm_head.weight'
       hf_name, transposed = names['.'.join(map(str, path))]
-      found = layer_slots(path, variable.shape, PREFIX + hf_name, transposed=transposed)
+      found = placement.layer_slots(path, variable.shape, PREFIX + hf_name, transposed=transposed)
     slots |= found
     if lora.tied and name == 'embed_tokens':
       ((first, slot),) = found.items()
@@ -247,6 +244,6 @@ def _named_slots(
   if learned:
     others = ', '.join('.'.join(map(str, path)) for path in learned)
     raise ValueError(f'{others}: no adapter of a Linear, so names cannot say what PEFT calls it')
-  values = config_values(lora, adapted, base_name, target_modules=sorted(adapted))
+  values = peft_config.config_values(lora, adapted, base_name, target_modules=sorted(adapted))
   # PEFT wraps a CAUSAL_LM only if it has all that transformers' models have.
   return slots, values | {'task_type': None}

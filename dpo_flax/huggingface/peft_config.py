@@ -14,17 +14,16 @@ from dpo_flax.huggingface.peft_targets import adapted_modules, module_names, pat
 from dpo_flax.model.config import ModelConfig
 from dpo_flax.model.lora import Lora, LoraConfig, LowRank
 
-USED_FIELDS = frozenset().union(
+_KNOWN_FIELDS = frozenset().union(
   ['r', 'lora_alpha', 'lora_dropout', 'use_rslora', 'use_dora', 'rank_pattern', 'alpha_pattern'],
   ['ensure_weight_tying', 'init_lora_weights'],
-)
-HARMLESS_FIELDS = frozenset().union(
-  # The names of the tensors say which modules and layers are adapted, and which are saved in full.
+  # Not read: the names of the tensors say which modules and layers are adapted, and which are
+  # saved in full.
   ['target_modules', 'exclude_modules', 'layers_to_transform', 'layers_pattern', 'modules_to_save'],
   ['auto_mapping', 'base_model_name_or_path', 'inference_mode', 'peft_version', 'revision'],
   ['megatron_core', 'megatron_config', 'qalora_group_size'],
 )
-FIXED_FIELDS = {
+_FIXED_FIELDS = {
   'peft_type': 'LORA',
   'task_type': 'CAUSAL_LM',
   'bias': 'none',
@@ -57,7 +56,7 @@ def read_config(
   Raises:
     ValueError: it is a type of adapter that a model here cannot hold; names what.
   """
-  check_fields(values, known=USED_FIELDS | HARMLESS_FIELDS, fixed=FIXED_FIELDS, where=str(where))
+  check_fields(values, known=_KNOWN_FIELDS, fixed=_FIXED_FIELDS, where=str(where))
   if values.get('init_lora_weights') not in INITIALISERS:
     raise ValueError(
       f'{where}: init_lora_weights={shown(values["init_lora_weights"])} changes the base weights;'
@@ -124,7 +123,7 @@ def config_values(
   ranks = collections.Counter(rank for rank, _ in adapted.values())
   alphas = collections.Counter(alpha for _, alpha in adapted.values())
   rank, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
-  return FIXED_FIELDS | {
+  return _FIXED_FIELDS | {
     'alpha_pattern': {name: own for name, (_, own) in adapted.items() if own != alpha},
     'base_model_name_or_path': base_name,
     'ensure_weight_tying': False,

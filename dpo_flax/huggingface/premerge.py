@@ -9,9 +9,9 @@ import numpy as np
 from flax import nnx
 
 from dpo_flax.huggingface.merging import Factors, check_mergeable, merge
-from dpo_flax.huggingface.peft_adapter import HARMLESS, AdapterFiles, make_adapter_slots
+from dpo_flax.huggingface.peft_adapter import AdapterFiles, matched_slots
 from dpo_flax.huggingface.peft_config import FACTORS, PREFIX
-from dpo_flax.huggingface.placement import Slot, make_slots, match
+from dpo_flax.huggingface.placement import Slot, make_slots
 from dpo_flax.huggingface.tensor_files import TensorFile
 from dpo_flax.huggingface.weights import BaseCheckpoint
 from dpo_flax.model.config import ModelConfig
@@ -67,8 +67,7 @@ def merge_adapter(
 
   model = nnx.merge(*jax.eval_shape(make))
   check_mergeable(model)
-  slots = make_adapter_slots(nnx.state(model, TRAINABLE), lora, adapter.names)
-  match(adapter.tensors, slots, harmless=HARMLESS, where=str(adapter.directory))
+  slots = matched_slots(adapter, nnx.state(model, TRAINABLE))
   factors = collections.defaultdict(dict)
   for name, slot in slots.items():
     if slot.path[-1] in FACTORS and slot.repeats is None:

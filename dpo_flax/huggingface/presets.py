@@ -144,7 +144,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 def from_preset(name: str, **run: Any) -> ModelConfig:
-  """Returns the architecture of a name in PRESETS; `run` are the other fields of from_hf_config.
+  """Returns the architecture of a name in PRESETS; `run` is that of from_hf_config.
 
   Raises:
     ValueError: there is no such preset.

@@ -19,19 +19,12 @@ from jax.sharding import Mesh
 from dpo_flax.files.messages import shown, shown_list
 from dpo_flax.files.paths import is_remote
 from dpo_flax.files.untrusted import find_file, read_json
+from dpo_flax.huggingface import placement
 from dpo_flax.huggingface.config_json import to_hf_config
 from dpo_flax.huggingface.language_model import has_language_model, language_model
 from dpo_flax.huggingface.merging import check_mergeable, gather_factors, merge
 from dpo_flax.huggingface.names import HARMLESS, name_table
-from dpo_flax.huggingface.placement import (
-  Slot,
-  equal_tensors,
-  gather_slot,
-  load_arrays,
-  make_slots,
-  match,
-  write_gathered,
-)
+from dpo_flax.huggingface.placement import Slot
 from dpo_flax.huggingface.tensor_files import DTYPES, TensorFile, read_header, write_tensors
 from dpo_flax.model.kernels import Trained
 from dpo_flax.model.lora import BASE
@@ -132,7 +125,7 @@ def load_base(
     ValueError: names every tensor that is missing, unexpected, misshapen or of a foreign dtype.
   """
   tensors, slots = _matched(checkpoint, abstract)
-  return load_arrays(tensors, slots, abstract, mesh)
+  return placement.load_arrays(tensors, slots, abstract, mesh)
 
 
 def save_merged(
@@ -153,7 +146,7 @@ def save_merged(
   check_mergeable(model)
   base = nnx.state(model, BASE)
   if checkpoint is None:
-    tensors, slots = {}, make_slots(base, name_table(model.config.model_type))
+    tensors, slots = {}, placement.make_slots(base, name_table(model.config.model_type))
     dtypes = dict.fromkeys(slots, np.dtype(model.config.float_dtype))
   else:
     tensors, slots = _matched(checkpoint, base)
@@ -170,7 +163,7 @@ def save_merged(
     _write_shards(directory, specs, arrays, shard_bytes)
     _write_sidecars(directory, model, checkpoint)
 
-  write_gathered(directory, arrays, write)
+  placement.write_gathered(directory, arrays, write)
 
 
 def _download(path: str) -> epath.Path:
@@ -238,12 +231,12 @@ def _matched(
 ) -> tuple[dict[str, TensorFile], dict[str, Slot]]:
   """Returns the checkpoint's tensors and their slots, which fit one another."""
   table = name_table(checkpoint.config['model_type'])
-  slots, tensors = make_slots(base, table), dict(checkpoint.tensors)
+  slots, tensors = placement.make_slots(base, table), dict(checkpoint.tensors)
   head, embedding = 'lm_head.weight', 'model.embed_tokens.weight'
   # Some writers store a tied head again. An equal copy is harmless, another one is no tied head.
   copy = None if head in slots else tensors.pop(head, None)
-  match(tensors, slots, harmless=HARMLESS, where=str(checkpoint.directory))
-  if copy is not None and not equal_tensors(copy, tensors[embedding]):
+  placement.match(tensors, slots, harmless=HARMLESS, where=str(checkpoint.directory))
+  if copy is not None and not placement.equal_tensors(copy, tensors[embedding]):
     raise ValueError(
       f'{checkpoint.directory}: tie_word_embeddings, but {head} differs from {embedding}'
     )
@@ -261,9 +254,9 @@ def _merged(
   if source is not None and not isinstance(variables[slot.path], Trained):
     weight = None if jax.process_index() else source.read(0, source.shape[0])
   else:
-    weight = gather_slot(variables, slot)
+    weight = placement.gather_slot(variables, slot)
     if weight.dtype == np.int8:
-      scales = gather_slot(variables, slot.scales)
+      scales = placement.gather_slot(variables, slot.scales)
       weight = (weight * scales[:, None]).astype(model.config.float_dtype)
   module: Any = functools.reduce(getattr, slot.path[:-1], model)
   adapters = module.adapters.active if slot.path[-1] in {'kernel', 'embedding'} else ()
@@ -280,14 +273,14 @@ def _write_shards(
   directory: epath.Path, specs: Specs, arrays: Iterator[np.ndarray], shard_bytes: int
 ) -> None:
   """Writes model.safetensors, or several files and their index."""
-  shards, sizes = [[]], [0]
-  for name, (dtype, shape) in specs.items():
-    size = math.prod(shape) * dtype.itemsize
-    if shards[-1] and sizes[-1] + size > shard_bytes:
+  sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in specs.items()}
+  shards, room = [], 0
+  for name, size in sizes.items():
+    if not shards or size > room:
       shards.append([])
-      sizes.append(0)
+      room = shard_bytes
     shards[-1].append(name)
-    sizes[-1] += size
+    room -= size
   count = len(shards)
   files = [f'model-{i:05d}-of-{count:05d}.safetensors' for i in range(1, count + 1)]
   files = [FILE] if count == 1 else files
@@ -296,7 +289,7 @@ def _write_shards(
     write_tensors(directory / file, parts, (next(arrays) for _ in names))
   if count > 1:
     listed = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-    index = {'metadata': {'total_size': sum(sizes)}, 'weight_map': listed}
+    index = {'metadata': {'total_size': sum(sizes.values())}, 'weight_map': listed}
     (directory / INDEX).write_text(json.dumps(index, indent=2))
 
 
