@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from dpo_flax import config as config_lib
 from dpo_flax.assembly.data import prepare_data
 from dpo_flax.assembly.models import load_model, load_onto
-from dpo_flax.assembly.sources import check_same_tokenizer, make_model_config, with_tokenizer
+from dpo_flax.assembly.sources import check_same_tokenizer, make_model_config
 from dpo_flax.config.checks import validate
 from dpo_flax.data.batches.split import Side
 from dpo_flax.data.prepare import PreparedData
@@ -98,7 +98,8 @@ def evaluate(config: ConfigDict, policy: Candidate, reference: Candidate | None)
     check_same_tokenizer(first.directory, other.directory)
   vocab_size = min(shape.vocab_size for shape in shapes.values())
   with jax.set_mesh(mesh):
-    data = prepare_data(with_tokenizer(settings, first), vocab_size=vocab_size)
+    settings = settings.with_tokenizer_of(first.directory)
+    data = prepare_data(settings, vocab_size=vocab_size)
     found = {}
     for path, base in bases.items():
       # A second base replaces the first in memory; adapters of one base share it.

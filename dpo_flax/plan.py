@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from dpo_flax.assembly.blueprint import make_blueprint
 from dpo_flax.assembly.data import prepare_data
-from dpo_flax.assembly.sources import vocabulary_size, with_tokenizer
+from dpo_flax.assembly.sources import vocabulary_size
 from dpo_flax.config.checks import validate
 from dpo_flax.config.schema import Settings, get
 from dpo_flax.config.sections import BatchSettings, DataSettings
@@ -82,7 +82,7 @@ def make_plan(
     # What is merged into weights changes no shape.
     weights = {'initialize_from_hf': None, 'merge_adapter_path': None, 'model.preset': name}
     config.update_from_flattened_dict(weights)
-  settings = with_tokenizer(validate(config, planning=True), base)
+  settings = validate(config, planning=True).with_tokenizer_of(base and base.directory)
   measured = settings.data.train and settings.data.tokenizer and settings.workdir
   if lengths is None and measured:
     prepared = prepare_data(settings, vocab_size=vocabulary_size(base, name))

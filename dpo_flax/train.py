@@ -6,6 +6,7 @@ step after step train, save, evaluate and export.
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Collection, Mapping
 
@@ -29,7 +30,7 @@ from dpo_flax.exports.model_card import CardFacts
 from dpo_flax.files.paths import access_errors
 from dpo_flax.losses.metrics import displacement
 from dpo_flax.losses.objective import Objective
-from dpo_flax.planning.remedies import explained
+from dpo_flax.planning.remedies import explained, remedies
 from dpo_flax.runtime import command, hosts
 from dpo_flax.runtime.lock import holder, sole_writer
 from dpo_flax.runtime.preemption import Preempted, Preemption
@@ -78,7 +79,8 @@ def train(config: ConfigDict) -> dict[str, float]:
     lock = enter(sole_writer(workdir)) if hosts.peers().index == 0 else None
     mesh = make_mesh(settings.mesh.sizes())
     enter(jax.set_mesh(mesh))
-    enter(explained(settings, mesh))
+    changes = functools.partial(remedies, settings, mesh)
+    enter(explained(changes))
     hosts.check_agreement(shared(settings.flat_json()))
     hosts.check_agreement({'lock in workdir': lock or holder(workdir)})  # a disk of each host's own
     hosts.first_does(
@@ -95,7 +97,7 @@ def train(config: ConfigDict) -> dict[str, float]:
     enter(contextlib.closing(reporter))
     announce(run, state, done, reporter)
     loop = TrainingLoop(run, state, done, RunOutputs(reporter, checkpoints, preemption, exports))
-    with explained(settings, mesh, state, run.frozen):
+    with explained(changes, state, run.frozen):
       loop.run_steps()
     finish(loop)
   return loop.held_out

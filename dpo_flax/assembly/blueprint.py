@@ -7,7 +7,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from dpo_flax.assembly.sources import Sources, make_model_config, make_sources, with_tokenizer
+from dpo_flax.assembly.sources import Sources, make_model_config, make_sources
 from dpo_flax.assembly.tuning import make_lora_config
 from dpo_flax.config.checks import validate_rows
 from dpo_flax.config.schema import Settings
@@ -85,7 +85,7 @@ def make_blueprint(settings: Settings, mesh: Mesh, *, trains: bool = True) -> Bl
     start=sources.adapter,
     reference=sources.reference_adapter,
   )
-  settings = with_tokenizer(settings, base)
+  settings = settings.with_tokenizer_of(base and base.directory)
   options = _step_options(settings, lora)
   live = settings.reference.source == 'live'
   keeps_reference = trains and live and settings.objective.needs_reference

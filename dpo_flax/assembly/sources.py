@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from dpo_flax.config.schema import Settings
 from dpo_flax.config.sections import ModelSettings
 from dpo_flax.files.untrusted import parse_json
 from dpo_flax.huggingface import peft_adapter, weights
@@ -123,13 +122,6 @@ def make_model_config(
       f'than {longest} tokens, which is not supported: set batch.tokens to {longest} or less'
     )
   return model_config
-
-
-def with_tokenizer(settings: Settings, base: BaseCheckpoint | None) -> Settings:
-  """Returns the settings with a tokenizer: the one in the base's directory, if they name none."""
-  if base is None or settings.data.tokenizer:
-    return settings
-  return settings.replace({'data.tokenizer': str(base.directory)})
 
 
 def vocabulary_size(checkpoint: BaseCheckpoint | None, preset: str | None) -> int:

@@ -130,7 +130,13 @@ def _mistakes(settings: Settings, *, planning: bool) -> Iterator[str]:
       'find its checkpoints again'
     )
   yield from _batch_mistakes(settings.batch, pack=settings.data.pack)
-  yield from _tuning_mistakes(settings)
+  adapters = ('peft_save_path', 'initialize_from_adapter', 'reference_adapter_path')
+  yield from _tuning_mistakes(
+    settings.tuning.method,
+    settings.lora,
+    settings.model.weight_dtype,
+    {field: getattr(settings, field) for field in adapters},
+  )
 
 
 def _weight_mistakes(paths: Mapping[str, str], preset: str | None) -> Iterator[str]:
@@ -164,18 +170,23 @@ def _batch_mistakes(batch: BatchSettings, *, pack: bool) -> Iterator[str]:
     yield f'batch.rows={batch.rows} is not a multiple of batch.microbatches={batch.microbatches}'
 
 
-def _tuning_mistakes(settings: Settings) -> Iterator[str]:
+def _tuning_mistakes(
+  method: str,
+  lora: LoraSettings,
+  weight_dtype: str,
+  adapters: Mapping[str, str | None],  # field -> path
+) -> Iterator[str]:
   """Yields what does not go with the way of tuning, or with an adapter to start from."""
-  start = settings.initialize_from_adapter
-  if settings.tuning.method == 'full':
-    for field in ('peft_save_path', 'initialize_from_adapter', 'reference_adapter_path'):
-      if path := getattr(settings, field):
+  start = adapters['initialize_from_adapter']
+  if method == 'full':
+    for field, path in adapters.items():
+      if path:
         yield f'{field}={path} has no meaning with tuning.method=full: unset it'
-    if settings.model.weight_dtype == 'int8':
+    if weight_dtype == 'int8':
       yield 'model.weight_dtype=int8: such weights cannot learn (tuning.method=full)'
-    yield from _ignored(settings.lora, 'tuning.method=full has no adapters', ('zero_init_b',))
+    yield from _ignored(lora, 'tuning.method=full has no adapters', ('zero_init_b',))
   elif start:
-    yield from _ignored(settings.lora, f'those of {start} are kept', ('dropout', 'zero_init_b'))
+    yield from _ignored(lora, f'those of {start} are kept', ('dropout', 'zero_init_b'))
 
 
 def _ignored(lora: LoraSettings, why: str, but: tuple[str, ...]) -> Iterator[str]:

@@ -8,9 +8,11 @@ are tuples.
 
 import dataclasses
 import operator
+import os
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from dpo_flax.config.row import Role, Row, Section, row, rows_of, section
@@ -137,6 +139,12 @@ class Settings:
   def replace(self, changes: Mapping[str, Any]) -> 'Settings':
     """Returns settings with other values of some dotted fields: {'batch.rows': 8}."""
     return Settings.of(self.values() | dict(changes))
+
+  def with_tokenizer_of(self, base: epath.PathLike | None) -> 'Settings':
+    """Returns the settings with a tokenizer: the one beside a base's weights, if they name none."""
+    if base is None or self.data.tokenizer:
+      return self
+    return self.replace({'data.tokenizer': os.fspath(base)})
 
   def flat_json(self) -> dict[str, Any]:
     """Returns dotted field -> value as plain JSON values."""

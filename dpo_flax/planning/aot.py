@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from dpo_flax.assembly.blueprint import Blueprint
 from dpo_flax.assembly.models import pair_models
-from dpo_flax.config.schema import Settings
+from dpo_flax.config.sections import BatchSettings
 from dpo_flax.data.batches import pack
 from dpo_flax.model.transformer import Transformer
 from dpo_flax.sharding import named_shardings, row_sharding
@@ -39,22 +39,27 @@ def abstract_train_step(
     graphdef, trainable, frozen = jax.eval_shape(make_models)
     state = jax.eval_shape(lambda adapters: init_train_state(adapters, optimizer, mesh), trainable)
   step, _ = blueprint.make_steps(graphdef, optimizer)
-  batch = _abstract_batch(settings, pairs_per_row, mesh)
+  batch = _abstract_batch(
+    settings.batch,
+    pairs_per_row,
+    mesh,
+    layout=settings.data.layout,
+    cached=settings.reference.source == 'cache',
+  )
   return step, (_placed(state, mesh), _placed(frozen, mesh), batch)
 
 
 def _abstract_batch(
-  settings: Settings, pairs_per_row: int, mesh: Mesh
+  batch: BatchSettings, pairs_per_row: int, mesh: Mesh, *, layout: str, cached: bool
 ) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns the shapes and shardings of the loader's batches."""
-  rows, tokens, layout = settings.batch.rows, settings.batch.tokens, settings.data.layout
-  fields = pack.fill_batch([[]], tokens=tokens, pairs_per_row=pairs_per_row, layout=layout)
+  fields = pack.fill_batch([[]], tokens=batch.tokens, pairs_per_row=pairs_per_row, layout=layout)
   shapes = {name: (value.shape[1:], value.dtype) for name, value in fields.items()}
-  if settings.reference.source == 'cache':
+  if cached:
     shapes['reference_logps'] = shapes['answer_mask']
   sharding = row_sharding(mesh)
   return {
-    name: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
+    name: jax.ShapeDtypeStruct((batch.rows, *shape), dtype, sharding=sharding)
     for name, (shape, dtype) in shapes.items()
   }
 

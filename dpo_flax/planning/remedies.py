@@ -1,13 +1,14 @@
 """What to lower when a step does not fit into the devices' memory."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from dpo_flax.config.schema import Settings
+from dpo_flax.config.sections import BatchSettings, ModelSettings
 from dpo_flax.runtime.memory import bytes_on_a_device, is_out_of_memory
 from dpo_flax.sharding import row_parts
 
@@ -17,12 +18,11 @@ class OutOfMemoryError(ValueError):
 
 
 @contextlib.contextmanager
-def explained(settings: Settings, mesh: Mesh, *held: Any) -> Iterator[None]:
+def explained(find_changes: Callable[..., list[str]], *held: Any) -> Iterator[None]:
   """Turns the device's refusal into figures and remedies, the cheapest first.
 
   Args:
-    settings: of the run.
-    mesh: its devices.
+    find_changes: `remedies` of the run's settings and mesh.
     held: trees of what lies on the devices from the first step to the last.
 
   Raises:
@@ -38,7 +38,7 @@ def explained(settings: Settings, mesh: Mesh, *held: Any) -> Iterator[None]:
     device = jax.local_devices()[0]
     capacity = (device.memory_stats() or {}).get('bytes_limit')
     is_room_left = capacity is None or bytes_held < capacity
-    changes = remedies(settings, mesh, temporaries_matter=is_room_left)
+    changes = find_changes(temporaries_matter=is_room_left)
     raise OutOfMemoryError(
       f'out of memory on {device.device_kind}: {str(error).partition(chr(10))[0]}\n'
       + _share(bytes_held, capacity)
@@ -66,7 +66,7 @@ def remedies(settings: Settings, mesh: Mesh, *, temporaries_matter: bool) -> lis
   """
   changes = []
   if temporaries_matter:
-    changes += _smaller_temporaries(settings, row_parts(mesh))
+    changes += _smaller_temporaries(settings.batch, settings.model, row_parts(mesh))
   if settings.tuning.method == 'full':
     changes.append('config.tuning.method=lora: one frozen copy of the weights, no moments of them')
   elif settings.model.weight_dtype != 'int8':
@@ -77,8 +77,7 @@ def remedies(settings: Settings, mesh: Mesh, *, temporaries_matter: bool) -> lis
   return changes
 
 
-def _smaller_temporaries(settings: Settings, shards: int) -> list[str]:
-  batch, model = settings.batch, settings.model
+def _smaller_temporaries(batch: BatchSettings, model: ModelSettings, shards: int) -> list[str]:
   per_chip = batch.rows // (shards * batch.microbatches)
   found = []
   if model.remat in {'none', 'dots'}:

@@ -1,5 +1,6 @@
 """What does not fit is told with figures and with what to lower."""
 
+import functools
 import pathlib
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 
 from dpo_flax.config.checks import validate
 from dpo_flax.examples import make_tiny
-from dpo_flax.planning.remedies import OutOfMemoryError, explained
+from dpo_flax.planning.remedies import OutOfMemoryError, explained, remedies
 from dpo_flax.sharding import make_mesh
 from dpo_flax.train import train
 
@@ -16,17 +17,17 @@ EXAMPLE = pathlib.Path(make_tiny.__file__).parent / 'tiny'
 GIB = 2**30
 
 
-def run_of(config):
-  """Returns the settings and the mesh of a run."""
+def remedies_of(config):
+  """Returns what finds the remedies of a run."""
   settings = validate(config)
-  return settings, make_mesh(settings.mesh.sizes())
+  return functools.partial(remedies, settings, make_mesh(settings.mesh.sizes()))
 
 
 def test_a_step_that_does_not_fit_says_what_to_lower(config):
   config.batch.rows = 16
   config.model.remat = 'dots'
   held = {'weights': jnp.zeros(GIB // 4, jnp.uint8)}
-  with pytest.raises(OutOfMemoryError) as error, explained(*run_of(config), held, jnp.zeros(4)):
+  with pytest.raises(OutOfMemoryError) as error, explained(remedies_of(config), held, jnp.zeros(4)):
     jnp.zeros(2**45, jnp.uint8).block_until_ready()  # the allocator's own refusal
   told = str(error.value)
   assert 'RESOURCE_EXHAUSTED' in told.partition('\n')[0]
@@ -51,5 +52,5 @@ def test_weights_and_exports_that_do_not_fit_say_so_too(config, monkeypatch, pha
 
 
 def test_other_errors_pass(config):
-  with pytest.raises(jax.errors.JaxRuntimeError, match='INTERNAL'), explained(*run_of(config)):
+  with pytest.raises(jax.errors.JaxRuntimeError, match='INTERNAL'), explained(remedies_of(config)):
     raise jax.errors.JaxRuntimeError('INTERNAL: something else')
