@@ -157,16 +157,17 @@ def show(config: ConfigDict):
     print('\n'.join([*_introduction(plan), *_lines(found, plan)]))
 
 
+# Fields of the config that are in the JSON object: a search changes them.
+_PLANNED_FIELDS = ('batch.rows', 'batch.tokens', 'batch.microbatches', 'model.remat')
+
+
 def _plain(plan: Plan, found: Estimate) -> dict:
-  batch = plan.settings.batch
+  fields = plan.settings.flat_json()
   return dataclasses.asdict(found) | {
     'topology': _TOPOLOGY.value,
     'chips': len(plan.slice.devices),
     'pairs_per_row': plan.pairs.mean,
-    'batch.rows': batch.rows,
-    'batch.tokens': batch.tokens,
-    'batch.microbatches': batch.microbatches,
-    'model.remat': plan.settings.model.remat,
+    **{name: fields[name] for name in _PLANNED_FIELDS},
   }
 
 

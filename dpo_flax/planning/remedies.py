@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from dpo_flax.config.schema import Settings
 from dpo_flax.config.sections import BatchSettings, ModelSettings
+from dpo_flax.files.messages import shown_list
 from dpo_flax.runtime.memory import bytes_on_a_device, is_out_of_memory
 from dpo_flax.sharding import row_parts
 
@@ -42,8 +43,7 @@ def explained(find_changes: Callable[..., list[str]], *held: Any) -> Iterator[No
     raise OutOfMemoryError(
       f'out of memory on {device.device_kind}: {str(error).partition(chr(10))[0]}\n'
       + _share(bytes_held, capacity)
-      + 'What makes it smaller, the cheapest first:\n  '
-      + '\n  '.join(changes)
+      + f'What makes it smaller, the cheapest first:{shown_list(changes)}'
       + '\npython -m dpo_flax.plan measures each of them for a TPU, without one.'
     ) from error
 
@@ -52,9 +52,9 @@ def _share(held: int, capacity: int | None) -> str:
   """Says what is left for a step; nothing before the weights are there."""
   if not held:
     return ''
-  whole = f'the {capacity / 2**30:.1f} GiB of ' if capacity else ''
+  total = f'the {capacity / 2**30:.1f} GiB of ' if capacity else ''
   return (
-    f'Weights, adapters and optimizer take {held / 2**30:.2f} GiB of {whole}each device; the rest '
+    f'Weights, adapters and optimizer take {held / 2**30:.2f} GiB of {total}each device; the rest '
     'is for the step. '
   )
 

@@ -14,6 +14,8 @@ from dpo_flax.planning.compiled.hlo import HBM, Computation, Instruction, Progra
 
 # Their results are their operands under another name.
 _ALIASES = frozenset(['bitcast', 'optimization-barrier', 'opt-barrier', 'while', 'async-update'])
+# While they run what they call, what is alive around them stays so.
+_CONTROLS = frozenset(['while', 'conditional', 'call', 'async-start'])
 _PASSES_ON = re.compile(r'custom_call_target="(?:ConcatBitcast|AsyncCollectiveDone)"')
 
 
@@ -85,7 +87,7 @@ def _peak(computation: Computation, known: dict[int, Peak]) -> Peak:
         alive[buffer] = None
         now += buffer.bytes
     inner = max(
-      (_peak(other, known) for other in _run_by(one)),
+      (_peak(other, known) for other in (one.runs if one.opcode in _CONTROLS else ())),
       key=lambda found: found.bytes,
       default=Peak(0, ()),
     )
@@ -96,11 +98,6 @@ def _peak(computation: Computation, known: dict[int, Peak]) -> Peak:
       now -= buffer.bytes
   known[id(computation)] = best
   return best
-
-
-def _run_by(instruction: Instruction) -> list[Computation]:
-  controls = {'while', 'conditional', 'call', 'async-start'}
-  return instruction.runs if instruction.opcode in controls else []
 
 
 def _owners(computation: Computation) -> dict[str, list[set[Temporary]]]:
@@ -121,9 +118,9 @@ def _owners(computation: Computation) -> dict[str, list[set[Temporary]]]:
       first = 0 if start.opcode == 'copy-start' or len(given[0]) == 1 else len(start.operands)
       owners[one.name] = given[0][first : first + len(one.arrays)]
     elif one.opcode in _ALIASES or _PASSES_ON.search(one.attributes):
-      whole = set().union(*(element for elements in given for element in elements))
+      together = set().union(*(element for elements in given for element in elements))
       same = len(given[0]) == len(one.arrays)
-      owners[one.name] = given[0] if same else [whole for _ in one.arrays]
+      owners[one.name] = given[0] if same else [together for _ in one.arrays]
     else:
       made_of = [other for other in one.inputs if other.opcode != 'constant']
       near = (*filter(None, [readers.get(one.name)]), *made_of)

@@ -6,15 +6,17 @@ from collections.abc import Iterable
 
 from dpo_flax.planning.compiled.hlo import HBM, Array, Computation, Instruction
 
-COLLECTIVES = (
-  'all-gather',
-  'all-reduce',
-  'reduce-scatter',
-  'all-to-all',
-  'ragged-all-to-all',
-  'collective-permute',
-  'collective-broadcast',
-)
+# Collective of n devices -> the bytes that a device gets from the others, as a multiple of those of
+# its operands. An all-reduce counts as a reduce-scatter and an all-gather.
+_RECEIVED = {
+  'all-gather': lambda n: n - 1,
+  'all-reduce': lambda n: 2 * ((n - 1) / n),
+  'reduce-scatter': lambda n: (n - 1) / n,
+  'all-to-all': lambda n: (n - 1) / n,
+  'ragged-all-to-all': lambda n: (n - 1) / n,
+  'collective-permute': lambda n: 1,
+  'collective-broadcast': lambda n: 1,
+}
 
 # They name arrays, or run computations that are counted on their own.
 _MOVES_NOTHING = frozenset().union(
@@ -28,26 +30,16 @@ _ASYNC_FUSION = re.compile(r'custom_call_target="(AsyncCollective\w*)"')
 
 
 def collective(opcode: str) -> str | None:
-  """Returns which of COLLECTIVES an opcode is or starts, if any."""
+  """Returns which collective an opcode is or starts, if any."""
   name = opcode.removesuffix('-start')
-  return name if name in COLLECTIVES else None
+  return name if name in _RECEIVED else None
 
 
 def received_bytes(instruction: Instruction, num_partitions: int) -> float:
-  """Returns what a device gets from others in a collective, if none of it is sent twice.
-
-  An all-reduce counts as a reduce-scatter and an all-gather.
-  """
-  name, n = collective(instruction.opcode), _group_size(instruction, num_partitions)
+  """Returns what a device gets from others in a collective, if none of it is sent twice."""
   given = sum(array.bytes for one in instruction.inputs for array in one.arrays)
-  share = (n - 1) / n
-  return given * {
-    'all-gather': n - 1,
-    'all-reduce': 2 * share,
-    'reduce-scatter': share,
-    'all-to-all': share,
-    'ragged-all-to-all': share,
-  }.get(name or '', 1.0)
+  received = _RECEIVED[instruction.opcode.removesuffix('-start')]
+  return given * received(_group_size(instruction, num_partitions))
 
 
 def _group_size(instruction: Instruction, num_partitions: int) -> int:

@@ -85,16 +85,16 @@ class _Measure:
 
   def _add_arithmetic(self, work: Work, instruction: Instruction, channels: set[str]):
     work.flops += matrix_flops(instruction)
-    kind = collective(instruction.opcode)
+    name = collective(instruction.opcode)
     channel = instruction.attribute(r'channel_id=(\d+)') or instruction.name
-    if kind and channel not in channels:
+    if name and channel not in channels:
       # One that runs beside other work is printed in each fusion that it runs beside.
       channels.add(channel)
-      work.collectives[kind] += 1
+      work.collectives[name] += 1
       work.collective_bytes += received_bytes(instruction, self.num_partitions)
     if 'custom_call_target="tpu_custom_call"' in instruction.attributes:
-      name = instruction.attribute(r'op_name="([^"]*)"') or instruction.name
-      work.kernels[name.rpartition('/')[2]] += 1
+      kernel = instruction.attribute(r'op_name="([^"]*)"') or instruction.name
+      work.kernels[kernel.rpartition('/')[2]] += 1
       work.flops += float(instruction.attribute(_KERNEL_FLOPS) or 0)
     if instruction.opcode == 'fusion':
       for one in instruction.runs[0].values():
