@@ -69,14 +69,13 @@ def from_hf_config(
   set_here = {k: value for k, value in values.items() if value is not None or k in _NULLABLE}
   given = {**family.defaults, **set_here}
   shape = _shape(given, where)
-  scaled = {'query_pre_attn_scalar': shape['head_dim'], **given}
-  scale = typed(scaled, 'query_pre_attn_scalar', float, where)
+  scale = given.get('query_pre_attn_scalar', shape['head_dim'])
   return ModelConfig(
     model_type=model_type,
     **shape,
     **_switches(family, given, where),
     attention_types=_attention_types(family, given, shape, where),
-    attention_scale=scale**-0.5,
+    attention_scale=typed(scale, 'query_pre_attn_scalar', float, where) ** -0.5,
     embed_scale=shape['embed_dim'] ** 0.5 if family.scales_embeddings else 1.0,
     **run,
   )
@@ -118,13 +117,13 @@ def _shape(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     given['num_key_value_heads'] = given.get('num_attention_heads')
   sizes = ('hidden_size', 'num_attention_heads')
   if given.get('head_dim') is None and all(given.get(name) is not None for name in sizes):
-    embed, heads = (typed(given, name, int, where) for name in sizes)
+    embed, heads = (typed(given[name], name, int, where) for name in sizes)
     given['head_dim'] = embed // heads
   missing = [name for name in FIELDS if given.get(name) is None]
   if missing:
     raise ValueError(f'{where}: missing {", ".join(missing)}')
   types = ModelConfig.__annotations__
-  shape = {field: typed(given, name, types[field], where) for name, field in FIELDS.items()}
+  shape = {field: typed(given[name], name, types[field], where) for name, field in FIELDS.items()}
   if shape['num_heads'] % shape['num_kv_heads']:
     raise ValueError(
       f'{where}: {shape["num_heads"]} attention heads must be a multiple of '
@@ -140,10 +139,10 @@ def _switches(family: Family, given: Mapping[str, Any], where: str) -> dict[str,
     raise ValueError(f'{where}: {name} is {given[name]!r}; supported: {", ".join(ACTIVATIONS)}')
   biases = family.biases
   for field, biased in BIASES.items():
-    if field in family.defaults and typed(given, field, bool, where):
+    if field in family.defaults and typed(given[field], field, bool, where):
       biases |= biased
   caps = {
-    field: None if given.get(cap) is None else typed(given, cap, float, where)
+    field: None if given.get(cap) is None else typed(given[cap], cap, float, where)
     for cap, field in SOFTCAPS.items()
   }
   alike = ('norm_offset', 'input_norms', 'output_norms', 'qk_norm', 'fused_projections')
@@ -176,7 +175,7 @@ def _attention_types(
 
 def _rotated_layers(given: Mapping[str, Any], num_layers: int, where: str) -> Sequence[int]:
   """Returns 1 for each layer that has positions, 0 for each other."""
-  every = typed(given, 'no_rope_layer_interval', int, where)
+  every = typed(given['no_rope_layer_interval'], 'no_rope_layer_interval', int, where)
   rotated = given['no_rope_layers']
   if not rotated:
     return [int((layer + 1) % every != 0) for layer in range(num_layers)]
@@ -192,14 +191,14 @@ def _layer_types(
   given: Mapping[str, Any], num_layers: int, where: str
 ) -> tuple[Sequence[str], int | None]:
   """Returns the type of each layer, and the window of those that slide."""
-  slides = typed({'use_sliding_window': True, **given}, 'use_sliding_window', bool, where)
+  slides = typed(given.get('use_sliding_window', True), 'use_sliding_window', bool, where)
   window = given.get('sliding_window') if slides else None
   if window is not None:
-    window = typed(given, 'sliding_window', int, where)
+    window = typed(window, 'sliding_window', int, where)
   if given.get('layer_types'):
     types = given['layer_types']
   elif 'sliding_window_pattern' in given:  # the last of so many layers sees everything
-    every = typed(given, 'sliding_window_pattern', int, where)
+    every = typed(given['sliding_window_pattern'], 'sliding_window_pattern', int, where)
     types = [SLIDING if (layer + 1) % every else FULL for layer in range(num_layers)]
   elif window is None:
     types = [FULL] * num_layers

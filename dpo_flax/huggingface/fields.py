@@ -26,13 +26,12 @@ def check_fields(
     raise ValueError(f'{where}: these fields may change the result: {", ".join(refused)}')
 
 
-def typed(values: Mapping[str, Any], name: str, type_: type, where: str) -> Any:
-  """Returns values[name], a positive number or a truth value, as `type_`.
+def typed(value: Any, name: str, type_: type, where: str) -> Any:
+  """Returns the value of a field, a positive number or a truth value, as `type_`.
 
   Raises:
     ValueError: it is something else.
   """
-  value = values[name]
   right = isinstance(value, (int, float) if type_ is float else type_)
   limit = 10**7 if type_ is int else 1e12  # no model comes near; NaN is not below it
   if not right or (type_ is not bool and (isinstance(value, bool) or not 0 < value < limit)):

@@ -45,9 +45,7 @@ def language_model(
   if not isinstance(inner, Mapping) or inner.get('model_type', model_type) != model_type:
     raise ValueError(f'{where}: text_config is {shown(inner)}, not the config of a {model_type}')
   alone = {'architectures': [FAMILIES[model_type].architecture], 'model_type': model_type}
-  for name in ('dtype', 'torch_dtype'):
-    if name in config:
-      alone[name] = config[name]
+  alone |= {name: config[name] for name in ('dtype', 'torch_dtype') if name in config}
   found = {}
   for name, tensor in tensors.items():
     if _OF_IMAGES.fullmatch(name):

@@ -233,11 +233,9 @@ def _named_slots(
         f'the adapter of {module} was not made with rslora={lora.rslora}, dora={lora.dora}'
       )
     hf_name = names[module]
-    for name in FACTORS:
-      variable = learned.pop((*path, name), None)
-      if variable is not None:
-        own = (*path, name)
-        slots |= _factor_slots(own, variable.shape, hf_name, adapter.low_rank, FACTORS)
+    for own in [(*path, name) for name in FACTORS if (*path, name) in learned]:
+      shape = learned.pop(own).shape
+      slots |= _factor_slots(own, shape, hf_name, adapter.low_rank, FACTORS)
     layers = adapter.lora_a.shape[0] if '{}' in hf_name else 1
     for layer, pair in enumerate(adapter.low_rank.of_layers(layers)):
       adapted[hf_name.format(layer)] = pair

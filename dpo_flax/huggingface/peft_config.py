@@ -81,10 +81,8 @@ def read_config(
     dropout=float(values.get('lora_dropout') or 0.0),
     rslora=bool(values.get('use_rslora')),
     dora=bool(values.get('use_dora')),
-    tied=tied and bool({'embed_tokens'} & (saved | set(modules))),
+    tied=tied and 'embed_tokens' in saved | set(modules),
     saved=saved - {'lm_head'} if config.tie_word_embeddings else saved,
-    reference=None,
-    continues=False,
   )
 
 
@@ -142,7 +140,7 @@ def config_values(
 
 def _check_numbers(values: Mapping[str, Any], where: epath.Path):
   for field, type_ in (('r', int), ('lora_alpha', float)):
-    typed({field: None, **values}, field, type_, str(where))
+    typed(values.get(field), field, type_, str(where))
   dropout = values.get('lora_dropout') or 0.0
   if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
     raise ValueError(f'{where}: lora_dropout={shown(dropout)} is not in [0, 1)')
@@ -150,8 +148,8 @@ def _check_numbers(values: Mapping[str, Any], where: epath.Path):
     patterns = values.get(field) or {}
     if not isinstance(patterns, Mapping):
       raise ValueError(f'{where}: {field}={shown(patterns)} is no mapping')
-    for pattern in patterns:
-      typed(patterns, pattern, type_, f'{where}: {field}')
+    for pattern, value in patterns.items():
+      typed(value, pattern, type_, f'{where}: {field}')
       # A regular expression of anyone's: repeated groups can take forever.
       if len(re.findall(r'[*+{]', pattern)) > _REPETITIONS or re.search(r'\)[*+{]', pattern):
         raise ValueError(f'{where}: {field}: {shown(pattern)} is too complex an expression')

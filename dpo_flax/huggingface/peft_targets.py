@@ -210,17 +210,13 @@ def _target_matcher(
 def _matcher(pattern: Sequence[str] | str, modules: Modules, field: str) -> Callable[[str], bool]:
   """Returns whether a pattern names a module; every entry of a list must name at least one."""
   if isinstance(pattern, str):
-    regex = _compiled(pattern, field)
-    entries = {pattern: lambda module: regex.fullmatch(module) is not None}
+    regexes = {pattern: _compiled(pattern, field)}
   else:
-    entries = {
-      entry: lambda module, entry=entry: module == entry or module.endswith('.' + entry)
-      for entry in pattern
-    }
-  for entry, matches in entries.items():
-    if not any(matches(each) for hf_names in modules.values() for each in hf_names):
+    regexes = {entry: re.compile(rf'(.*\.)?{re.escape(entry)}') for entry in pattern}
+  for entry, regex in regexes.items():
+    if not any(regex.fullmatch(each) for hf_names in modules.values() for each in hf_names):
       raise ValueError(f'{field}: {entry!r} matches none of {", ".join(modules)}')
-  return lambda module: any(matches(module) for matches in entries.values())
+  return lambda module: any(regex.fullmatch(module) for regex in regexes.values())
 
 
 def pattern_lookup(

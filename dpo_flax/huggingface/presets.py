@@ -35,7 +35,8 @@ _LLAMA3 = _LLAMA | {
 }
 _LLAMA31 = _LLAMA3 | _stretched(8.0)
 _LLAMA32 = _LLAMA3 | _stretched(32.0) | {'tie_word_embeddings': True}
-_MISTRAL = {'model_type': 'mistral', 'rms_norm_eps': 1e-5}
+_MISTRAL = {'model_type': 'mistral', 'rms_norm_eps': 1e-5, 'vocab_size': 32_000}
+_MISTRAL3 = _MISTRAL | {'vocab_size': 32_768, 'sliding_window': None, 'rope_theta': 1_000_000.0}
 _QWEN2 = {'model_type': 'qwen2', 'rope_theta': 1_000_000.0, 'vocab_size': 152_064}
 _QWEN2_TIED = _QWEN2 | {'vocab_size': 151_936, 'tie_word_embeddings': True}
 _QWEN3 = {'model_type': 'qwen3', 'rope_theta': 1_000_000.0, 'vocab_size': 151_936}
@@ -61,6 +62,7 @@ _PHI4_MINI_LONG = [
 # fmt: on
 _OLMO2 = {'model_type': 'olmo2', 'vocab_size': 100_352, 'rope_theta': 500_000.0}
 _OLMO2 |= {'rms_norm_eps': 1e-6}
+_SMOLLM3 = {'model_type': 'smollm3', 'rope_theta': 5_000_000.0, 'vocab_size': 128_256}
 _SMOLLM2 = _LLAMA | {'vocab_size': 49_152, 'rope_theta': 100_000.0, 'tie_word_embeddings': True}
 
 # Published config.json files, and `tiny`, which trains on a laptop.
@@ -74,16 +76,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
   'llama3.1-70b': _of_family(_LLAMA31, 8192, 28_672, 80, 64, 8),
   'llama3.2-1b': _of_family(_LLAMA32, 2048, 8192, 16, 32, 8, head_dim=64),
   'llama3.2-3b': _of_family(_LLAMA32, 3072, 8192, 28, 24, 8, head_dim=128),
-  'mistral-7b-v0.1': _of_family(
-    _MISTRAL, 4096, 14_336, 32, 32, 8, vocab_size=32_000, sliding_window=4096
-  ),
-  'mistral-7b-v0.3': _of_family(
-    _MISTRAL,
-    *(4096, 14_336, 32, 32, 8),
-    vocab_size=32_768,
-    sliding_window=None,
-    rope_theta=1_000_000.0,
-  ),
+  'mistral-7b-v0.1': _of_family(_MISTRAL, 4096, 14_336, 32, 32, 8, sliding_window=4096),
+  'mistral-7b-v0.3': _of_family(_MISTRAL3, 4096, 14_336, 32, 32, 8),
   'qwen2.5-0.5b': _of_family(_QWEN2_TIED, 896, 4864, 24, 14, 2),
   'qwen2.5-1.5b': _of_family(_QWEN2_TIED, 1536, 8960, 28, 12, 2),
   'qwen2.5-3b': _of_family(_QWEN2_TIED, 2048, 11_008, 36, 16, 2),
@@ -136,10 +130,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
   'smollm2-135m': _of_family(_SMOLLM2, 576, 1536, 30, 9, 3),
   'smollm2-360m': _of_family(_SMOLLM2, 960, 2560, 32, 15, 5),
   'smollm2-1.7b': _of_family(_SMOLLM2, 2048, 8192, 24, 32, 32, rope_theta=130_000.0),
-  'smollm3-3b': _of_family(
-    {'model_type': 'smollm3', 'rope_theta': 5_000_000.0, 'vocab_size': 128_256},
-    *(2048, 11_008, 36, 16, 4),
-  ),
+  'smollm3-3b': _of_family(_SMOLLM3, 2048, 11_008, 36, 16, 4),
 }
 
 

@@ -35,14 +35,11 @@ def read_rope(
   # Writers of old changed `type` to `rope_type`, and some wrote both.
   types = {str(parameters.pop(name)) for name in ('rope_type', 'type') if name in parameters}
   types = {_RENAMED.get(type_, type_) for type_ in types} or {'default'}
-  theta = typed({'rope_theta': theta} | parameters, 'rope_theta', float, where)
-  parameters.pop('rope_theta', None)
+  theta = typed(parameters.pop('rope_theta', theta), 'rope_theta', float, where)
   dim = head_dim
   if 'partial_rotary_factor' in values:
     part = parameters.pop('partial_rotary_factor', values['partial_rotary_factor'])
-    dim = int(
-      head_dim * typed({'partial_rotary_factor': part}, 'partial_rotary_factor', float, where)
-    )
+    dim = int(head_dim * typed(part, 'partial_rotary_factor', float, where))
   if dim % 2 or not 0 < dim <= head_dim:
     raise ValueError(f'{where}: head_dim {head_dim}: {dim} of it cannot be rotated in pairs')
   if types == {'default'} and not parameters:
@@ -111,9 +108,9 @@ def _long_parameters(
   """Completes the parameters of longrope as transformers does."""
   # The family's own field outweighs that of the parameters.
   names = ('max_position_embeddings', 'original_max_position_embeddings')
-  longest, original = (typed(values, name, int, where) for name in names)
+  longest, original = (typed(values[name], name, int, where) for name in names)
   parameters = dict(parameters) | {'original_max_position_embeddings': original}
-  factor = typed({'factor': parameters.pop('factor', longest / original)}, 'factor', float, where)
+  factor = typed(parameters.pop('factor', longest / original), 'factor', float, where)
   computed = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
   given = parameters.get('attention_factor')
   return parameters | {'attention_factor': computed if given is None else given}
@@ -133,9 +130,9 @@ def _scaling(
   for name, of_type in expected.items():
     value = parameters[name]
     if of_type is float or of_type is int:
-      fields[name] = typed(parameters, name, of_type, f'{where}: rotary scaling')
-      continue
-    if not isinstance(value, (list, tuple)) or len(value) != dim // 2:
+      fields[name] = typed(value, name, of_type, f'{where}: rotary scaling')
+    elif isinstance(value, (list, tuple)) and len(value) == dim // 2:
+      fields[name] = tuple(typed(one, name, float, where) for one in value)
+    else:
       raise ValueError(f'{where}: rotary {name} is no list of {dim // 2} numbers')
-    fields[name] = tuple(typed({name: one}, name, float, where) for one in value)
   return scaling(**fields)
