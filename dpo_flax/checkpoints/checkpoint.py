@@ -85,7 +85,7 @@ class Checkpoints:
 
   def latest(self) -> int | None:
     """Returns the newest finished step, None when there is none."""
-    return steps.newest(self.directory)
+    return max(steps.finished(self.directory), default=None)
 
   def save(self, state: Any, step: int):
     """Starts writing a pytree of arrays as `step`; returns once they are copied off the devices.
@@ -231,9 +231,8 @@ def _check_arrays(state: Any):
 
 
 def _check_finite(state: Any, step: int):
-  bad = [
-    name for name, finite in jax.device_get(_are_finite(_named_arrays(state))).items() if not finite
-  ]
+  finite = jax.device_get(_are_finite(_named_arrays(state)))
+  bad = [name for name, is_finite in finite.items() if not is_finite]
   if bad:
     raise FloatingPointError(
       f'step {step} is not saved: values that are not finite in {first_of(bad)}'

@@ -8,6 +8,7 @@ from absl import logging
 from etils import epath
 
 from dpo_flax.checkpoints import steps
+from dpo_flax.files.messages import shown_list
 
 
 class Difference(Protocol):
@@ -54,15 +55,11 @@ def check_identity(directory: epath.Path, step: int, identity: Identity, allow_d
   found = saved_identity(directory, step, type(identity)).differences(identity)
   refused = [each for each in found if not (allow_data_change and each.is_of_the_data)]
   if refused:
-    hint = (
-      '\nTo go on in changed data all the same, set allow_data_change.'
-      if all(each.is_of_the_data for each in refused)
-      else ''
-    )
+    only_data = all(each.is_of_the_data for each in refused)
+    hint = '\nTo go on in changed data all the same, set allow_data_change.' if only_data else ''
     raise ValueError(
-      f'{directory} holds step {step} of another run:\n  '
-      + '\n  '.join(map(str, refused))
-      + f'\nSet these back to go on with it, or choose another workdir.{hint}'
+      f'{directory} holds step {step} of another run:{shown_list(map(str, refused))}\n'
+      f'Set these back to go on with it, or choose another workdir.{hint}'
     )
   for each in found:
     logging.warning(

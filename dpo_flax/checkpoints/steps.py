@@ -35,11 +35,6 @@ def finished(directory: epath.Path) -> list[int]:
   return [step for step in _named(directory) if (directory / str(step) / manifest.NAME).exists()]
 
 
-def newest(directory: epath.Path) -> int | None:
-  """Returns the newest finished step, None when there is none."""
-  return max(finished(directory), default=None)
-
-
 def find_intact(directory: epath.Path, step: int | None) -> int:
   """Returns the number of a step that is as it was saved: `step`, or the newest without one.
 

@@ -68,19 +68,14 @@ def check_replaceable(output: epath.PathLike):
     return
   if not output.is_dir():
     raise ValueError(f'{output} exists and is no directory: choose another place')
-  tensors, others = [], []
-  for file in output.iterdir():
-    if file.suffix == '.safetensors':
-      tensors.append(file)
-    elif file.is_dir() or not _SIDECARS.fullmatch(file.name):
-      others.append(file.name)
-  if others:
-    raise ValueError(
-      f'{output} holds {sorted(others)[0]}, which no export writes: choose another place'
-    )
+  files = list(output.iterdir())
+  tensors = [file for file in files if file.suffix == '.safetensors']
+  for file in sorted(set(files) - set(tensors)):
+    if file.is_dir() or not _SIDECARS.fullmatch(file.name):
+      raise ValueError(f'{output} holds {file.name}, which no export writes: choose another place')
   if _is_half_replaced(output):
     return
-  if not all(map(_is_export, tensors)) or (not tensors and any(output.iterdir())):
+  if not all(map(_is_export, tensors)) or (files and not tensors):
     raise ValueError(f'{output} exists and was not written by an earlier export: choose another')
 
 

@@ -177,14 +177,13 @@ def _without_traceback(message: str) -> str:
 
 def _unknown_field(argv: list[str]) -> str | None:
   """Finds the override of a field that the config does not have."""
-  known = list(ROWS)
   for argument in argv:
     match = re.match(r'--(?:no)?config\.([\w.]+)', argument)
-    if match and match.group(1) not in known:
-      close = difflib.get_close_matches(match.group(1), known, n=3)
-      section = match.group(1).rpartition('.')[0]
-      beside = close or [field for field in known if field.rpartition('.')[0] == section]
-      return f'the config has no field {match.group(1)}. Did you mean {", ".join(beside)}?'
+    if match and (field := match.group(1)) not in ROWS:
+      section = field.rpartition('.')[0]
+      beside = [other for other in ROWS if other.rpartition('.')[0] == section]
+      near = difflib.get_close_matches(field, ROWS, n=3) or beside
+      return f'the config has no field {field}. Did you mean {", ".join(near)}?'
   return None
 
 

@@ -133,8 +133,7 @@ def first_does(action: Callable[[], object]):
       action()
     except (ValueError, *access_errors()) as raised:
       error = raised
-  failed = bool(multihost_utils.broadcast_one_to_all(np.array(error is not None)))
-  if failed:
+  if multihost_utils.broadcast_one_to_all(np.array(error is not None)):
     raise error or ValueError('process 0 has failed, and says why')
 
 

@@ -30,7 +30,7 @@ class Preemption:
   """
 
   def __init__(self, peers: Peers, *, grace: float):
-    self._is_saved: Callable[[], bool] | None = None  # until there is something to save
+    self._is_saved: Callable[[], bool] = lambda: True  # until there is something to save
     self._peers, self._grace = peers, grace
     self._limit = grace - min(_GOODBYE, grace / 2)
     self._signalled: float | None = None  # when, on the monotonic clock
@@ -90,11 +90,8 @@ class Preemption:
         continue
       time.sleep(_INTERVAL / 10)
       late = time.monotonic() - self._signalled > self._limit
-      if late or (not self._stopping and (self._peers.parting or self._has_nothing_to_save())):
+      if late or (not self._stopping and (self._peers.parting or self._is_saved())):
         self._leave(late)
-
-  def _has_nothing_to_save(self) -> bool:
-    return self._is_saved is None or self._is_saved()
 
   def _was_signalled(self) -> bool:
     readable, _, _ = select.select([self._pipe[0]], [], [], _INTERVAL)
