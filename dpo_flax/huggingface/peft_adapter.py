@@ -36,7 +36,6 @@ class AdapterFiles:
 
   directory: epath.Path
   lora: LoraConfig  # what a model needs to hold it
-  base_name: str | None  # the checkpoint it was trained on
   tensors: Mapping[str, TensorFile]
   names: Table  # of the parameters of the model that it is for
 
@@ -55,8 +54,7 @@ def open_adapter(path: epath.PathLike, config: ModelConfig) -> AdapterFiles:
   _, tensors = read_header(directory / WEIGHTS)
   shapes = {name: tensor.shape for name, tensor in tensors.items()}
   lora = peft_config.read_config(values, shapes, config, directory / CONFIG)
-  base_name = values.get('base_model_name_or_path')
-  return AdapterFiles(directory, lora, base_name, tensors, names_of(config))
+  return AdapterFiles(directory, lora, tensors, names_of(config))
 
 
 def fingerprint(adapter: AdapterFiles) -> str:
