@@ -11,6 +11,9 @@ from dpo_flax.planning.compiled.traffic import collective, hbm_bytes, received_b
 _KERNEL_FLOPS = r'"cost_estimate":\{[^}]*?"flops":"?(\d+)'
 
 
+_NO_ESTIMATE = 2**63 - 1  # what the compiler writes where it has no number of cycles
+
+
 @dataclasses.dataclass
 class Work:
   """What one device does in one run of a program."""
@@ -78,7 +81,7 @@ class _Measure:
       self._add_arithmetic(work, instruction, channels)
       work.hbm_traffic_bytes += hbm_bytes(instruction)
       cycles = instruction.attribute(r'"estimated_cycles":"?(\d+)')
-      if cycles is None:
+      if cycles is None or int(cycles) == _NO_ESTIMATE:
         work.flops_without_cycles += work.flops - before
       else:
         work.estimated_cycles += float(cycles)

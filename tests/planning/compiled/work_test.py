@@ -99,6 +99,13 @@ def test_loops_multiply_and_the_busiest_branch_counts():
   assert done.flops_without_cycles == 0
 
 
+def test_cycles_that_the_compiler_does_not_know_are_not_added():
+  text = NESTED.replace('"estimated_cycles":"7"', f'"estimated_cycles":"{2**63 - 1}"')
+  done = work.measure(hlo.parse(text))
+  assert done.estimated_cycles == 3 * 5 * 10
+  assert done.flops_without_cycles == 3 * 2 * 4 * 4 * 4
+
+
 def test_loop_that_ends_by_data_counts_once_and_is_told():
   text = NESTED.replace('%three = s32[] constant(3)', '%three = s32[] parameter(1)')
   done = work.measure(hlo.parse(text))
