@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from dpo_flax.assembly import models
 from dpo_flax.assembly.data import prepare_data
 from dpo_flax.assembly.sources import make_model_config
-from dpo_flax.config.checks import check_fields
+from dpo_flax.config.checks import validate_fields
 from dpo_flax.data.pairs import Pairs, TokenPair, packed_pairs
 from dpo_flax.huggingface import peft_adapter, weights
 from dpo_flax.huggingface.peft_targets import resolve
@@ -68,7 +68,7 @@ def load_model(
     raise ValueError(f'lora={lora!r}: expected Lora(rank=...), or None for no adapters')
   mesh = mesh or make_mesh({'data': 1, 'fsdp': -1, 'tensor': 1})
   dtype = dtype or ('float32' if mesh.devices.flat[0].platform == 'cpu' else 'bfloat16')
-  settings = check_fields(
+  settings = validate_fields(
     {
       'seed': seed,
       'model.dtype': _dtype_name(dtype),
@@ -197,7 +197,7 @@ def load_pairs(
     if cache_dir is None:
       cache_dir = tempfile.mkdtemp(prefix='dpo_flax_tokens')
       cleanup.callback(shutil.rmtree, cache_dir, ignore_errors=True)
-    settings = check_fields(
+    settings = validate_fields(
       {
         'seed': seed,
         'data.train': _plain_paths(files),

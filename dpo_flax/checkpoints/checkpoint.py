@@ -98,14 +98,15 @@ class Checkpoints:
       ValueError: the state is no tree of arrays, or a later step is saved already.
     """
     self.check(wait=True)
-    _check_arrays(state)
+    arrays = _named_arrays(state)
+    _check_arrays(arrays, count=len(jax.tree.leaves(state)))
     if (latest := self.latest()) is not None and step < latest:
       raise ValueError(f'step {step} would be dropped: {self.directory} holds step {latest}')
-    _check_finite(state, step)
+    _check_finite(arrays, step)
     if not self._begin(state, step):
       return
     path = steps.unfinished_path(self.directory, step) / _STATE
-    self._checkpointer.save(path, args=ocp.args.StandardSave(_named_arrays(state)))
+    self._checkpointer.save(path, args=ocp.args.StandardSave(arrays))
     self._writing = step, self._thread.submit(self._commit, step)
 
   def check(self, *, wait: bool = False):
@@ -219,19 +220,18 @@ def _are_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
   return jax.tree.map(lambda array: jnp.all(jnp.isfinite(array)), arrays)
 
 
-def _check_arrays(state: Any):
-  named = _named_arrays(state)
-  if len(named) < len(jax.tree.leaves(state)):
+def _check_arrays(arrays: dict[str, Any], *, count: int):
+  if len(arrays) < count:
     raise ValueError('two arrays of the state have one name: its keys must not have dots')
-  for name, array in named.items():
+  for name, array in arrays.items():
     if not isinstance(array, jax.Array | np.ndarray):
       raise ValueError(f'{name} is a {type(array).__name__}: a state is saved as arrays')
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
       raise ValueError(f'{name} is a key: save jax.random.key_data of it')
 
 
-def _check_finite(state: Any, step: int):
-  finite = jax.device_get(_are_finite(_named_arrays(state)))
+def _check_finite(arrays: dict[str, jax.Array], step: int):
+  finite = jax.device_get(_are_finite(arrays))
   bad = [name for name, is_finite in finite.items() if not is_finite]
   if bad:
     raise FloatingPointError(

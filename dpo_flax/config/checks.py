@@ -52,7 +52,7 @@ def validate(config: ConfigDict, *, planning: bool = False) -> Settings:
   return settings
 
 
-def check_fields(values: Mapping[str, Any]) -> Settings:
+def validate_fields(values: Mapping[str, Any]) -> Settings:
   """Returns the default settings but for some dotted fields, each checked by its own row alone.
 
   This is for programs that use a part of a run; what several fields say together is `validate`'s.

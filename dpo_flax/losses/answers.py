@@ -60,11 +60,13 @@ def check_batch(batch: Mapping[str, jax.Array]) -> None:
   """Raises ValueError unless the fields of a batch have shapes that go together."""
   sizes = {'2': 2}
   for name, dimensions in _DIMENSIONS.items():
-    shape = jnp.shape(batch[name]) if name in batch else ()
+    if name not in batch:
+      continue
+    shape = jnp.shape(batch[name])
     fits = len(shape) == len(dimensions) and all(
       sizes.setdefault(letter, size) == size for letter, size in zip(dimensions, shape, strict=True)
     )
-    if name in batch and not fits:
+    if not fits:
       expected = ', '.join(str(sizes.get(letter, letter)) for letter in dimensions)
       raise ValueError(f'the batch has {name} of shape {shape}: expected [{expected}]')
 

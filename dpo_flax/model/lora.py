@@ -1,6 +1,7 @@
 """What of a model learns: low-rank adapters, and weights that learn beside them."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
@@ -168,7 +169,7 @@ def reference_of(policy: Module) -> Module:
   Raises:
     ValueError: no part of the model can take adapters off, or what learns would move both.
   """
-  switched = [path for path, module in nnx.iter_modules(policy) if hasattr(module, 'set_view')]
+  switched = [path for path, module in nnx.iter_modules(policy) if _takes_adapters_off(module)]
   for path, variable in nnx.to_flat_state(nnx.state(policy, TRAINABLE)):
     inside = any(path[: len(module)] == module for module in switched)
     if isinstance(variable, Trained) or not inside:
@@ -178,6 +179,12 @@ def reference_of(policy: Module) -> Module:
       )
   reference = nnx.view(policy, adapted=False)
   return nnx.view(reference, reference_adapted=True, raise_if_not_found=False)
+
+
+def _takes_adapters_off(module: nnx.Module) -> bool:
+  # Other modules of nnx have a set_view for other switches, such as dropout.
+  set_view = getattr(module, 'set_view', None)
+  return set_view is not None and 'adapted' in inspect.signature(set_view).parameters
 
 
 def train_weights(model: nnx.Module, modules: Collection[str] | None) -> None:

@@ -62,7 +62,7 @@ def score_pairs(
       columns=(),
     )
     blocks = {name: np.split(values, count) for name, values in batch.items()}
-    local = {name: np.concatenate([parts[i] for i in mine]) for name, parts in blocks.items()}
+    local = {name: np.concatenate([block[i] for i in mine]) for name, block in blocks.items()}
     found.append(score(local)[: len(rows), 0])
   return np.concatenate(found)
 

@@ -253,6 +253,16 @@ def test_models_on_a_mesh_need_no_ambient_mesh(batch):
   chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-6)
 
 
+class Switched(nnx.Module):
+  """A view of its own, which is of something else than adapters."""
+
+  def __init__(self, rngs):
+    self.low = nnx.LoRA(EMBED, 2, VOCAB, rngs=rngs)
+
+  def set_view(self, deterministic: bool | None = None):
+    """Takes nothing off."""
+
+
 class Stacked(nnx.Module):
   """A table, layers that nnx stacks and scans over, and a head."""
 
@@ -325,6 +335,9 @@ def test_a_reference_that_would_learn_is_refused():
     make_train_step((policy, policy), optax.sgd(1.0), 'ipo')
   policy.head = nnx.LoRALinear(EMBED, VOCAB, lora_rank=2, rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match=r'head\.lora\.lora_a learns in the policy'):
+    reference_of(policy)
+  policy.head = Switched(nnx.Rngs(0))
+  with pytest.raises(ValueError, match=r'head\.low\.lora_a learns in the policy'):
     reference_of(policy)
 
 

@@ -214,9 +214,8 @@ def _fill_run(
       for part in (p.prompt, p.chosen, p.prompt[len(p.prompt) - n :], p.rejected)
     ]
   )
-  answer = spread(
-    nothing, nothing, answers[:, 0], nothing, answers[:, 1]
-  )  # that a token is part of
+  # The answer that each token is part of.
+  answer = spread(nothing, nothing, answers[:, 0], nothing, answers[:, 1])
   answer[tokens < 0] = nothing  # read, but no targets
   tokens = np.where(tokens < 0, ~tokens, tokens)
   # The next token is the target, in either layout.

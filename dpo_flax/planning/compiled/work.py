@@ -9,8 +9,6 @@ from dpo_flax.planning.compiled.loops import trip_count
 from dpo_flax.planning.compiled.traffic import collective, hbm_bytes, received_bytes
 
 _KERNEL_FLOPS = r'"cost_estimate":\{[^}]*?"flops":"?(\d+)'
-
-
 _NO_ESTIMATE = 2**63 - 1  # what the compiler writes where it has no number of cycles
 
 
